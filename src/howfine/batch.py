@@ -1,0 +1,38 @@
+"""Batch: the one place where methods and readouts meet.
+
+A readout fills it from examples; a method may read it and never builds it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+
+@dataclass
+class Batch:
+    """B examples, ready for the towers' forward.
+
+    `inputs` holds what the tower's forward takes (`input_ids` (B, S), `attention_mask` (B, S), …).
+    """
+
+    inputs: dict[str, Tensor]
+    targets: Tensor | None = None  # (B,) class indices or scores; None when predicting
+    slots: Tensor | None = None  # (B, S) which free vector stands at a position, -1 for a word
+    reads: Tensor | None = None  # (B, R) positions the readout looks at
+    rows: Tensor | None = None  # (B,) which delta each row wears, in a mixed batch
+
+    def as_kwargs(self) -> dict[str, Any]:
+        """The fields that are set, as keyword arguments for `Wired.forward`.
+
+        A plain dict of tensors is what Trainer and accelerate know how to move and split.
+        """
+        return {name: value for name, value in vars(self).items() if value is not None}
+
+    @classmethod
+    def from_kwargs(cls, fields: Mapping[str, Any]) -> Batch:
+        """The inverse of `as_kwargs`."""
+        return cls(**fields)

@@ -1,0 +1,98 @@
+"""The distance verb: between checkpoints, bases and deltas given by name or path."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+from howfine import container
+from howfine.anatomy import Anatomy, anatomy_of
+from howfine.checkpoint import Checkpoint, MemorySource, Source
+from howfine.distance import Distance, Place, distance
+from howfine.errors import BaseNotFound
+
+
+def compare(
+    before: str | Path, after: str | Path, *, references: bool = True, seed: int = 0
+) -> list[Distance]:
+    """Distances, tensor by tensor, from `before` to `after`.
+
+    `before` is a checkpoint (folder or file), or a base's name. `after` is one of these, or a
+    delta file made on `before`. Two checkpoints on disk are streamed, a chunk at a time.
+    Raises BaseError where they are of different architectures, DeltaError for a damaged delta.
+    """
+    if container.is_delta(Path(after)):
+        return _compare_delta(str(before), Path(after), references, seed)
+    config = _config(before) or _config(after)
+    return distance(
+        _source(before),
+        _source(after),
+        place=_place(config),
+        init_std=float(getattr(config, "initializer_range", None) or 0.02),
+        seed=seed,
+        references=references,
+    )
+
+
+def _compare_delta(before: str, file: Path, references: bool, seed: int) -> list[Distance]:
+    from howfine.base import Base
+    from howfine.delta import Delta
+
+    delta = Delta.load(file)
+    return delta_distance(delta, Base.load(before, kind=delta.base_kind), references, seed)
+
+
+def delta_distance(
+    delta: object, base: object, references: bool = True, seed: int = 0
+) -> list[Distance]:
+    """Distances from a base to the same base with a delta on. Frozen tensors are at 0."""
+    from howfine.base import Base
+    from howfine.delta import Delta
+
+    assert isinstance(delta, Delta) and isinstance(base, Base)
+    before = dict(base.tower.named_parameters())
+    with delta.applied(base):
+        after = dict(base.tower.named_parameters())
+        return distance(
+            MemorySource(before),
+            MemorySource(after),
+            place=base.anatomy.place,
+            init_std=float(getattr(base.config, "initializer_range", None) or 0.02),
+            seed=seed,
+            references=references,
+        )
+
+
+def _source(name: str | Path) -> Source:
+    """A checkpoint on disk, streamed; else a base by name, in memory."""
+    if Path(name).exists():
+        return Checkpoint.open(name)
+    from howfine.base import Base
+
+    return MemorySource(dict(Base.load(str(name)).tower.named_parameters()))
+
+
+def _config(name: str | Path) -> SimpleNamespace | None:
+    """The config.json beside a checkpoint, as attributes; None where there is none."""
+    path = Path(name)
+    folder = path if path.is_dir() else path.parent
+    file = folder / "config.json"
+    if path.exists() and file.is_file():
+        return SimpleNamespace(**json.loads(file.read_text()))
+    if path.exists():
+        return None
+    from howfine.base import Base
+
+    config = Base.load(str(name)).config
+    return SimpleNamespace(**config.to_dict())
+
+
+def _place(config: SimpleNamespace | None) -> Place:
+    """The architecture's own naming; without a config, every tensor is just itself."""
+    if config is None:
+        return lambda path: (None, "other")
+    if not hasattr(config, "model_type"):
+        raise BaseNotFound("config.json names no model_type; expected a Hugging Face config")
+    anatomy: Anatomy = anatomy_of(config)
+    return anatomy.place

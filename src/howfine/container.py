@@ -1,0 +1,167 @@
+"""The delta file's outside: header, groups of bytes, checksum, atomic writing.
+
+Readable without torch. docs/format.md is the page that says what MUST be where.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+import zlib
+from pathlib import Path
+from typing import Any
+
+import safetensors
+
+from howfine.errors import DamagedDelta, StorageError, UnsupportedFormat
+
+FORMAT = 1
+INDEX = "index"
+PLACES = "places"
+
+# Group name -> safetensors dtype: values are stored as what they are, for any reader to see.
+_DTYPES = {"fp32": ("F32", 4), "fp16": ("F16", 2), "bf16": ("BF16", 2), "int8": ("I8", 1)}
+# A JSON header or index beyond this is not ours: reading stops before memory is spent on it.
+_MAX_HEADER = 1 << 20
+_MAX_INDEX = 1 << 24
+
+
+def write(path: Path, header: dict[str, Any], groups: dict[str, bytes]) -> int:
+    """Write a file atomically (temporary file, fsync, rename) and return its bytes."""
+    header = {"howfine": FORMAT, **header}
+    header["check"] = checksum(header, groups)
+    return write_atomically(path, _safetensors(header, groups))
+
+
+def _safetensors(header: dict[str, Any], groups: dict[str, bytes]) -> bytes:
+    """The bytes of a safetensors file: length, JSON, data.
+
+    Written by hand, because the library writes metadata in no fixed order, and a file must not
+    depend on chance. Wide dtypes come first, so that all data is aligned.
+    """
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False)
+    table: dict[str, Any] = {"__metadata__": {"howfine": text}}
+    order = sorted(groups, key=lambda name: (-_DTYPES.get(name, ("U8", 1))[1], name))
+    offset = 0
+    for name in order:
+        dtype, size = _DTYPES.get(name, ("U8", 1))
+        end = offset + len(groups[name])
+        table[name] = {"dtype": dtype, "shape": [(end - offset) // size]}
+        table[name]["data_offsets"] = [offset, end]
+        offset = end
+    encoded = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    data = b"".join(groups[name] for name in order)
+    return len(encoded).to_bytes(8, "little") + encoded + data
+
+
+def write_atomically(path: Path, data: bytes) -> int:
+    """All of `data` at `path`, or an error and what was there before."""
+    temporary = ""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        with os.fdopen(handle, "wb") as stream:
+            stream.write(data)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except OSError as error:
+        if temporary and os.path.exists(temporary):
+            os.unlink(temporary)
+        raise StorageError(
+            f"{path} can't be written: {error.strerror or error}; nothing was left behind. Free "
+            "some space, or choose another place"
+        ) from error
+    return len(data)
+
+
+def read(path: Path) -> tuple[dict[str, Any], dict[str, bytes]]:
+    """(header, groups) of a file, its layout and checksum verified.
+
+    Raises DamagedDelta, or UnsupportedFormat for a newer format version.
+    """
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise DamagedDelta(
+            f"{path} can't be read: {error.strerror or error}; expected a delta file "
+            "(*.delta.safetensors)"
+        ) from error
+    try:
+        header = _header(data)
+        tensors = safetensors.deserialize(data)
+    except (safetensors.SafetensorError, ValueError, RecursionError) as error:
+        raise DamagedDelta(
+            f"{path} is not a whole delta file ({str(error)[:120]}); it is truncated or altered: "
+            "get a fresh copy"
+        ) from None
+    version = header.get("howfine")
+    if not isinstance(version, int) or isinstance(version, bool) or version < 1:
+        raise DamagedDelta(f"{path} has no format version; it was not written by howfine")
+    if version > FORMAT:
+        raise UnsupportedFormat(
+            f"{path} has format version {version}, this howfine reads up to {FORMAT}; "
+            "upgrade howfine"
+        )
+    groups = {name: bytes(tensor["data"]) for name, tensor in tensors}
+    stated = header.pop("check", None)
+    if stated != checksum(header, groups):
+        raise DamagedDelta(f"{path} was altered: its checksum does not fit; get a fresh copy")
+    return header, groups
+
+
+def is_delta(path: Path) -> bool:
+    """Whether a file begins like a delta (its content is not checked)."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as stream:
+        size = int.from_bytes(stream.read(8), "little")
+        return b'"howfine"' in stream.read(min(size, _MAX_HEADER))
+
+
+def _header(data: bytes) -> dict[str, Any]:
+    """The JSON header, checked to be ours; ValueError otherwise."""
+    size = int.from_bytes(data[:8], "little")
+    if len(data) < 8 or size > min(_MAX_HEADER, len(data) - 8):
+        raise ValueError(f"{len(data)} bytes, with a header said to be of {size}")
+    outer = json.loads(data[8 : 8 + size])
+    header = json.loads(outer["__metadata__"]["howfine"]) if _ours(outer) else None
+    if not isinstance(header, dict):
+        raise ValueError("no howfine header")
+    return header
+
+
+def _ours(outer: Any) -> bool:
+    if not isinstance(outer, dict) or not isinstance(outer.get("__metadata__"), dict):
+        return False
+    return isinstance(outer["__metadata__"].get("howfine"), str)
+
+
+def checksum(header: dict[str, Any], groups: dict[str, bytes]) -> str:
+    """First 16 hex digits of SHA-256 over the header (without `check`) and the groups by name."""
+    digest = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
+    for name in sorted(groups):
+        digest.update(f"{name}:{len(groups[name])}:".encode())
+        digest.update(groups[name])
+    return digest.hexdigest()[:16]
+
+
+def pack_index(rows: list[list[Any]]) -> bytes:
+    """The index as deflated JSON."""
+    return zlib.compress(json.dumps(rows, separators=(",", ":")).encode(), 9)
+
+
+def unpack_index(groups: dict[str, bytes]) -> list[list[Any]]:
+    """The inverse of `pack_index`, never inflating beyond a fixed limit."""
+    inflate = zlib.decompressobj()
+    text = inflate.decompress(groups[INDEX], _MAX_INDEX)
+    if not inflate.eof or inflate.unused_data:
+        raise ValueError("the index is not one whole deflated text of bounded size")
+    rows = json.loads(text)
+    if not isinstance(rows, list):
+        raise ValueError("the index is not a list")
+    return rows

@@ -1,0 +1,99 @@
+"""Cost: parameters, bytes and memory of a change."""
+
+from __future__ import annotations
+
+import resource
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from howfine import container
+from howfine.codec import combinatorial_bits
+from howfine.delta import Delta
+
+
+class PeakMemory:
+    """Highest memory of this process since construction, as growth over what it held then.
+
+    On an accelerator, the allocator's own count. On Linux the kernel's high-water mark, reset at
+    construction; elsewhere the lifetime peak, which an earlier and larger run may hide.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        else:
+            _reset_high_water()
+        self.start = self._now()
+
+    def _now(self) -> int:
+        if self.device.type == "cuda":
+            return torch.cuda.memory_allocated(self.device)
+        return _status("VmRSS:") or _lifetime_peak()
+
+    def growth(self) -> int:
+        """Bytes above the start, at the highest."""
+        if self.device.type == "cuda":
+            peak = torch.cuda.max_memory_allocated(self.device)
+        else:
+            peak = _status("VmHWM:") or _lifetime_peak()
+        return max(0, peak - self.start)
+
+
+def _reset_high_water() -> None:
+    path = Path("/proc/self/clear_refs")
+    try:
+        path.write_text("5")
+    except OSError:  # not Linux, or a sandbox: the lifetime peak then stands in, as documented
+        return
+
+
+def _status(field: str) -> int:
+    """Bytes of a field of /proc/self/status; 0 where there is none."""
+    path = Path("/proc/self/status")
+    if not path.exists():
+        return 0
+    for line in path.read_text().splitlines():
+        if line.startswith(field):
+            return int(line.split()[1]) * 1024
+    return 0
+
+
+def _lifetime_peak() -> int:
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+@dataclass(frozen=True)
+class Part:
+    """Some bytes of a delta file and what they are."""
+
+    name: str
+    coding: str
+    entries: int
+    kept: int | None  # places set, for a set of places
+    bytes: int
+    bound_bytes: float | None  # log2 C(n, k) / 8, for a set of places
+
+
+def parts(path: str | Path) -> list[Part]:
+    """Every byte of a delta file, accounted for: the parts' bytes add up to the file's."""
+    path = Path(path)
+    delta = Delta.load(path)
+    _, groups = container.read(path)
+    found = []
+    for stream in delta.streams:
+        kept = stream.kept()
+        bound = None if kept is None else combinatorial_bits(stream.count, kept) / 8
+        size = len(stream.coded.payload)
+        found.append(Part(stream.name, stream.coded.coding, stream.count, kept, size, bound))
+    index = len(groups[container.INDEX])
+    header = path.stat().st_size - index - sum(part.bytes for part in found)
+    return [
+        Part("header", "json", 0, None, header, None),
+        Part("index", "zlib", 0, None, index, None),
+        *found,
+    ]

@@ -1,0 +1,162 @@
+"""Scores and predictions, always of a delta as it is stored."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+
+from howfine.base import Base
+from howfine.delta import Delta
+from howfine.errors import SettingError, TaskError, near
+from howfine.metrics import METRICS, bootstrap_interval
+from howfine.readout import Wired
+from howfine.task import Example, Task
+
+
+@dataclass(frozen=True)
+class Score:
+    """A metric on a split, with the 95 % bootstrap interval over its examples."""
+
+    metric: str
+    value: float
+    interval: tuple[float, float]
+    split: str
+    n: int
+    task: str
+    # Predictions in the split's order: class indices, or scores for regression.
+    predictions: np.ndarray = field(repr=False, compare=False)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything but the predictions, as JSON types."""
+        found = asdict(self)
+        del found["predictions"]
+        return {**found, "interval": list(self.interval)}
+
+
+def evaluate(
+    delta: Delta | str | Path,
+    base: Base | None = None,
+    task: Task | str = "rotten-tomatoes",
+    *,
+    split: str = "test",
+    batch_size: int = 64,
+    progress: bool = False,
+    data: str | Path | None = None,
+) -> Score:
+    """Score a delta (or a file) on a split of a task.
+
+    Raises DeltaError for a damaged file, WrongBase, TaskError where labels don't match.
+    """
+    delta, base = opened(delta, base)
+    task = Task.load(task, data=data) if isinstance(task, str) else task
+    if split not in task.splits:
+        raise SettingError(f"split {split!r} is unknown. {near(split, task.splits)}")
+    if tuple(task.labels) != delta.labels:
+        raise TaskError(
+            f"task {task.name} has labels {list(task.labels)}, the delta was trained for "
+            f"{list(delta.labels)}; evaluate it on a task with the same labels"
+        )
+    examples = task.splits[split]
+    with delta.applied(base) as model:
+        predictions = run(model, base, examples, batch_size=batch_size, progress=progress)
+    return score(task, split, predictions)
+
+
+def score(task: Task, split: str, predictions: np.ndarray) -> Score:
+    """Predictions of a whole split as a Score."""
+    targets = np.asarray([example.label for example in task.splits[split]])
+    metric = METRICS[task.metric]
+    interval = bootstrap_interval(metric, [predictions], targets)
+    return Score(
+        metric=task.metric,
+        value=float(metric.function(predictions, targets)),
+        interval=(float(interval[0]), float(interval[1])),
+        split=split,
+        n=len(targets),
+        task=task.name,
+        predictions=predictions,
+    )
+
+
+def predict(
+    delta: Delta | str | Path,
+    texts: Sequence[str | tuple[str, str]],
+    base: Base | None = None,
+    *,
+    batch_size: int = 64,
+    progress: bool = False,
+) -> list[dict[str, Any]]:
+    """Answers for texts: `label` and `probability` of each, or `score` for regression."""
+    delta, base = opened(delta, base)
+    examples = [
+        Example(texts=(text,) if isinstance(text, str) else tuple(text), label=0) for text in texts
+    ]
+    with delta.applied(base) as model:
+        outputs = logits(model, base, examples, batch_size=batch_size, progress=progress)
+        predictions = model.readout.predict(outputs)
+    if not delta.labels:
+        return [{"score": float(value)} for value in predictions]
+    shares = outputs.float().softmax(-1)
+    return [
+        {"label": delta.labels[int(index)], "probability": float(row[int(index)])}
+        for index, row in zip(predictions, shares, strict=True)
+    ]
+
+
+def opened(delta: Delta | str | Path, base: Base | None) -> tuple[Delta, Base]:
+    """A delta from its file, and the base it names if none is given."""
+    if not isinstance(delta, Delta):
+        delta = Delta.load(delta)
+    if base is None:
+        base = Base.load(delta.base_name, kind=delta.base_kind)
+    return delta, base
+
+
+def run(
+    model: Wired, base: Base, examples: Sequence[Example], *, batch_size: int, progress: bool
+) -> np.ndarray:
+    """Predictions of examples, in their order."""
+    outputs = logits(model, base, examples, batch_size=batch_size, progress=progress)
+    return model.readout.predict(outputs).numpy()
+
+
+@torch.inference_mode()
+def logits(
+    model: Wired,
+    base: Base,
+    examples: Sequence[Example],
+    *,
+    batch_size: int = 64,
+    progress: bool = False,
+) -> torch.Tensor:
+    """Outputs of the model, float32 on the CPU, in the examples' order.
+
+    Examples of similar length share a batch, which saves most of the padding.
+    """
+    order = sorted(range(len(examples)), key=lambda i: sum(map(len, examples[i].texts)))
+    parts = []
+    for rows in tqdm(list(_batches(order, batch_size)), desc="predict", disable=not progress):
+        batch = model.readout.collate(base, [examples[i] for i in rows], labelled=False)
+        fields = {k: _to(v, base.device) for k, v in batch.as_kwargs().items()}
+        parts.append(model(**fields)["logits"].float().cpu())
+    outputs = torch.cat(parts)
+    back = torch.empty(len(order), dtype=torch.long)
+    back[torch.tensor(order)] = torch.arange(len(order))
+    return outputs[back]
+
+
+def _batches(order: list[int], size: int) -> Iterator[list[int]]:
+    for start in range(0, len(order), size):
+        yield order[start : start + size]
+
+
+def _to(value: Any, device: torch.device) -> Any:
+    if isinstance(value, dict):
+        return {key: _to(item, device) for key, item in value.items()}
+    return value.to(device)

@@ -1,0 +1,61 @@
+"""SHA-256 fingerprints: of files (cached by size and time) and of a model's tensors."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+
+def of_parameters(model: nn.Module) -> str:
+    """SHA-256 over (path, shape, float32 bytes) of every parameter, sorted by path.
+
+    Half-precision values are hashed as the float32 they equal, so a checkpoint has one
+    fingerprint in whatever format it is stored. Tied parameters count once.
+    """
+    digest = hashlib.sha256()
+    for path, parameter in sorted(model.named_parameters()):
+        digest.update(f"{path}{tuple(parameter.shape)}".encode())
+        values = parameter.detach().to(device="cpu", dtype=torch.float32).contiguous()
+        digest.update(np.ascontiguousarray(values.numpy()).view(np.uint8))
+    return digest.hexdigest()
+
+
+def of_file(path: Path) -> str:
+    """SHA-256 of a file's bytes, cached under the file's size and modification time."""
+    state = path.stat()
+    key = f"{path.resolve()}|{state.st_size}|{state.st_mtime_ns}"
+    cache = _cache_file()
+    known = _read_cache(cache)
+    if key not in known:
+        with path.open("rb") as stream:
+            known[key] = hashlib.file_digest(stream, "sha256").hexdigest()
+        _write_cache(cache, known)
+    return known[key]
+
+
+def _cache_file() -> Path:
+    root = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    return Path(root) / "howfine" / "sha256.json"
+
+
+def _read_cache(path: Path) -> dict[str, str]:
+    try:
+        return dict(json.loads(path.read_text()))
+    except (OSError, ValueError):  # no cache yet, or a torn one: hash again
+        return {}
+
+
+def _write_cache(path: Path, known: dict[str, str]) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_suffix(f".{os.getpid()}")
+        temporary.write_text(json.dumps(known))
+        temporary.replace(path)
+    except OSError:  # a read-only home costs a second hash, nothing else
+        return

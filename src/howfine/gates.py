@@ -1,0 +1,238 @@
+"""Gates: how a decision to keep or change an entry is relaxed, trained, settled and counted.
+
+Pure functions on tensors; methods only carry the scores. Every relaxed gate returns its *hard*
+value exactly in the forward pass and differs only in the gradient: writing the straight-through
+trick as `hard + soft - soft.detach()` is off by a rounding error for about one entry in eight, so
+that the mask trained with is not the mask stored. Here the forward value is the hard one.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from howfine.errors import SettingError
+
+Granularity = Literal["entry", "row", "column", "head", "n:m"]
+
+
+Slope = Literal["identity", "sigmoid", "sign"]  # what the backward pass multiplies by
+
+
+def _slope(gradient: Tensor, scores: Tensor, slope: Slope) -> Tensor:
+    """`gradient` times 1, σ'(score) or sign(score), in the fewest passes over memory."""
+    gradient = gradient.to(scores.dtype)
+    if slope == "sigmoid":
+        return torch.ops.aten.sigmoid_backward(gradient, torch.sigmoid(scores))
+    return gradient * torch.sign(scores) if slope == "sign" else gradient
+
+
+class _Surrogate(torch.autograd.Function):
+    """Forward: a hard gate as 0/1. Backward: the gradient times a slope.
+
+    The slope is computed again in the backward pass: only the scores, which live anyway, are kept.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, scores: Tensor, hard: Tensor, slope: Slope) -> Tensor:
+        ctx.slope = slope
+        ctx.save_for_backward(scores)
+        return hard.to(scores.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        return _slope(gradient, ctx.saved_tensors[0], ctx.slope), None, None
+
+
+class _Masked(torch.autograd.Function):
+    """weight ⊙ gate and the gate's surrogate gradient, in one pass each way.
+
+    The same as a product with `_Surrogate`, at a third of the memory traffic: on a CPU the passes
+    over a matrix, not the arithmetic, are what mask training costs beyond full fine-tuning.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, scores: Tensor, hard: Tensor, slope: Slope) -> Tensor:
+        ctx.slope = slope
+        ctx.save_for_backward(weight, scores, hard)
+        return drop(weight, hard)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor, None, None]:
+        weight, scores, hard = ctx.saved_tensors
+        to_weight = drop(gradient, hard) if ctx.needs_input_grad[0] else None
+        to_gate = _gather(gradient * weight, tuple(scores.shape))
+        return to_weight, _slope(to_gate, scores, ctx.slope), None, None
+
+
+def masked(weight: Tensor, scores: Tensor, hard: Tensor, slope: Slope = "identity") -> Tensor:
+    """`weight` with the entries dropped that `hard` does not keep; gradients reach the scores.
+
+    `scores` and `hard` hold one entry a unit and spread over the weight's shape: see `gate_shape`.
+    """
+    return _Masked.apply(weight, scores, hard, slope)
+
+
+def drop(weight: Tensor, hard: Tensor) -> Tensor:
+    """`weight` where `hard` keeps it, exact 0 elsewhere. `hard` spreads over the weight's shape."""
+    return torch.where(spread(hard, tuple(weight.shape)), weight, 0)
+
+
+def _gather(gradient: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Sum a gradient per entry into one per unit: the adjoint of `spread`."""
+    for axis, units in enumerate(shape):
+        if units != gradient.shape[axis]:
+            gradient = gradient.unflatten(axis, (units, -1)).sum(axis + 1)
+    return gradient
+
+
+def surrogate(scores: Tensor, hard: Tensor) -> Tensor:
+    """`hard` as 0/1 in the forward pass, the identity in the backward pass. Any shape."""
+    return _Surrogate.apply(scores, hard, "identity")
+
+
+def threshold(scores: Tensor, at: float = 0.0) -> Tensor:
+    """1 where score > `at`, else 0; identity gradient (Piggyback, Mallya et al. 2018). Any shape."""
+    return surrogate(scores, scores > at)
+
+
+def sample(logits: Tensor) -> Tensor:
+    """Boolean draws of Bernoulli(σ(logit)), from torch's own generator. Any shape."""
+    noise = torch.rand(logits.shape, device=logits.device)
+    return noise < torch.sigmoid(logits.detach())
+
+
+def bernoulli(logits: Tensor, noise: Tensor, through_sigmoid: bool = True) -> Tensor:
+    """A sample of Bernoulli(σ(logit)): 1 where `noise` < σ(logit). Any shape.
+
+    `noise` is uniform in [0, 1), of the logits' shape. The sigmoid stays in the graph, so the
+    gradient is σ(1-σ) (Zhou et al. 2019); without it the gradient is the identity (Zhao et al.
+    2020, scheme 3).
+    """
+    hard = noise < torch.sigmoid(logits.detach())
+    return _Surrogate.apply(logits, hard, "sigmoid" if through_sigmoid else "identity")
+
+
+def hard_concrete(
+    log_alpha: Tensor,
+    noise: Tensor,
+    temperature: float = 2 / 3,
+    stretch: tuple[float, float] = (-0.1, 1.1),
+) -> Tensor:
+    """A stretched, clamped concrete gate in [0, 1], exactly 0 or 1 with positive probability.
+
+    z = clamp(σ((log u - log(1-u) + log α) / τ)·(r-l) + l, 0, 1) (Louizos et al. 2018, eq. 10-11).
+    `noise` u is uniform in (0, 1), of log_alpha's shape.
+    """
+    low, high = stretch
+    concrete = torch.sigmoid((torch.logit(noise) + log_alpha) / temperature)
+    return (concrete * (high - low) + low).clamp(0, 1)
+
+
+def hard_concrete_settled(
+    log_alpha: Tensor, stretch: tuple[float, float] = (-0.1, 1.1)
+) -> Tensor:
+    """The gate used at test time: clamp(σ(log α)·(r-l) + l, 0, 1) (Louizos et al. 2018, eq. 13)."""
+    low, high = stretch
+    return (torch.sigmoid(log_alpha) * (high - low) + low).clamp(0, 1)
+
+
+def expected_l0(
+    log_alpha: Tensor, temperature: float = 2 / 3, stretch: tuple[float, float] = (-0.1, 1.1)
+) -> Tensor:
+    """Σ P(gate ≠ 0) = Σ σ(log α - τ log(-l/r)) (Louizos et al. 2018, eq. 12). A scalar."""
+    low, high = stretch
+    return torch.sigmoid(log_alpha - temperature * math.log(-low / high)).sum()
+
+
+def top_k(scores: Tensor, keep: int) -> Tensor:
+    """1 on exactly the `keep` highest scores, else 0; identity gradient (Ramanujan et al. 2020).
+
+    Ties are settled by position, so the count is exact and the same every time.
+    """
+    return surrogate(scores, settle_top_k(scores, keep))
+
+
+def settle_top_k(scores: Tensor, keep: int) -> Tensor:
+    """Boolean mask, of the scores' shape, of exactly the `keep` highest scores."""
+    count = scores.numel()
+    if not 0 <= keep <= count:
+        raise SettingError(f"top-k: found k = {keep}, expected 0 ≤ k ≤ {count} entries; lower k")
+    hard = torch.zeros(count, dtype=torch.bool, device=scores.device)
+    order = torch.argsort(scores.detach().flatten().float(), descending=True, stable=True)
+    hard[order[:keep]] = True
+    return hard.view(scores.shape)
+
+
+def settle_n_of_m(scores: Tensor, keep: int, group: int) -> Tensor:
+    """Boolean mask keeping the `keep` highest of every `group` neighbours on the last axis (N:M).
+
+    Raises SettingError where the last axis is not a multiple of `group`.
+    """
+    if scores.shape[-1] % group or not 0 < keep <= group:
+        raise SettingError(
+            f"{keep}:{group} sparsity: found a last axis of {scores.shape[-1]}, expected a "
+            f"multiple of {group} and 0 < {keep} ≤ {group}; choose another pattern or matrix"
+        )
+    grouped = scores.detach().reshape(-1, group)
+    order = torch.argsort(grouped.float(), dim=-1, descending=True, stable=True)
+    hard = torch.zeros(grouped.shape, dtype=torch.bool, device=scores.device)
+    hard.scatter_(1, order[:, :keep], True)
+    return hard.view(scores.shape)
+
+
+def smallest(values: Tensor, share: float, generator: torch.Generator) -> Tensor:
+    """Boolean mask of exactly floor(n·share) entries of smallest magnitude, ties in random order.
+
+    Random ties matter where many entries are equal (the zero row of a padding token): by position,
+    they would always be the same ones.
+    """
+    if not 0 <= share <= 1:
+        raise SettingError(f"share of entries: found {share}, expected 0 to 1")
+    count = values.numel()
+    magnitude = values.detach().abs().flatten().float()
+    shuffle = torch.randperm(count, generator=generator).to(values.device)
+    order = shuffle[torch.argsort(magnitude[shuffle], stable=True)]
+    hard = torch.zeros(count, dtype=torch.bool, device=values.device)
+    hard[order[: math.floor(count * share)]] = True
+    return hard.view(values.shape)
+
+
+def gate_shape(
+    shape: tuple[int, ...], granularity: Granularity, linear_axes: tuple[str, str], heads: int
+) -> tuple[int, ...]:
+    """Shape of the scores that gate a matrix of `shape`, one score per unit.
+
+    `linear_axes` says which stored axis is the output ("out", "in" for nn.Linear; the reverse for
+    GPT-2's Conv1D). A row is an output unit (for the first feed-forward matrix: a neuron), a
+    column an input unit (for the second one: a neuron). A head is `rows / heads` neighbouring
+    outputs, so it is meant for query, key and value matrices.
+    """
+    if granularity in ("entry", "n:m"):
+        return shape
+    axis = linear_axes.index("in" if granularity == "column" else "out")
+    units = shape[axis]
+    if granularity == "head":
+        if units % heads:
+            raise SettingError(
+                f"granularity 'head': found {units} outputs, expected a multiple of the base's "
+                f"{heads} attention heads; restrict the mask to Q, K and V or use 'row'"
+            )
+        units = heads
+    return tuple(units if i == axis else 1 for i in range(len(shape)))
+
+
+def spread(gate: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """A gate per unit, (units, 1) or (1, units), as one that broadcasts against `shape`."""
+    for axis, (units, size) in enumerate(zip(gate.shape, shape, strict=True)):
+        if units not in (1, size):
+            gate = gate.repeat_interleave(size // units, dim=axis)
+    return gate
+
+
+def count_kept(hard: Tensor, shape: tuple[int, ...]) -> int:
+    """Entries of a matrix of `shape` that a hard gate keeps."""
+    return int(spread(hard, shape).expand(shape).sum())

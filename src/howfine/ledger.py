@@ -1,0 +1,61 @@
+"""Ledger: finished runs as JSON lines, one a run, that a stop can't tear."""
+
+from __future__ import annotations
+
+import base64
+import json
+import zlib
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from howfine import container
+
+Record = dict[str, Any]
+
+
+class Ledger:
+    """A JSON-lines file of records with a `key`; the newest line of a key counts."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+
+    def __iter__(self) -> Iterator[Record]:
+        return iter(self.records().values())
+
+    def records(self) -> dict[str, Record]:
+        """Records by key. A last line cut short by a kill is left out."""
+        if not self.path.exists():
+            return {}
+        found = {}
+        for line in self.path.read_text().splitlines():
+            try:
+                record = json.loads(line)
+            except json.JSONDecodeError:  # the torn last line of a killed writer
+                continue
+            found[record["key"]] = record
+        return found
+
+    def add(self, record: Record) -> None:
+        """Append one record; the whole line is on disk when this returns."""
+        self.replace([*self.records().values(), record])
+
+    def replace(self, records: Iterable[Record]) -> None:
+        """Write the records given, and nothing else, atomically."""
+        lines = "".join(json.dumps(record, sort_keys=True) + "\n" for record in records)
+        container.write_atomically(self.path, lines.encode())
+
+
+def pack_predictions(predictions: np.ndarray) -> str:
+    """Predictions as a short text: int16 class indices or float32 scores, deflated, base64."""
+    kind = np.float32 if predictions.dtype.kind == "f" else np.int16
+    data = zlib.compress(predictions.astype(kind).tobytes(), 9)
+    return np.dtype(kind).str + ":" + base64.b64encode(data).decode()
+
+
+def unpack_predictions(text: str) -> np.ndarray:
+    """The inverse of `pack_predictions`."""
+    kind, _, data = text.partition(":")
+    return np.frombuffer(zlib.decompress(base64.b64decode(data)), dtype=kind)

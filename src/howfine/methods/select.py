@@ -1,0 +1,74 @@
+"""Train chosen parameters, freeze the rest at the base's values (L0-close fine-tuning).
+
+Radiya-Dixit & Wang 2020, "How fine can fine-tuning be?", excluding the least sensitive groups;
+with `train="bias"` BitFit (Ben Zaken et al. 2022), with `train="norm"` LayerNorm tuning, with
+`train="none"` the readout alone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from howfine import whole
+from howfine.base import Base
+from howfine.change import Change
+from howfine.errors import SettingError
+from howfine.method import Method, Probe, Tensors
+
+
+@dataclass(frozen=True)
+class Select(Method):
+    """Which parameters train, by selector: see `howfine.anatomy` for the grammar."""
+
+    # What trains, as selectors: "all", "none", "bias", "norm", "K", "matrices@0-3", "all@-2,-1".
+    train: tuple[str, ...] = ("all",)
+    # What stays frozen of it, as selectors.
+    freeze: tuple[str, ...] = ()
+    # Train only the k most sensitive groups (matrices, with their biases) of these; 0 for all.
+    top: int = 0
+    # Sensitivity of a group: summed |gradient| per entry at the base, or |gradient·weight|.
+    by: str = "gradient"
+
+    def __post_init__(self) -> None:
+        if self.by not in ("gradient", "saliency"):
+            raise SettingError(f"select by {self.by!r}: expected 'gradient' or 'saliency'")
+        if self.top < 0:
+            raise SettingError(f"select top {self.top}: expected 0 (all) or more groups")
+
+    def attach(self, base: Base, probe: Probe | None = None) -> Change:
+        frozen = set(base.choose(self.freeze))
+        paths = [path for path in base.choose(self.train) if path not in frozen]
+        if self.top:
+            if probe is None:
+                raise SettingError(
+                    f"select top={self.top} measures gradients, which needs a task: call it "
+                    "through tune, or pass a probe to attach"
+                )
+            paths = self._most_sensitive(base, paths, probe)
+        return whole.attach(base, paths)
+
+    def _most_sensitive(self, base: Base, paths: list[str], probe: Probe) -> list[str]:
+        """Paths of the `top` groups whose entries move the loss most, a group being a module."""
+        gradients = probe.gradients(base, paths)
+        if self.by == "saliency":
+            gradients = {p: g * base.parameter(p).detach().abs() for p, g in gradients.items()}
+        groups: dict[str, list[str]] = {}
+        for path in paths:
+            groups.setdefault(path.rpartition(".")[0], []).append(path)
+
+        def sensitivity(group: str) -> float:
+            total = sum(float(gradients[p].double().sum()) for p in groups[group])
+            return total / sum(gradients[p].numel() for p in groups[group])
+
+        ranked = sorted(groups, key=sensitivity, reverse=True)
+        chosen = {path for group in ranked[: self.top] for path in groups[group]}
+        return [path for path in paths if path in chosen]
+
+    def pack(self, base: Base, change: Change) -> Tensors:
+        return whole.pack(change)
+
+    def unpack(self, base: Base, tensors: Tensors) -> Change:
+        return whole.unpack(base, tensors)
+
+
+EXAMPLE = Select(train=("all@-1",))

@@ -1,0 +1,117 @@
+"""Readout: how the output becomes an answer, and what is the loss. The contract.
+
+A readout is one file in `howfine/readouts/`, like a method: a docstring, a frozen dataclass, an
+`EXAMPLE`. Its own small parameters are its head, an nn.Module; an *attention* head is something
+else.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from howfine import plugins
+from howfine.base import Base
+from howfine.batch import Batch
+from howfine.errors import DamagedDelta
+from howfine.method import Tensors
+from howfine.task import Example
+
+Labels = tuple[str, ...]
+
+
+class Head(nn.Module, ABC):
+    """A readout's own parameters. Its forward runs the towers and returns (B, …) outputs."""
+
+    @abstractmethod
+    def forward(self, towers: nn.ModuleDict, batch: Batch) -> Tensor:
+        """Outputs of a batch: logits (B, classes), or scores (B,)."""
+
+
+class Readout(ABC):
+    """Examples to a Batch; outputs to a loss and predictions; its own small parameters.
+
+    Subclasses are final, frozen dataclasses with at most six fields. `labels` are the task's class
+    names, () for regression.
+    """
+
+    # Which kind of base it needs: see `howfine.base.KINDS`.
+    kind: ClassVar[str] = "body"
+
+    def __init_subclass__(cls) -> None:
+        if cls.__bases__ != (Readout,):
+            raise TypeError(f"{cls.__name__}: readouts are final; wrap one instead of subclassing")
+
+    @abstractmethod
+    def attach(self, base: Base, labels: Labels) -> Head:
+        """A freshly initialised, trainable head."""
+
+    @abstractmethod
+    def collate(self, base: Base, examples: Sequence[Example], labelled: bool = True) -> Batch:
+        """A padded batch of examples, with targets if `labelled`."""
+
+    @abstractmethod
+    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """The training loss, a scalar."""
+
+    @abstractmethod
+    def predict(self, outputs: Tensor) -> Tensor:
+        """(B,) class indices, or scores for regression."""
+
+    def pack(self, head: Head) -> Tensors:
+        """The head's tensors."""
+        return {name: value.detach().clone() for name, value in head.state_dict().items()}
+
+    def unpack(self, base: Base, labels: Labels, tensors: Tensors) -> Head:
+        """A head with stored tensors. Raises DamagedDelta where they don't fit."""
+        head = self.attach(base, labels)
+        found = {name: tuple(value.shape) for name, value in tensors.items()}
+        expected = {name: tuple(value.shape) for name, value in head.state_dict().items()}
+        if found != expected:
+            raise DamagedDelta(
+                f"readout tensors don't fit the base {base.name}: found {found}, expected "
+                f"{expected}; the file is damaged, or made for another model"
+            )
+        head.load_state_dict(tensors)
+        return head.to(base.device)
+
+
+class Wired(nn.Module):
+    """A base with a readout's head, as one module: what Trainer trains and `evaluate` runs."""
+
+    # Trainer then divides the loss by the accumulation steps itself.
+    accepts_loss_kwargs = False
+
+    def __init__(self, base: Base, readout: Readout, head: Head) -> None:
+        super().__init__()
+        self.towers = base.towers
+        self.head = head.to(base.device)
+        self.readout = readout
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Trainable parameters alone: a checkpoint of the training loop need not hold the base."""
+        kept = {name for name, value in self.named_parameters() if value.requires_grad}
+        whole = super().state_dict(*args, **kwargs)
+        prefix = kwargs.get("prefix", "")
+        return {name: whole[name] for name in whole if name.removeprefix(prefix) in kept}
+
+    def forward(self, **fields: Any) -> dict[str, Tensor]:
+        """Takes a Batch's fields; gives `logits` and, with targets, `loss`."""
+        batch = Batch.from_kwargs(fields)
+        outputs = self.head(self.towers, batch)
+        if batch.targets is None:
+            return {"logits": outputs}
+        return {"loss": self.readout.loss(outputs, batch.targets), "logits": outputs}
+
+
+def readouts() -> dict[str, type[Readout]]:
+    """Every readout by name."""
+    return plugins.registry("readouts", Readout)
+
+
+def readout(name: str, **settings: Any) -> Readout:
+    """A readout by name. Raises SettingError with the near name for what is unknown."""
+    return plugins.build("readout", readouts(), name, settings)

@@ -1,0 +1,1 @@
+"""One file a readout; the folder is the registry (see `howfine.readout`)."""

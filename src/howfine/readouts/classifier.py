@@ -1,0 +1,105 @@
+"""A linear layer on a pooled hidden state: classification, and regression where there are no labels.
+
+Devlin et al. 2019, section 4.1. Cross-entropy, or mean squared error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from howfine.base import Base
+from howfine.batch import Batch
+from howfine.errors import SettingError
+from howfine.readout import Head, Labels, Readout
+from howfine.task import Example
+
+
+@dataclass(frozen=True)
+class Classifier(Readout):
+    """Pool the last hidden state, drop out, one linear layer."""
+
+    # What is read: cls | mean | last | pooler; "base" for what the base itself states.
+    pooling: Literal["base", "cls", "mean", "last", "pooler"] = "base"
+    # Tokens kept of an example (both texts together), special tokens counted.
+    max_length: int = 128
+    # Dropout before the linear layer.
+    dropout: float = 0.1
+
+    def attach(self, base: Base, labels: Labels) -> Head:
+        pooling = base.pooling if self.pooling == "base" else self.pooling
+        if pooling == "pooler" and not base.anatomy.pooler:
+            raise SettingError(
+                f"classifier pooling 'pooler': the base {base.name} has no pooler; "
+                "use cls, mean or last"
+            )
+        return _LinearHead(base, pooling, max(1, len(labels)), self.dropout)
+
+    def collate(self, base: Base, examples: Sequence[Example], labelled: bool = True) -> Batch:
+        if base.tokenizer is None:
+            raise SettingError(
+                f"readout 'classifier' reads texts, but the base {base.name} has no tokenizer; "
+                "give a text base"
+            )
+        columns = list(zip(*(example.texts for example in examples), strict=True))
+        encoded = base.tokenizer(
+            *map(list, columns),
+            padding=True,
+            truncation=True,
+            max_length=self.max_length,
+            padding_side="right",  # positions then start at 0 in every row, padded or not
+            return_tensors="pt",
+        )
+        targets = torch.tensor([example.label for example in examples]) if labelled else None
+        if targets is not None and targets.is_floating_point():
+            targets = targets.float()
+        return Batch(inputs=dict(encoded), targets=targets)
+
+    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        if outputs.shape[-1] == 1:
+            return functional.mse_loss(outputs.float().squeeze(-1), targets.float())
+        return functional.cross_entropy(outputs.float(), targets)
+
+    def predict(self, outputs: Tensor) -> Tensor:
+        return outputs.squeeze(-1).float() if outputs.shape[-1] == 1 else outputs.argmax(-1)
+
+
+class _LinearHead(Head):
+    def __init__(self, base: Base, pooling: str, outputs: int, dropout: float) -> None:
+        super().__init__()
+        self.tower_name = base.tower_name
+        self.pooling = pooling
+        self.dropout = nn.Dropout(dropout)
+        self.linear = nn.Linear(base.hidden_size, outputs)
+        nn.init.normal_(self.linear.weight, std=0.02)
+        nn.init.zeros_(self.linear.bias)
+
+    def forward(self, towers: nn.ModuleDict, batch: Batch) -> Tensor:
+        state = towers[self.tower_name](**batch.inputs)
+        pooled = pool(state, batch.inputs.get("attention_mask"), self.pooling)
+        return self.linear(self.dropout(pooled.to(self.linear.weight.dtype)))
+
+
+def pool(state: object, mask: Tensor | None, pooling: str) -> Tensor:
+    """(B, H) from a model's output: the first, last or mean unmasked position, or the pooler's."""
+    if pooling == "pooler":
+        return state.pooler_output  # type: ignore[attr-defined, no-any-return]
+    hidden: Tensor = state.last_hidden_state  # type: ignore[attr-defined]
+    if pooling == "cls":
+        return hidden[:, 0]
+    if mask is None:
+        mask = torch.ones(hidden.shape[:2], device=hidden.device)
+    if pooling == "mean":
+        weights = mask.unsqueeze(-1).to(hidden.dtype)
+        return (hidden * weights).sum(1) / weights.sum(1).clamp(min=1)
+    positions = torch.arange(mask.shape[1], device=mask.device)
+    last = (mask * positions).argmax(1)
+    return hidden[torch.arange(len(hidden), device=hidden.device), last]
+
+
+EXAMPLE = Classifier(max_length=32)

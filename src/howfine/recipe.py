@@ -1,0 +1,184 @@
+"""Recipe: a method, a readout and training settings, as a frozen record or a YAML file."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from howfine import plugins
+from howfine.codec import PRECISIONS
+from howfine.errors import SettingError, near
+from howfine.method import Method, methods
+from howfine.readout import Readout, readouts
+
+
+@dataclass(frozen=True)
+class Training:
+    """How a fit is run; the names are transformers' where it has one."""
+
+    # Passes over the training split.
+    epochs: float = 3.0
+    # Optimiser steps; above 0 it overrides epochs.
+    max_steps: int = 0
+    # Examples per optimiser step and process.
+    batch_size: int = 32
+    # Batches added up before an optimiser step.
+    gradient_accumulation: int = 1
+    # Peak learning rate of the method's parameters.
+    learning_rate: float = 5e-5
+    # Peak learning rate of the readout's head; None for the same.
+    readout_learning_rate: float | None = None
+    # AdamW's decoupled weight decay.
+    weight_decay: float = 0.01
+    # Share of the steps that warm up linearly.
+    warmup: float = 0.1
+    # Learning-rate schedule by transformers' name: linear, cosine, constant, …
+    schedule: str = "linear"
+    # Gradient norm above which gradients are scaled down; 0 for never.
+    max_grad_norm: float = 1.0
+    # Number format of the forward and backward pass: fp32, bf16 or fp16 (mixed precision).
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    # Evaluations on dev per training that pick the best state; 0 keeps the last state.
+    evaluations: int = 0
+    # Evaluations without improvement before training stops; 0 for never.
+    patience: int = 0
+    # Batch examples of similar length (saves padding).
+    group_by_length: bool = True
+    # Recompute activations in the backward pass (saves memory, costs time).
+    gradient_checkpointing: bool = False
+    # Where to log: none, tensorboard, trackio, … as transformers' report_to.
+    report_to: str = "none"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a run is made of: the same record and seed give the same bytes on one machine."""
+
+    name: str
+    method: Method
+    readout: Readout
+    training: Training = field(default_factory=Training)
+    # Precision of stored values: fp32, fp16, bf16, int8 or sign.
+    store: str = "fp32"
+    # Settings a study varies, with the values it tries: the size knob.
+    knob: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.store not in PRECISIONS:
+            raise SettingError(f"store {self.store!r} is unknown. {near(self.store, PRECISIONS)}")
+
+    @classmethod
+    def load(cls, name: str | Path) -> Recipe:
+        """A recipe that ships with howfine by name, a YAML file by path, or a method's EXAMPLE.
+
+        A method without a recipe of its own runs with its example's settings and the defaults.
+        """
+        text = _shipped().get(str(name))
+        if text is None and Path(name).suffix in (".yaml", ".yml"):
+            if not Path(name).is_file():
+                raise SettingError(f"recipe file {name} does not exist; give another path")
+            text = Path(name).read_text()
+        if text is not None:
+            return cls.parse(Path(name).stem, yaml.safe_load(text))
+        if str(name) in methods():
+            example = plugins.examples("methods", Method)[str(name)]  # type: ignore[type-abstract]
+            return cls(str(name), example, default_readout())
+        known = {*_shipped(), *methods()}
+        raise SettingError(f"recipe {str(name)!r} is unknown. {near(str(name), known)}")
+
+    @classmethod
+    def parse(cls, name: str, raw: Any) -> Recipe:
+        """A recipe from a YAML file's content; unknown keys are errors with the near name."""
+        known = ("about", "method", "readout", "training", "store", "knob")
+        if not isinstance(raw, dict) or "method" not in raw:
+            raise SettingError(f"recipe {name}: expected a mapping with a 'method'; see docs")
+        for key in raw:
+            if key not in known:
+                raise SettingError(f"recipe {name} has no key {key!r}. {near(key, known)}")
+        method_name, method_settings = _one(raw["method"], f"recipe {name}, method")
+        if "readout" in raw:
+            readout_name, settings = _one(raw["readout"], f"recipe {name}, readout")
+            readout = plugins.build("readout", readouts(), readout_name, settings)
+        else:
+            readout = default_readout()
+        return cls(
+            name=name,
+            method=plugins.build("method", methods(), method_name, method_settings),
+            readout=readout,
+            training=plugins.checked(Training, raw.get("training") or {}, f"recipe {name}"),
+            store=str(raw.get("store", "fp32")),
+            knob={key: tuple(values) for key, values in (raw.get("knob") or {}).items()},
+        )
+
+    def override(self, **settings: Any) -> Recipe:
+        """The same recipe with settings changed, each where it lives: training, method, readout."""
+        found = self
+        for key, value in settings.items():
+            found = found._override(key, value)
+        return found
+
+    def _override(self, key: str, value: Any) -> Recipe:
+        if key == "store":
+            return dataclasses.replace(self, store=value)
+        known = set()
+        for part in ("training", "method", "readout"):
+            holder: Any = getattr(self, part)
+            names = {f.name for f in dataclasses.fields(holder)}
+            known |= names
+            if key in names:
+                current = {f.name: getattr(holder, f.name) for f in dataclasses.fields(holder)}
+                changed = plugins.checked(
+                    type(holder), {**current, key: value}, f"recipe {self.name}, {part}"
+                )
+                return dataclasses.replace(self, **{part: changed})
+        raise SettingError(
+            f"recipe {self.name} has no setting {key!r}. {near(key, known | {'store'})}"
+        )
+
+    def as_dict(self) -> dict[str, Any]:
+        """The record a study stores: settings that differ from their defaults."""
+        method_name = plugins.name_of("methods", Method, self.method)  # type: ignore[type-abstract]
+        readout_name = plugins.name_of("readouts", Readout, self.readout)  # type: ignore[type-abstract]
+        return {
+            "recipe": self.name,
+            "method": {method_name: plugins.settings_of(self.method)},
+            "readout": {readout_name: plugins.settings_of(self.readout)},
+            "training": plugins.settings_of(self.training),
+            "store": self.store,
+        }
+
+
+def recipes() -> list[str]:
+    """Names of the recipes that ship with howfine, and of methods that have none of their own."""
+    return sorted({*_shipped(), *methods()})
+
+
+def default_readout() -> Readout:
+    """The first readout that needs no more than a base's body."""
+    body = [cls for _, cls in sorted(readouts().items()) if cls.kind == "body"]
+    return body[0]()
+
+
+def _shipped() -> dict[str, str]:
+    folder = resources.files("howfine") / "recipes"
+    return {
+        item.name.removesuffix(".yaml"): item.read_text()
+        for item in folder.iterdir()
+        if item.name.endswith(".yaml")
+    }
+
+
+def _one(raw: Any, where: str) -> tuple[str, dict[str, Any]]:
+    """A name alone, or {name: settings}."""
+    if isinstance(raw, str):
+        return raw, {}
+    if isinstance(raw, dict) and len(raw) == 1:
+        ((name, settings),) = raw.items()
+        return str(name), dict(settings or {})
+    raise SettingError(f"{where}: expected a name, or one name with its settings; found {raw!r}")

@@ -1,0 +1,85 @@
+"""Ways to touch a model, each returning its undo.
+
+A parameter may have several homes (tied weights): every verb finds them all. Undo puts the very
+same Parameter object back into every home, so a base is untouched bit for bit, whatever happened
+in between.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from howfine.change import Undo
+from howfine.errors import SettingError
+
+
+def homes(model: nn.Module, path: str) -> list[tuple[nn.Module, str]]:
+    """Every (module, attribute) under `model` that holds the parameter at `path`.
+
+    Raises SettingError where the model has no such parameter.
+    """
+    owner, _, name = path.rpartition(".")
+    try:
+        parameter = model.get_submodule(owner)._parameters[name]
+    except (AttributeError, KeyError):
+        raise SettingError(
+            f"parameter {path!r} is not in this model; list its names with "
+            "`[name for name, _ in model.named_parameters()]`"
+        ) from None
+    return [
+        (module, attribute)
+        for module in model.modules()
+        for attribute, value in module._parameters.items()
+        if value is parameter
+    ]
+
+
+def replace(model: nn.Module, path: str, value: nn.Parameter) -> Undo:
+    """Put `value` in place of the parameter at `path`, in all its homes.
+
+    Raises SettingError where the shape differs.
+    """
+    places = homes(model, path)
+    original = places[0][0]._parameters[places[0][1]]
+    assert original is not None
+    if original.shape != value.shape:
+        raise SettingError(
+            f"parameter {path!r}: found shape {tuple(value.shape)}, expected "
+            f"{tuple(original.shape)}; was it made on another model?"
+        )
+    for module, attribute in places:
+        module._parameters[attribute] = value
+
+    def undo() -> None:
+        for module, attribute in places:
+            module._parameters[attribute] = original
+
+    return undo
+
+
+def reweight(model: nn.Module, path: str, gate: nn.Module) -> Undo:
+    """Let the weight at `path` be `gate(weight)` wherever it is read, in all its homes.
+
+    `gate` maps a tensor to one of the same shape and dtype. Its own parameters train; the weight
+    stays as it is. Built on torch.nn.utils.parametrize, which knows no tied weights: each home is
+    registered with the same gate.
+    """
+    places = homes(model, path)
+    for module, attribute in places:
+        # unsafe: skips a trial forward, which would draw random numbers from a sampling gate.
+        parametrize.register_parametrization(module, attribute, gate, unsafe=True)
+
+    def undo() -> None:
+        for module, attribute in places:
+            parametrize.remove_parametrizations(module, attribute, leave_parametrized=False)
+
+    return undo
+
+
+def trainable_copy(model: nn.Module, path: str) -> tuple[nn.Parameter, Undo]:
+    """Put a trainable copy of the parameter at `path` in its place; the original waits in undo."""
+    module, attribute = homes(model, path)[0]
+    original: Tensor = module._parameters[attribute]  # type: ignore[assignment]
+    copy = nn.Parameter(original.detach().clone(), requires_grad=True)
+    return copy, replace(model, path, copy)

@@ -1,0 +1,174 @@
+"""A task: examples in three splits, labels and a metric. It knows no model and no tokenizer."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from howfine.errors import BadSplit, SettingError, TaskError, TaskNotFound, UnknownLabel, near
+from howfine.metrics import METRICS
+from howfine.tasks import SPLITS, Found, Row, files, glue, rotten_tomatoes
+
+CLASSIFICATION, REGRESSION = "classification", "regression"
+DEFAULT_METRIC = {CLASSIFICATION: "accuracy", REGRESSION: "pearson_spearman"}
+DATA_VARIABLE = "HOWFINE_DATA"
+
+
+@dataclass(frozen=True)
+class Example:
+    """One or two texts, and a class index or a score."""
+
+    texts: tuple[str, ...]
+    label: int | float
+
+
+@dataclass(frozen=True)
+class Task:
+    """Examples to learn from, to choose by and to report on.
+
+    Raises, when made, BadSplit for a missing or empty split or a train split with one class,
+    UnknownLabel for a class index outside the labels, SettingError for a metric that doesn't fit.
+    """
+
+    name: str
+    # "train", "dev" and "test".
+    splits: Mapping[str, Sequence[Example]] = field(repr=False)
+    # Class names by index; () for regression.
+    labels: tuple[str, ...]
+    # A name in metrics.METRICS.
+    metric: str
+    # One sentence: the source, and how the splits were made.
+    provenance: str
+
+    def __post_init__(self) -> None:
+        """Refuse what can't be learned from."""
+        _check_metric(self.metric, self.labels, self.name)
+        _check_splits(self)
+
+    @property
+    def kind(self) -> str:
+        """ "classification" or "regression"."""
+        return CLASSIFICATION if self.labels else REGRESSION
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """First 16 hex digits of the SHA-256 over labels and all examples in order."""
+        digest = hashlib.sha256(json.dumps(list(self.labels)).encode())
+        for split in SPLITS:
+            for example in self.splits[split]:
+                digest.update(json.dumps([split, *example.texts, example.label]).encode())
+        return digest.hexdigest()[:16]
+
+    def subset(
+        self,
+        *,
+        train: int | None = None,
+        dev: int | None = None,
+        test: int | None = None,
+        seed: int = 0,
+    ) -> Task:
+        """The task with at most so many examples of each split (None: all of them), in order.
+
+        Classes keep their shares, to one example, and none is lost while there is room; scores
+        are sampled evenly. The choice is fixed by the seed. Raises SettingError for a size < 1,
+        BadSplit where one class is left in train.
+        """
+        sizes = {"train": train, "dev": dev, "test": test}
+        splits = dict(self.splits)
+        for number, (split, size) in enumerate(sizes.items()):
+            if size is None:
+                continue
+            if size < 1:
+                raise SettingError(f"subset size {split}={size}, expected at least 1")
+            rng = np.random.default_rng([seed, number])
+            splits[split] = _sample(self.splits[split], size, bool(self.labels), rng)
+        asked = ", ".join(f"{s} {n}" for s, n in sizes.items() if n is not None)
+        if not asked:
+            return self
+        provenance = f"{self.provenance}; a sample of {asked} at most, seed {seed}"
+        return replace(self, splits=splits, provenance=provenance)
+
+    @staticmethod
+    def load(
+        name_or_path: str | Path,
+        *,
+        text: str | Sequence[str] | None = None,
+        label: str | None = None,
+        data: str | Path | None = None,
+        metric: str | None = None,
+        train: str | None = None,
+        dev: str | None = None,
+        test: str | None = None,
+        seed: int = 0,
+    ) -> Task:
+        """A task by name, from files, or from the hub; docs/tasks.md shows each.
+
+        `text` names one column or two ("premise,hypothesis"), `label` one. `train`, `dev` and
+        `test` say which part of the source is which split: a file's stem in a folder, another
+        file beside a single one, a split's name on the hub. `seed` salts the hash that makes
+        missing splits. `data` is the folder of the GLUE files, else the environment variable
+        HOWFINE_DATA. Raises TaskError or a kind of it, SettingError for options that don't fit.
+        """
+        name = str(name_or_path)
+        options = {"text": text, "label": label, "train": train, "dev": dev, "test": test}
+        given = {key: value for key, value in options.items() if value is not None}
+        found = _named(name, data, {**given, **({"seed": seed} if seed else {})})
+        if found is None:
+            found = _unnamed(name, _wanted(given, seed))
+        labels, metric, splits = _encoded(found, metric)
+        return Task(
+            name=name.removeprefix("glue/"),
+            splits=splits,
+            labels=labels,
+            metric=metric,
+            provenance=found.provenance,
+        )
+
+
+def _named(name: str, data: str | Path | None, options: Mapping[str, Any]) -> Found | None:
+    """A task known by name, None where it is none."""
+    short = name.removeprefix("glue/")
+    if name != rotten_tomatoes.NAME and short not in glue.TASKS:
+        return None
+    if options:
+        raise SettingError(
+            f"task {name!r} has fixed columns and splits, but found {', '.join(options)}; "
+            "leave them out, or name a file"
+        )
+    if name == rotten_tomatoes.NAME:
+        return rotten_tomatoes.read()
+    folder = data or os.environ.get(DATA_VARIABLE)
+    return glue.read(short, Path(folder) if folder else None)
+
+
+def _unnamed(name: str, wanted: files.Wanted) -> Found:
+    """A folder, a file or a data set of the hub."""
+    path = Path(name).expanduser()
+    if path.exists() or path.suffix in files.READERS:
+        return files.read(path, wanted)
+    if name.count("/") == 1 and not name.startswith((".", "/", "~")):
+        return files.read_hub(name, wanted)
+    known = [rotten_tomatoes.NAME, *glue.TASKS]
+    raise TaskNotFound(
+        f"task {name!r} is no known name, no file or folder, and no owner/name of the hub. "
+        f"{near(name, known)}"
+    )
+
+
+def _wanted(given: Mapping[str, Any], seed: int) -> files.Wanted:
+    text = given.get("text", "text")
+    names = text.split(",") if isinstance(text, str) else text
+    names = tuple(name.strip() for name in names)
+    if len(names) not in (1, 2) or "" in names:
+        raise SettingError(f"text={text!r}, expected one column or two, such as premise,hypothesis")
+    splits = {split: given[split] for split in SPLITS if split in given}
+    return files.Wanted(names, given.get("label", "label"), splits, seed)

@@ -1,0 +1,238 @@
+"""Examples from files (CSV, TSV, JSON, JSON lines, Parquet) and from data sets of the hub."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+from pyarrow import csv as pyarrow_csv
+from pyarrow import parquet
+
+from howfine.errors import BadSplit, SettingError, TaskError, TaskNotFound, near
+from howfine.tasks import ALIASES, SPLITS, Found, completed, rows_of
+
+Columns = dict[str, list[Any]]
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What a caller asked of a table: its columns, and which part is which split."""
+
+    # One column, or two for pairs.
+    text: tuple[str, ...] = ("text",)
+    label: str = "label"
+    # Split -> its name in the source, for those the caller named.
+    splits: Mapping[str, str] | None = None
+    # Salts the hash that makes missing splits.
+    seed: int = 0
+
+
+def read(path: Path, wanted: Wanted) -> Found:
+    """A folder with a file for each split, or one file, which is train.
+
+    Splits that are missing are made by a hash of the text. Raises TaskNotFound, BadSplit,
+    MissingColumn, or TaskError for a file or a row that can't be read.
+    """
+    paths = _in_folder(path, wanted) if path.is_dir() else _beside(path, wanted)
+    tables = {split: columns(file, wanted) for split, file in paths.items()}
+    _read_numbers(
+        [t for split, t in tables.items() if paths[split].suffix in (".csv", ".tsv")], wanted.label
+    )
+    sources = {split: str(file) for split, file in paths.items()}
+    return _found(tables, sources, wanted, labels=None, origin=str(path))
+
+
+def read_hub(name: str, wanted: Wanted) -> Found:
+    """A data set of the hub, "owner/name" or "owner/name:config".
+
+    Raises TaskNotFound where it can't be had, and what `read` raises for its content.
+    """
+    owner_name, _, config = name.partition(":")
+    splits = hub_splits(owner_name, config or None)
+    chosen = _chosen(splits, wanted, name)
+    sources = {split: f"{name} {theirs}" for split, theirs in chosen.items()}
+    tables = {split: splits[theirs].to_dict() for split, theirs in chosen.items()}
+    feature = splits[chosen["train"]].features.get(wanted.label)
+    labels = _class_names(feature)
+    return _found(tables, sources, wanted, labels=labels, origin=f"{name} from the hub")
+
+
+def hub_splits(name: str, config: str | None) -> Mapping[str, Any]:
+    """The splits of a data set of the hub, from the local cache where it is there.
+
+    Raises TaskNotFound, with the reason, for an unknown name or without a network.
+    """
+    import datasets  # seconds to import, and only the hub needs it
+
+    try:
+        found: Mapping[str, Any] = datasets.load_dataset(name, config)
+    except (OSError, ValueError) as error:
+        label = f"{name}:{config}" if config else name
+        raise TaskNotFound(
+            f"data set {label!r} can't be had from the hub: {str(error).splitlines()[0]}. "
+            "Give a file or a folder instead, or for a GLUE task a folder of data with --data"
+        ) from error
+    return found
+
+
+def _class_names(feature: Any) -> tuple[str, ...] | None:
+    from datasets import ClassLabel
+
+    return tuple(feature.names) if isinstance(feature, ClassLabel) else None
+
+
+def _found(
+    tables: Mapping[str, Columns],
+    sources: Mapping[str, str],
+    wanted: Wanted,
+    *,
+    labels: tuple[str, ...] | None,
+    origin: str,
+) -> Found:
+    rows = {
+        split: rows_of(table, wanted.text, wanted.label, sources[split])
+        for split, table in tables.items()
+    }
+    made = [split for split in SPLITS if split not in rows]
+    how = (
+        f"; {' and '.join(made)} carved out of train by a hash of the text, seed {wanted.seed}"
+        if made
+        else "; its own splits"
+    )
+    return Found(completed(rows, wanted.seed), labels, metric=None, provenance=f"{origin}{how}")
+
+
+def _in_folder(folder: Path, wanted: Wanted) -> dict[str, Path]:
+    paths: dict[str, list[Path]] = {}
+    for path in sorted(folder.iterdir()):
+        if path.suffix in READERS:
+            paths.setdefault(path.stem, []).append(path)
+    chosen = _chosen(paths, wanted, str(folder))
+    for stem in chosen.values():
+        if len(paths[stem]) > 1:
+            raise BadSplit(
+                f"{folder} has {' and '.join(path.name for path in paths[stem])}, expected one "
+                f"file for a split; move the others away"
+            )
+    return {split: paths[stem][0] for split, stem in chosen.items()}
+
+
+def _beside(path: Path, wanted: Wanted) -> dict[str, Path]:
+    """One file as train, with those named for dev and test."""
+    given = dict(wanted.splits or {})
+    if "train" in given:
+        raise SettingError(
+            f"{path} is a file, so it is the train split, but train={given['train']!r} was given "
+            "too; leave train out"
+        )
+    return {"train": path, **{split: Path(name) for split, name in given.items()}}
+
+
+def _chosen(available: Collection[str], wanted: Wanted, where: str) -> dict[str, str]:
+    """Split -> its name in the source: as the caller says, else by the usual names."""
+    chosen = dict(wanted.splits or {})
+    for split, theirs in chosen.items():
+        if theirs not in available:
+            raise BadSplit(f"{where} has no {theirs!r} for {split}. {near(theirs, available)}")
+    if len(set(chosen.values())) < len(chosen):
+        raise BadSplit(f"{where}: {chosen} names one part twice; a part can be one split only")
+    taken = set(chosen.values())
+    for split in SPLITS:
+        usual = [name for name in ALIASES[split] if name in available and name not in taken]
+        if split not in chosen and usual:
+            chosen[split] = usual[0]
+    if "train" not in chosen:
+        raise BadSplit(
+            f"{where} has no train split; found {', '.join(sorted(available)) or 'nothing'}. "
+            "Say which part it is with train="
+        )
+    return chosen
+
+
+def columns(path: Path, wanted: Wanted | None = None) -> Columns:
+    """All columns of a file by name; of CSV and TSV, the wanted ones are left as text.
+
+    Raises TaskNotFound for a missing file, TaskError for one that can't be read.
+    """
+    if path.suffix not in READERS:
+        raise TaskError(f"{path} has the ending {path.suffix!r}, expected {', '.join(READERS)}")
+    if not path.is_file():
+        raise TaskNotFound(f"there is no file {path}; correct the path")
+    try:
+        return READERS[path.suffix](path, wanted or Wanted())
+    except (OSError, ValueError, pyarrow.ArrowException) as error:
+        raise TaskError(
+            f"{path} can't be read as {path.suffix[1:]}: {str(error).splitlines()[0]}"
+        ) from error
+
+
+def _csv(path: Path, wanted: Wanted) -> Columns:
+    return _delimited(path, wanted, pyarrow_csv.ParseOptions(newlines_in_values=True))
+
+
+def _tsv(path: Path, wanted: Wanted) -> Columns:
+    """Tabs only: in TSV files of sentences a quotation mark is a character like any other."""
+    return _delimited(path, wanted, pyarrow_csv.ParseOptions(delimiter="\t", quote_char=False))
+
+
+def _delimited(path: Path, wanted: Wanted, options: pyarrow_csv.ParseOptions) -> Columns:
+    as_text = {name: pyarrow.string() for name in (*wanted.text, wanted.label)}
+    table = pyarrow_csv.read_csv(
+        path,
+        # On one thread, so that an error names its row.
+        read_options=pyarrow_csv.ReadOptions(use_threads=False),
+        parse_options=options,
+        convert_options=pyarrow_csv.ConvertOptions(column_types=as_text),
+    )
+    return dict(table.to_pydict())
+
+
+def _json(path: Path, _: Wanted) -> Columns:
+    """An array of objects, or one object a line."""
+    content = path.read_text(encoding="utf-8-sig")
+    if content.lstrip().startswith("["):
+        records = json.loads(content)
+    else:
+        records = [json.loads(line) for line in content.split("\n") if line.strip()]
+    for number, record in enumerate(records, 1):
+        if not isinstance(record, dict):
+            raise ValueError(f"row {number} is {record!r}, expected an object")
+    names = dict.fromkeys(name for record in records for name in record)
+    return {name: [record.get(name) for record in records] for name in names}
+
+
+def _parquet(path: Path, _: Wanted) -> Columns:
+    return dict(parquet.read_table(path).to_pydict())
+
+
+READERS: dict[str, Callable[[Path, Wanted], Columns]] = {
+    ".csv": _csv,
+    ".tsv": _tsv,
+    ".jsonl": _json,
+    ".json": _json,
+    ".parquet": _parquet,
+}
+
+
+def _read_numbers(tables: Sequence[Columns], label: str) -> None:
+    """Turn labels read as text into ints, else numbers, if those of all tables are."""
+    values = [value for table in tables for value in table.get(label, []) if value]
+    parse = next((kind for kind in (int, float) if _all_are(kind, values)), None)
+    if parse is None:
+        return
+    for table in tables:
+        if label in table:
+            table[label] = [parse(value) if value else value for value in table[label]]
+
+
+def _all_are(kind: Callable[[str], float], values: Sequence[str]) -> bool:
+    try:
+        for value in values:
+            kind(value)
+    except ValueError:
+        return False
+    return True
