@@ -1,29 +1,30 @@
 """Coders for the two things a change is made of: places (a mask) and values.
 
-Places are k True entries among n, flattened in row-major order. No code for a uniformly random mask
-can beat log2 C(n, k) bits on average; a mask with structure can take far less. `encode_places`
-encodes with every coding that can still win and keeps the smallest:
+Places are k True entries among n, in row-major order. No code for uniformly random masks can beat
+log2 C(n, k) bits; a mask with structure may take far less. `encode_places` keeps the smallest of
 
     none, all   no payload
-    bits        the mask itself, eight entries a byte (the right one near k = n/2)
-    rank        k ≤ 64: number of the k-subset in Cover's enumeration (1973), within a byte of the
-                bound
-    gaps        distances between places, entropy coded with the geometric law that n and k imply
-    histogram   the same, with a stored law, for masks whose places cluster
+    bits        the mask itself, eight entries a byte: right near k = n/2
+    rank        k up to 127: the subset's number in Cover's enumeration (1973, equation 12)
+    gaps        distances between places, entropy coded under the geometric law of n and k
+    histogram   the same under a stored law, for masks whose places cluster
     zlib        raw DEFLATE of bits, for masks that repeat
 
-The rarer of True and False is what counts as a place; k says which. A param, where there is one, is
-the number of columns of a mask that was transposed first because its columns cluster.
+The rarer of True and False counts as a place; the stored k says which. A param, where there is
+one, is the number of columns of a mask that was transposed first, because its columns differ.
 
-A gap is cut into a token, which names its octave and the leading bits in it, and the remaining raw
-bits (as floating-point numbers are). Tokens and raw bits go onto one asymmetric-numeral-system
-stack (Duda 2013), popped in the order of the places.
+A gap is cut into a token (its octave and the leading bits in it) and the raw bits below, much as a
+floating-point number is. Tokens and raw bits go onto one asymmetric-numeral-system stack (Duda
+2013) in chunks, so that a decoder never holds more than the mask and one chunk.
 """
 
 # long: a coder and its decoder are read side by side.
 
 from __future__ import annotations
 
+import bisect
+import itertools
+import json
 import math
 import zlib
 from collections.abc import Callable
@@ -32,7 +33,450 @@ from typing import Any
 
 import numpy as np
 import torch
-from constriction.stream.model import Categorical, Uniform
-from constriction.stream.stack import AnsCoder
+from constriction import stream
 
 from howfine.errors import DamagedDelta, SettingError, near
+
+PRECISIONS = ("fp32", "fp16", "bf16", "int8", "sign")
+
+_MAX_COUNT = 1 << 40  # gaps must fit two raw symbols of at most 24 bits
+_RANK_LIMIT = 127  # seven bits of a byte; big integers take milliseconds up to here
+_CHUNK = 1 << 16  # gaps coded at a time; part of the format
+_SPLIT = 16  # raw bits that go into one symbol; part of the format
+_UNIT = 1 << 24  # constriction's probabilities are multiples of 2^-24
+# Leading bits kept in a token: finer ones fit the geometric law better, coarser ones make a
+# shorter table.
+_FINE, _COARSE = 3, 2
+# What one byte of a stored law can say: 0, then five significant bits at 16 powers of two.
+_LEVELS = np.array([0] + [(16 + v % 16) << v // 16 for v in range(255)])
+
+# Numbers as they lie in a file: torch dtype, integer of that width, the same in little-endian.
+_RAW = {
+    "fp32": (torch.float32, torch.int32, "<i4"),
+    "fp16": (torch.float16, torch.int16, "<i2"),
+    "bf16": (torch.bfloat16, torch.int16, "<i2"),
+}
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+
+@dataclass(frozen=True)
+class Coded:
+    """Coded places or values, and what a decoder needs besides their count."""
+
+    coding: str
+    params: tuple[int | float, ...]
+    payload: bytes
+
+
+def combinatorial_bits(n: int, k: int) -> float:
+    """log2 C(n, k): what a code for k places among n, all sets being alike, needs on average.
+
+    Raises SettingError unless 0 ≤ k ≤ n.
+    """
+    if not 0 <= k <= n:
+        raise SettingError(f"cannot choose k = {k} places among n = {n}; k must lie in 0..n")
+    nats = math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1)
+    return max(nats, 0.0) / math.log(2)
+
+
+def encode_places(mask: torch.Tensor) -> Coded:
+    """The smallest coding of a bool mask of any shape.
+
+    Raises SettingError for another dtype, or for 2^40 entries or more.
+    """
+    if mask.dtype != torch.bool:
+        raise SettingError(f"places must be a bool mask, found {mask.dtype}; compare it first")
+    count = mask.numel()
+    if count >= _MAX_COUNT:
+        raise SettingError(f"a mask of {count} entries is too large, split it below {_MAX_COUNT}")
+    flat = mask.detach().cpu().reshape(-1).numpy()
+    true = int(np.count_nonzero(flat))
+    if true in (0, count):
+        return Coded("all" if true else "none", (), b"")
+    plain = _smallest(flat, true, ())
+    columns = count // mask.shape[0] if mask.ndim else 1
+    grid = flat.reshape(-1, columns)
+    if columns in (1, count) or not _columns_differ(grid):
+        return plain
+    turned = np.ascontiguousarray(grid.T).reshape(-1)
+    return min(plain, _smallest(turned, true, (columns,)), key=_size)
+
+
+def decode_places(coded: Coded, count: int) -> torch.Tensor:
+    """The bool mask (count,) that `encode_places` was given.
+
+    Raises DamagedDelta if `coded` is not a mask of `count` entries, to the last bit.
+    """
+    _check(coded, count, _PLACES)
+    columns = coded.params[0] if coded.params else 1
+    if (
+        len(coded.params) > 1
+        or type(columns) is not int
+        or not 1 <= columns <= max(count, 1)
+        or count % columns
+    ):
+        raise _damaged(coded, "params that fit no mask", f"none, or a divisor of {count}")
+    try:
+        mask = _PLACES[coded.coding](coded, count)
+        if columns > 1:
+            mask = np.ascontiguousarray(mask.reshape(columns, -1).T).reshape(-1)
+    except MemoryError as error:
+        raise _damaged(coded, f"{count} entries", "what this machine's memory holds") from error
+    return torch.from_numpy(mask)
+
+
+def encode_values(values: torch.Tensor, precision: str) -> Coded:
+    """Float values of any shape in one of PRECISIONS.
+
+    int8 is symmetric with scale max|x| / 127; sign stores x > 0 and the scale mean|x|, the best one
+    in the least-squares sense (BitDelta, Liu et al. 2024, equation 2).
+
+    Raises SettingError for an unknown precision, a dtype that is not float, values beyond the
+    precision's range, and NaN or infinity where a scale is taken.
+    """
+    if precision not in PRECISIONS:
+        raise SettingError(f"unknown precision {precision!r}. {near(str(precision), PRECISIONS)}")
+    if not values.is_floating_point():
+        raise SettingError(f"values must be float, found {values.dtype}; convert them first")
+    flat = values.detach().cpu().reshape(-1)
+    if precision in _RAW:
+        dtype, view, stored = _RAW[precision]
+        _check_range(flat, precision, dtype)
+        raw = flat.to(dtype).view(view).numpy().astype(stored)
+        return Coded(precision, (), raw.tobytes())
+    x = flat.to(torch.float32).numpy()
+    if not np.isfinite(x).all():
+        raise SettingError(
+            f"{precision} needs finite values, found NaN or infinity among {x.size}; "
+            "use fp32, or look for the step at which training diverged"
+        )
+    if precision == "sign":
+        scale = np.float32(np.abs(x).mean(dtype=np.float64)) if x.size else np.float32(0)
+        return Coded("sign", (float(scale),), _packed(x > 0))
+    scale = np.abs(x).max(initial=0) / np.float32(127)
+    # A scale that underflows to 0 stands for values below 1e-43.
+    steps = np.rint(x / scale).clip(-127, 127) if scale else np.zeros_like(x)
+    return Coded("int8", (float(scale),), steps.astype(np.int8).tobytes())
+
+
+def decode_values(coded: Coded, count: int) -> torch.Tensor:
+    """The float32 values (count,), as rounded by `encode_values`.
+
+    Raises DamagedDelta if `coded` is not exactly `count` values.
+    """
+    _check(coded, count, PRECISIONS)
+    if coded.coding in _RAW:
+        dtype, _, stored = _RAW[coded.coding]
+        _check_length(coded, count * np.dtype(stored).itemsize)
+        if coded.params:
+            raise _damaged(coded, f"{len(coded.params)} params", "none")
+        raw = np.frombuffer(coded.payload, stored)
+        return torch.from_numpy(raw.astype(stored.lstrip("<"))).view(dtype).to(torch.float32)
+    scale = _scale(coded)
+    if coded.coding == "sign":
+        return torch.from_numpy(np.where(_unpacked(coded, coded.payload, count), scale, -scale))
+    _check_length(coded, count)
+    steps = np.frombuffer(coded.payload, np.int8)
+    if count and steps.min() == -128:
+        raise _damaged(coded, "the step -128", "steps in -127..127")
+    return torch.from_numpy(steps * scale)
+
+
+def _check_range(flat: torch.Tensor, precision: str, dtype: torch.dtype) -> None:
+    limit = torch.finfo(dtype).max
+    beyond = flat.abs() > limit
+    if precision != "fp16":
+        beyond &= flat.isfinite()
+    if beyond.any():
+        wider = {"fp16": "bf16 or fp32", "bf16": "fp32", "fp32": "smaller values"}[precision]
+        raise SettingError(
+            f"{precision} holds magnitudes up to {limit:g}, found {int(beyond.sum())} larger of "
+            f"{flat.numel()}; use {wider}"
+        )
+
+
+def _scale(coded: Coded) -> np.float32:
+    top = float(np.finfo(np.float32).max) / (127 if coded.coding == "int8" else 1)
+    if len(coded.params) != 1:
+        raise _damaged(coded, f"{len(coded.params)} params", "one scale")
+    scale = coded.params[0]
+    if type(scale) not in (int, float) or not 0 <= scale <= top or np.float32(scale) != scale:
+        raise _damaged(coded, "a scale that is none", f"a float32 in 0..{top:g}")
+    return np.float32(scale)
+
+
+def _damaged(coded: Coded, found: str, expected: str) -> DamagedDelta:
+    name = coded.coding if coded.coding in (*PRECISIONS, *_PLACES) else "unknown"
+    return DamagedDelta(
+        f"a stream of coding {name!r} is damaged: found {found}, expected {expected}; "
+        "get the file again"
+    )
+
+
+def _check(coded: Coded, count: int, known: Any) -> None:
+    if type(coded.coding) is not str or coded.coding not in known:
+        raise _damaged(coded, "another coding", f"one of {', '.join(known)}")
+    if type(coded.params) is not tuple or type(coded.payload) is not bytes:
+        raise _damaged(coded, "params or payload of another type", "a tuple and bytes")
+    if not isinstance(count, int) or not 0 <= count < _MAX_COUNT:
+        raise _damaged(coded, "an impossible count of entries", f"an integer below {_MAX_COUNT}")
+
+
+def _check_length(coded: Coded, expected: int) -> None:
+    if len(coded.payload) != expected:
+        raise _damaged(coded, f"{len(coded.payload)} bytes", f"{expected}")
+
+
+def _size(coded: Coded) -> int:
+    return len(coded.payload) + len(json.dumps([coded.coding, *coded.params]))
+
+
+def _columns_differ(grid: Array) -> bool:
+    """Whether columns scatter more than chance, under which variance / mean of counts is ≤ 1."""
+    counts = np.count_nonzero(grid, axis=0)
+    return bool(counts.var() > 2 * counts.mean())
+
+
+def _smallest(flat: Array, true: int, params: tuple[int, ...]) -> Coded:
+    """The smallest of all codings but none and all; those that cannot win are not tried."""
+    count, few = flat.size, min(true, flat.size - true)
+    plain = _packed(flat)
+    places = np.flatnonzero(flat if few == true else ~flat)
+    best = Coded("bits", params, plain)
+    if few <= _RANK_LIMIT:
+        best = min(best, Coded("rank", params, _encode_rank(places, count, few == true)), key=_size)
+    elif combinatorial_bits(count, few) < 8 * len(plain):
+        best = min(best, Coded("gaps", params, _encode_gaps(places, count, true)), key=_size)
+    histogram = _encode_histogram(places, count, true, _size(best))
+    if histogram is not None:
+        best = min(best, Coded("histogram", params, histogram), key=_size)
+    # Level 1 is quick to tell whether a mask repeats; level 9 takes seconds on one that does not.
+    if len(zlib.compress(plain, 1, -15)) < _size(best):
+        best = min(best, Coded("zlib", params, zlib.compress(plain, 9, -15)), key=_size)
+    return best
+
+
+def _packed(flat: Array) -> bytes:
+    return np.packbits(flat, bitorder="little").tobytes()
+
+
+def _unpacked(coded: Coded, plain: bytes, count: int) -> Array:
+    """The bool array (count,) in `plain`; DamagedDelta for another length or nonzero padding."""
+    if len(plain) != (count + 7) // 8:
+        raise _damaged(coded, f"{len(plain)} bytes of bits", f"{(count + 7) // 8}")
+    if count % 8 and plain[-1] >> count % 8:
+        raise _damaged(coded, "nonzero padding bits", "zeros")
+    bits = np.unpackbits(np.frombuffer(plain, np.uint8), count=count, bitorder="little")
+    return bits.view(np.bool_)
+
+
+def _decode_bits(coded: Coded, count: int) -> Array:
+    return _unpacked(coded, coded.payload, count)
+
+
+def _decode_zlib(coded: Coded, count: int) -> Array:
+    inflater = zlib.decompressobj(-15)
+    try:
+        plain = inflater.decompress(coded.payload, (count + 7) // 8 + 1)
+    except zlib.error as error:
+        raise _damaged(coded, str(error), "a raw DEFLATE stream") from error
+    if not inflater.eof or inflater.unused_data:
+        raise _damaged(coded, "a stream that ends elsewhere", "one that ends with the payload")
+    return _unpacked(coded, plain, count)
+
+
+def _encode_rank(places: Array, count: int, direct: bool) -> bytes:
+    """One byte of few, with bit 7 for places that are False; then Σ C(place_i, i) for i = 1..few."""
+    number = sum(math.comb(place, i) for i, place in enumerate(places.tolist(), 1))
+    head = bytes([len(places) | (not direct) << 7])
+    return head + number.to_bytes(_bytes_below(math.comb(count, len(places))), "little")
+
+
+def _decode_rank(coded: Coded, count: int) -> Array:
+    few, inverted = coded.payload[0] & 127 if coded.payload else 0, coded.payload[:1] >= b"\x80"
+    if not 1 <= few <= min(count, _RANK_LIMIT):
+        raise _damaged(coded, f"{few} places", f"1..{min(count, _RANK_LIMIT)}")
+    sets = math.comb(count, few)
+    _check_length(coded, 1 + _bytes_below(sets))
+    number = int.from_bytes(coded.payload[1:], "little")
+    if number >= sets:
+        raise _damaged(coded, "a rank beyond the last", "one below C(n, k)")
+    mask = np.full(count, inverted)
+    place = count
+    for i in range(few, 0, -1):
+        # The largest place with C(place, i) ≤ what is left of the number.
+        place = bisect.bisect_right(range(place), number, key=lambda p: math.comb(p, i)) - 1
+        number -= math.comb(place, i)
+        mask[place] = not inverted
+    return mask
+
+
+def _bytes_below(limit: int) -> int:
+    """Bytes of the largest integer below `limit`."""
+    return ((limit - 1).bit_length() + 7) // 8
+
+
+def _encode_gaps(places: Array, count: int, true: int) -> bytes:
+    """The number of True entries, then the stack."""
+    tokens, widths, raw = _tokens(places, _FINE)
+    stack = _encode_stack(tokens, widths, raw, _geometric(count, len(places)))
+    return true.to_bytes(_bytes_below(count), "little") + stack
+
+
+def _decode_gaps(coded: Coded, count: int) -> Array:
+    true, rest = _true(coded, count)
+    return _decode_stack(
+        coded, rest, count, true, _geometric(count, min(true, count - true)), _FINE
+    )
+
+
+def _encode_histogram(places: Array, count: int, true: int, limit: int) -> bytes | None:
+    """The number of True entries, the law's length and one byte a token, then the stack.
+
+    None where the entropy alone reaches `limit` bytes.
+    """
+    tokens, widths, raw = _tokens(places, _COARSE)
+    counts = np.bincount(tokens)
+    seen = counts[counts > 0]
+    bits = float(seen @ np.log2(len(places) / seen)) + int(widths.sum())
+    if bits / 8 + len(counts) >= limit:
+        return None
+    middles = (_LEVELS[1:] + _LEVELS[:-1]) / 2
+    law = np.searchsorted(middles, counts * (_LEVELS[-1] / counts.max()))
+    law = np.maximum(law, counts > 0).astype(np.uint8)
+    head = true.to_bytes(_bytes_below(count), "little") + bytes([len(law)])
+    return head + law.tobytes() + _encode_stack(tokens, widths, raw, _model(_LEVELS[law]))
+
+
+def _decode_histogram(coded: Coded, count: int) -> Array:
+    true, rest = _true(coded, count)
+    size = rest[0] if rest else 0
+    law, rest = rest[1 : 1 + size], rest[1 + size :]
+    if not size or len(law) != size or not law[-1] or size > len(_alphabet(count, _COARSE)[0]):
+        raise _damaged(coded, "a law that is none", "its length and as many bytes, the last not 0")
+    model = _model(_LEVELS[np.frombuffer(law, np.uint8)])
+    return _decode_stack(coded, rest, count, true, model, _COARSE)
+
+
+def _true(coded: Coded, count: int) -> tuple[int, bytes]:
+    """The number of True entries that the payload starts with, and the rest of the payload."""
+    length = _bytes_below(count) if count > 1 else 0
+    true = int.from_bytes(coded.payload[:length], "little")
+    if len(coded.payload) < length or not 0 < true < count:
+        raise _damaged(coded, f"{true} places in {len(coded.payload)} bytes", f"1..{count - 1}")
+    return true, coded.payload[length:]
+
+
+def _tokens(places: Array, kept: int) -> tuple[Array, Array, Array]:
+    """Gaps before `places` as tokens, widths of the raw bits, and raw bits.
+
+    A gap keeps its leading 1 + `kept` bits; if it has `width` more, its token is
+    (width << kept) + (gap >> width), so that tokens go up with gaps.
+    """
+    gaps = np.diff(places, prepend=-1) - 1
+    octaves = np.frexp(gaps.astype(np.float64))[1].astype(np.int64)  # bit lengths, exactly
+    widths = np.maximum(octaves - kept - 1, 0)
+    return (widths << kept) + (gaps >> widths), widths, gaps & ((1 << widths) - 1)
+
+
+def _alphabet(count: int, kept: int) -> tuple[Array, Array]:
+    """Of every token that gaps below `count` need: its smallest gap and the width of its raw bits."""
+    width = max((count - 1).bit_length() - kept - 1, 0)
+    tokens = np.arange((width << kept) + (count - 1 >> width) + 1)
+    widths = np.maximum((tokens >> kept) - 1, 0)
+    return (tokens - (widths << kept)) << widths, widths
+
+
+def _geometric(count: int, few: int) -> Any:
+    """P(gap) = p (1 - p)^gap with p = few / count, summed over the gaps of each token.
+
+    In 128-bit fixed point: every machine gets the same weights.
+    """
+    starts = _alphabet(count, _FINE)[0].tolist()
+    power, step, tail = ((count - few) << 128) // count, 1, 1 << 128
+    tails = [tail]
+    for start, end in itertools.pairwise(starts):
+        while step < end - start:
+            power, step = power * power >> 128, 2 * step
+        tail = tail * power >> 128
+        tails.append(tail)
+    weights = [(high - low) >> 92 for high, low in itertools.pairwise([*tails, 0])]
+    return _model(np.array(weights))
+
+
+def _model(weights: Array) -> Any:
+    """constriction's categorical law with probabilities in the ratio of the integer `weights`.
+
+    It takes floats, spreads what is left of 2^24 after one unit a symbol in proportion to them, and
+    rounds down. These floats are integers that sum to just that: nothing is ever rounded, so the
+    law is the same wherever it is computed.
+    """
+    weights = np.append(weights, 0)  # it wants two symbols; a law may have one
+    free = _UNIT - len(weights)
+    shares = weights * free // int(weights.sum())
+    shares[shares.argmax()] += free - shares.sum()
+    return stream.model.Categorical(shares.astype(np.float64), perfect=False)
+
+
+def _encode_stack(tokens: Array, widths: Array, raw: Array, model: Any) -> bytes:
+    """Little-endian words of the stack, without the zero bytes at the end."""
+    coder = stream.stack.AnsCoder()
+    for start in reversed(range(0, len(tokens), _CHUNK)):
+        chunk = slice(start, start + _CHUNK)
+        for some, shift, sizes in _raw_symbols(widths[chunk]):
+            symbols = (raw[chunk][some] >> shift) % sizes
+            coder.encode_reverse(symbols.astype(np.int32), stream.model.Uniform(), sizes)
+        coder.encode_reverse(tokens[chunk].astype(np.int32), model)
+    return coder.get_compressed().astype("<u4").tobytes().rstrip(b"\0")
+
+
+def _decode_stack(
+    coded: Coded, stack: bytes, count: int, true: int, model: Any, kept: int
+) -> Array:
+    if stack[-1:] == b"\0":
+        raise _damaged(coded, "zero bytes at the end", "none")
+    words = np.frombuffer(stack + bytes(-len(stack) % 4), "<u4").astype(np.uint32)
+    coder = stream.stack.AnsCoder(words)
+    starts, token_widths = _alphabet(count, kept)
+    few, direct = min(true, count - true), 2 * true <= count
+    mask = np.full(count, not direct)
+    last = -1
+    for done in range(0, few, _CHUNK):
+        tokens = coder.decode(model, min(_CHUNK, few - done))
+        if tokens.max() >= len(starts):
+            raise _damaged(coded, "a token without a meaning", f"tokens below {len(starts)}")
+        gaps, widths = starts[tokens], token_widths[tokens]
+        for some, shift, sizes in reversed(_raw_symbols(widths)):
+            gaps[some] += coder.decode(stream.model.Uniform(), sizes).astype(np.int64) << shift
+        places = last + np.cumsum(gaps + 1)
+        last = int(places[-1])
+        if last >= count:
+            raise _damaged(coded, f"a place at {last}", f"places below {count}")
+        mask[places] = direct
+    if not coder.is_empty():
+        raise _damaged(coded, "bytes left over", "none")
+    return mask
+
+
+def _raw_symbols(widths: Array) -> list[tuple[Array, int, Array]]:
+    """How raw bits are cut into symbols: which gaps have one, its shift, and its alphabet sizes."""
+    cuts = [(0, np.minimum(widths, _SPLIT)), (_SPLIT, widths - _SPLIT)]
+    some = [(np.flatnonzero(width > 0), shift, width) for shift, width in cuts]
+    return [(at, shift, (1 << width[at]).astype(np.int32)) for at, shift, width in some if at.size]
+
+
+def _decode_none(coded: Coded, count: int) -> Array:
+    _check_length(coded, 0)
+    return np.full(count, coded.coding == "all")
+
+
+_PLACES: dict[str, Callable[[Coded, int], Array]] = {
+    "none": _decode_none,
+    "all": _decode_none,
+    "bits": _decode_bits,
+    "rank": _decode_rank,
+    "gaps": _decode_gaps,
+    "histogram": _decode_histogram,
+    "zlib": _decode_zlib,
+}

@@ -45,8 +45,7 @@ class Metric:
 def scores(name: str, predictions: np.ndarray, targets: np.ndarray) -> dict[str, float]:
     """The named metric and those reported beside it, by name."""
     return {
-        each: METRICS[each].function(predictions, targets)
-        for each in (name, *METRICS[name].also)
+        each: METRICS[each].function(predictions, targets) for each in (name, *METRICS[name].also)
     }
 
 
@@ -256,9 +255,7 @@ METRICS: dict[str, Metric] = {
         Metric(
             name="macro_f1",
             kind="classification",
-            function=lambda p, t: float(
-                sklearn.f1_score(t, p, average="macro", zero_division=0.0)
-            ),
+            function=lambda p, t: float(sklearn.f1_score(t, p, average="macro", zero_division=0.0)),
             resampled=_macro_f1s,
             also=("accuracy",),
         ),

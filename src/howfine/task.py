@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 
 from howfine.errors import BadSplit, SettingError, TaskError, TaskNotFound, UnknownLabel, near
-from howfine.metrics import METRICS
-from howfine.tasks import SPLITS, Found, Row, files, glue, rotten_tomatoes
+from howfine.metrics import METRICS, Metric
+from howfine.tasks import SPLITS, Found, Row, files, glue, rotten_tomatoes, stratified
 
 CLASSIFICATION, REGRESSION = "classification", "regression"
 DEFAULT_METRIC = {CLASSIFICATION: "accuracy", REGRESSION: "pearson_spearman"}
@@ -51,8 +51,8 @@ class Task:
 
     def __post_init__(self) -> None:
         """Refuse what can't be learned from."""
-        _check_metric(self.metric, self.labels, self.name)
         _check_splits(self)
+        _check_metric(self)
 
     @property
     def kind(self) -> str:
@@ -90,7 +90,9 @@ class Task:
             if size < 1:
                 raise SettingError(f"subset size {split}={size}, expected at least 1")
             rng = np.random.default_rng([seed, number])
-            splits[split] = _sample(self.splits[split], size, bool(self.labels), rng)
+            whole = self.splits[split]
+            strata = [example.label if self.labels else 0 for example in whole]
+            splits[split] = [whole[row] for row in stratified(strata, size, rng)]
         asked = ", ".join(f"{s} {n}" for s, n in sizes.items() if n is not None)
         if not asked:
             return self
@@ -172,3 +174,107 @@ def _wanted(given: Mapping[str, Any], seed: int) -> files.Wanted:
         raise SettingError(f"text={text!r}, expected one column or two, such as premise,hypothesis")
     splits = {split: given[split] for split in SPLITS if split in given}
     return files.Wanted(names, given.get("label", "label"), splits, seed)
+
+
+def _encoded(
+    found: Found, metric: str | None
+) -> tuple[tuple[str, ...], str, dict[str, list[Example]]]:
+    """Class names, metric, and examples whose labels are class indices or scores."""
+    metric = metric or found.metric
+    values: Sequence[Any]
+    if found.labels is None:
+        values = _class_values(found.splits, metric)
+        labels = tuple(str(v).lower() if isinstance(v, bool) else str(v) for v in values)
+    else:
+        labels, values = found.labels, range(len(found.labels))
+    index = {value: number for number, value in enumerate(values)}
+
+    def encoded(row: Row) -> Example:
+        if not labels:
+            return Example(row.texts, _score(row))
+        if row.label not in index:
+            raise UnknownLabel(
+                f"{row.where}: label {row.label!r} is none of the train split's labels, which are "
+                f"{', '.join(map(str, values))}; correct the row, or name another split if this "
+                "one has hidden labels"
+            )
+        return Example(row.texts, index[row.label])
+
+    splits = {split: [encoded(row) for row in found.splits[split]] for split in SPLITS}
+    return labels, metric or DEFAULT_METRIC[CLASSIFICATION if labels else REGRESSION], splits
+
+
+def _class_values(splits: Mapping[str, Sequence[Row]], metric: str | None) -> list[Any]:
+    """The train split's distinct labels, sorted; none where labels are scores."""
+    first: dict[type, Row] = {}
+    for split in SPLITS:
+        for row in splits[split]:
+            first.setdefault(type(row.label), row)
+    types = set(first)
+    kind = REGRESSION if float in types else CLASSIFICATION
+    if metric is not None:
+        kind = _known(metric).kind
+    if kind == REGRESSION and types <= {int, float}:
+        return []
+    if kind == CLASSIFICATION and types in ({int}, {str}, {bool}, set()):
+        return sorted({row.label for row in splits["train"]})
+    seen = " and ".join(f"{row.label!r} ({row.where})" for row in first.values())
+    raise TaskError(
+        f"labels are {seen}; expected numbers for scores, or only ints or only texts for classes"
+        + (f", and metric {metric!r} is for {kind}" if metric else "")
+    )
+
+
+def _score(row: Row) -> float:
+    if not isinstance(row.label, int | float) or not math.isfinite(row.label):
+        raise TaskError(f"{row.where}: score {row.label!r}, expected a finite number")
+    return float(row.label)
+
+
+def _known(metric: str) -> Metric:
+    if metric not in METRICS:
+        raise SettingError(f"metric {metric!r} is unknown. {near(metric, METRICS)}")
+    return METRICS[metric]
+
+
+def _check_metric(task: Task) -> None:
+    metric = _known(task.metric)
+    if metric.kind != task.kind:
+        fit = [name for name, other in METRICS.items() if other.kind == task.kind]
+        raise SettingError(
+            f"metric {metric.name!r} is for {metric.kind}, but task {task.name!r} is "
+            f"{task.kind}; choose of {', '.join(fit)}"
+        )
+    if metric.name == "f1" and len(task.labels) != 2:
+        raise SettingError(
+            f"metric 'f1' scores the second of two classes, but task {task.name!r} has "
+            f"{len(task.labels)}; choose macro_f1"
+        )
+
+
+def _check_splits(task: Task) -> None:
+    for split in SPLITS:
+        examples = task.splits.get(split)
+        if not examples:
+            raise BadSplit(
+                f"split {split!r} of task {task.name!r} has no examples, expected some in each of "
+                f"{', '.join(SPLITS)}; give more rows, or a file for each split"
+            )
+        counts = {len(example.texts) for example in examples}
+        if counts not in ({1}, {2}):
+            raise TaskError(
+                f"split {split!r} of task {task.name!r} has examples of {sorted(counts)} texts, "
+                "expected one text in each, or two in each"
+            )
+        bad = {e.label for e in examples} - set(range(len(task.labels))) if task.labels else set()
+        if bad:
+            raise UnknownLabel(
+                f"split {split!r} of task {task.name!r} has class indices {sorted(bad)}, expected "
+                f"0 to {len(task.labels) - 1}"
+            )
+    classes = {example.label for example in task.splits["train"]}
+    if task.labels and len(classes) == 1:
+        raise BadSplit(
+            f"every train example of task {task.name!r} has the label "
+            f"{task.labels[int(classes.pop())]!r}, expected two classes at least; check the labels"
+        )

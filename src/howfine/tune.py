@@ -12,7 +12,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import EarlyStoppingCallback, Trainer, TrainingArguments, set_seed
+from transformers import (
+    EarlyStoppingCallback,
+    PrinterCallback,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from howfine.base import Base
@@ -164,6 +170,8 @@ class _Trainer(Trainer):
             compute_metrics=self._metrics,
             callbacks=stop,
         )
+        # Without a progress bar Trainer prints its log to standard output, which is the user's.
+        self.remove_callback(PrinterCallback)
 
     def _collate(self, examples: list[Example]) -> dict[str, Any]:
         return self.fit.recipe.readout.collate(self.fit.base, examples).as_kwargs()

@@ -1,4 +1,4 @@
-"""One file per source of examples; here is what they share: rows, and splits made by a hash.
+"""One file per source of examples; here is what they share: rows, splits by a hash, samples.
 
 A reader returns `Found`: rows as they stand in the source. `howfine.task` makes a Task of them,
 turning labels into class indices.
@@ -10,6 +10,8 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
+
+import numpy as np
 
 from howfine.errors import MissingColumn, TaskError
 
@@ -134,3 +136,31 @@ def completed(splits: dict[str, list[Row]], seed: int = 0) -> dict[str, list[Row
         if name not in whole:
             whole["train"], whole[name] = carve(whole["train"], count, f"{name} {seed}")
     return {name: whole[name] for name in SPLITS}
+
+
+def stratified(strata: Sequence[float], size: int, rng: np.random.Generator) -> list[int]:
+    """At most `size` rows, in order, with each stratum's share of all (`strata`: one a row)."""
+    if size >= len(strata):
+        return list(range(len(strata)))
+    values, counts = np.unique(strata, return_counts=True)
+    chosen = [
+        rng.permutation(np.flatnonzero(np.asarray(strata) == value))[:part]
+        for value, part in zip(values, _parts(counts.tolist(), size), strict=True)
+    ]
+    return sorted(np.concatenate(chosen).tolist())
+
+
+def _parts(counts: Sequence[int], size: int) -> list[int]:
+    """`size` divided in proportion to counts, by largest remainder; each gets 1 if there is room.
+
+    No part exceeds its count, as `size` is below their sum.
+    """
+    exact = [size * count / sum(counts) for count in counts]
+    least = 1 if size >= len(counts) else 0
+    parts = [max(least, int(share)) for share in exact]
+    while sum(parts) != size:
+        step = 1 if sum(parts) < size else -1
+        movable = [at for at, part in enumerate(parts) if step > 0 or part > least]
+        at = max(movable, key=lambda at: step * (exact[at] - parts[at]))
+        parts[at] += step
+    return parts

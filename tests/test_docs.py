@@ -1,0 +1,58 @@
+"""Being documented is a test: cards, links, and the settings that docs name."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from howfine import plugins
+from howfine.method import Method
+from howfine.readout import Readout
+
+DOCS = Path(__file__).parent.parent / "docs"
+ROOT = DOCS.parent
+SECTIONS = ("What is stored", "Settings", "When it is a bad choice", "Our numbers")
+CARDS = [
+    *(DOCS / "methods" / f"{name}.md" for name in plugins.examples("methods", Method)),
+    *(DOCS / "readouts" / f"{name}.md" for name in plugins.examples("readouts", Readout)),
+]
+PAGES = sorted([*DOCS.rglob("*.md"), ROOT / "README.md", ROOT / "CONTRIBUTING.md"])
+
+
+@pytest.mark.parametrize("card", CARDS, ids=lambda path: path.stem)
+def test_every_method_and_readout_has_an_honest_card(card):
+    text = card.read_text()
+    assert text.startswith(f"# {card.stem}\n")
+    for section in SECTIONS:
+        assert f"## {section}" in text, f"{card.name} lacks the section {section!r}"
+    assert "**Paper.**" in text
+    assert "**Idea.**" in text
+
+
+def test_no_card_without_its_method():
+    assert {path for folder in ("methods", "readouts") for path in (DOCS / folder).glob("*.md")} == (
+        set(CARDS)
+    )
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
+def test_relative_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text()):
+        if not target.startswith("http"):
+            assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+@pytest.mark.parametrize("name", plugins.examples("methods", Method))
+def test_every_setting_has_help(name):
+    from howfine.catalogue import catalogue
+
+    (entry,) = catalogue(name)
+    for setting in entry["settings"]:
+        assert setting["help"], f"{name}.{setting['name']} has no comment above it"
+
+
+@pytest.mark.parametrize("name", plugins.examples("methods", Method))
+def test_a_method_has_at_most_six_settings(name):
+    from howfine.catalogue import catalogue
+
+    assert len(catalogue(name)[0]["settings"]) <= 6

@@ -1,0 +1,221 @@
+"""Tiny random models, built from configs without a download, and a tiny task for them.
+
+Weights are drawn wide, and one-dimensional parameters away from their usual 0 and 1, so that
+attention is far from uniform and no bias or norm is without effect: a wrong mask, a lost bias or
+padding that leaks then shows in the outputs.
+"""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import torch
+import transformers
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from howfine.base import Base
+from howfine.readout import Readout, Wired
+from howfine.task import Example, Task
+
+HIDDEN, INNER, LAYERS, HEADS = 32, 64, 2, 4
+WORDS = tuple(f"w{i}" for i in range(90))
+SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+VOCAB = len(SPECIAL) + len(WORDS)
+LABELS = ("no", "yes")
+
+_STACK = {"num_hidden_layers": LAYERS, "num_attention_heads": HEADS, "intermediate_size": INNER}
+_WIDE = {"initializer_range": 0.2}
+_TEXT = {"vocab_size": VOCAB, "pad_token_id": 0, "hidden_size": HIDDEN}
+_IDS = {"bos_token_id": 2, "eos_token_id": 3}
+_BERT_LIKE = {**_TEXT, **_STACK, **_WIDE, "max_position_embeddings": 64}
+_LLAMA_LIKE = {**_BERT_LIKE, **_IDS, "num_key_value_heads": 2, "head_dim": HIDDEN // HEADS}
+_IMAGE = {**_STACK, **_WIDE, "hidden_size": HIDDEN, "image_size": 8, "patch_size": 4}
+
+# Name -> class prefix in transformers and the settings of its config.
+TINY: dict[str, tuple[str, dict[str, Any]]] = {
+    "bert": ("Bert", _BERT_LIKE),
+    "roberta": ("Roberta", {**_BERT_LIKE, **_IDS}),
+    "electra": ("Electra", {**_BERT_LIKE, "embedding_size": 16}),
+    "deberta-v2": (
+        "DebertaV2",
+        {
+            **_BERT_LIKE,
+            "relative_attention": True,
+            "pos_att_type": ["p2c", "c2p"],
+            "max_relative_positions": 16,
+            "position_biased_input": False,
+        },
+    ),
+    "mpnet": ("MPNet", {**_BERT_LIKE, **_IDS}),
+    "albert": ("Albert", {**_BERT_LIKE, **_IDS, "embedding_size": 16}),
+    "distilbert": (
+        "DistilBert",
+        {
+            **_WIDE,
+            "vocab_size": VOCAB,
+            "pad_token_id": 0,
+            "dim": HIDDEN,
+            "n_layers": LAYERS,
+            "n_heads": HEADS,
+            "hidden_dim": INNER,
+            "max_position_embeddings": 64,
+        },
+    ),
+    "gpt2": (
+        "GPT2",
+        {
+            **_WIDE,
+            **_IDS,
+            "vocab_size": VOCAB,
+            "n_embd": HIDDEN,
+            "n_layer": LAYERS,
+            "n_head": HEADS,
+            "n_inner": INNER,
+            "n_positions": 64,
+        },
+    ),
+    "llama": ("Llama", _LLAMA_LIKE),
+    "qwen3": ("Qwen3", _LLAMA_LIKE),
+    "gemma2": ("Gemma2", {**_LLAMA_LIKE, "sliding_window": 16}),
+    "t5": (
+        "T5",
+        {
+            "vocab_size": VOCAB,
+            "pad_token_id": 0,
+            "eos_token_id": 3,
+            "decoder_start_token_id": 0,
+            "d_model": HIDDEN,
+            "d_kv": HIDDEN // HEADS,
+            "d_ff": INNER,
+            "num_layers": LAYERS,
+            "num_heads": HEADS,
+        },
+    ),
+    "bart": (
+        "Bart",
+        {
+            **_IDS,
+            "vocab_size": VOCAB,
+            "pad_token_id": 0,
+            "decoder_start_token_id": 3,
+            "forced_eos_token_id": None,
+            "d_model": HIDDEN,
+            "encoder_layers": LAYERS,
+            "decoder_layers": LAYERS,
+            "encoder_attention_heads": HEADS,
+            "decoder_attention_heads": HEADS,
+            "encoder_ffn_dim": INNER,
+            "decoder_ffn_dim": INNER,
+            "max_position_embeddings": 64,
+            "init_std": 0.2,
+        },
+    ),
+    "vit": ("ViT", _IMAGE),
+    "dinov2": ("Dinov2", {**_IMAGE, "mlp_ratio": INNER // HIDDEN}),
+}
+# Without a [CLS] in front: what a causal or a T5 tokenizer gives.
+_PLAIN = ("gpt2", "llama", "qwen3", "gemma2", "t5")
+
+
+def tiny_tower(name: str, seed: int = 0, **changes: Any) -> PreTrainedModel:
+    """The body of a tiny model as `Base.load` would find it; `changes` to its config."""
+    prefix, settings = TINY[name]
+    config = getattr(transformers, f"{prefix}Config")(**{**settings, **changes})
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = getattr(transformers, f"{prefix}Model")(config)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.ndim == 1:
+                    parameter.add_(0.1 * torch.randn_like(parameter))
+    return model.get_encoder() if config.is_encoder_decoder else model
+
+
+def tiny_tokenizer(pair: bool = True, padding_side: str = "right") -> PreTrainedTokenizerFast:
+    """One token a word: `[CLS] a [SEP] b [SEP]` where `pair`, the words alone otherwise."""
+    vocabulary = {word: number for number, word in enumerate((*SPECIAL, *WORDS))}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    if pair:
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single="[CLS] $A [SEP]",
+            pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+            special_tokens=[("[CLS]", 2), ("[SEP]", 3)],
+        )
+    names = ("pad_token", "unk_token", "cls_token", "sep_token", "mask_token")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        padding_side=padding_side,
+        model_max_length=64,
+        model_input_names=["input_ids", "attention_mask"],
+        **dict(zip(names, SPECIAL, strict=True)),
+    )
+
+
+def tiny_base(name: str, seed: int = 0, padding_side: str = "right", **changes: Any) -> Base:
+    """A tiny base; `changes` to its config."""
+    tower = tiny_tower(name, seed, **changes)
+    if tower.main_input_name == "pixel_values":
+        return Base(f"tiny-{name}", tower)
+    return Base(f"tiny-{name}", tower, tiny_tokenizer(name not in _PLAIN, padding_side))
+
+
+def tiny_task(pair: bool = False) -> Task:
+    """Sentences of 3 to 12 words; "yes" where the first word is among the first half."""
+    numbers = random.Random(0)
+    examples = []
+    for _ in range(32):
+        words = [numbers.choices(WORDS, k=numbers.randint(3, 12)) for _ in range(1 + pair)]
+        label = int(words[0][0] in WORDS[: len(WORDS) // 2])
+        examples.append(Example(tuple(" ".join(text) for text in words), label))
+    splits = {"train": examples[:16], "dev": examples[16:24], "test": examples[24:]}
+    return Task("tiny", splits, LABELS, "accuracy", "drawn at random, seed 0")
+
+
+class TinyProbe:
+    """Mean |∂loss/∂θ| per entry over two batches of the tiny task: see `howfine.method.Probe`."""
+
+    def __init__(self, readout: Readout) -> None:
+        self.readout = readout
+
+    def gradients(self, base: Base, paths: list[str]) -> dict[str, torch.Tensor]:
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            wired = Wired(base, self.readout, self.readout.attach(base, LABELS)).eval()
+        parameters = [base.parameter(path).requires_grad_(True) for path in paths]
+        sums = [torch.zeros_like(parameter) for parameter in parameters]
+        examples = tiny_task().splits["train"]
+        for half in (examples[:8], examples[8:]):
+            loss = wired(**self.readout.collate(base, half).as_kwargs())["loss"]
+            found = torch.autograd.grad(loss, parameters, allow_unused=True)
+            for total, gradient in zip(sums, found, strict=True):
+                total += 0 if gradient is None else gradient.abs() / 2
+        for parameter in parameters:
+            parameter.requires_grad_(False)
+        return dict(zip(paths, sums, strict=True))
+
+
+def owner_of(base: Base, path: str) -> tuple[nn.Module, str]:
+    """(module, attribute) of a parameter's path."""
+    module, _, attribute = path.rpartition(".")
+    return base.towers.get_submodule(module), attribute
+
+
+def weight_at(base: Base, path: str) -> torch.Tensor:
+    """The tensor that the forward pass would read at a path, gates applied; a copy."""
+    module, attribute = owner_of(base, path)
+    return getattr(module, attribute).detach().clone()
+
+
+def matrices_of(base: Base) -> list[str]:
+    """Paths of the blocks' matrices, told by shape and name alone."""
+    return [
+        path
+        for path, parameter in base.towers.named_parameters()
+        if parameter.ndim == 2
+        and any(char.isdigit() for char in path)
+        and not any(word in path.lower() for word in ("embed", "norm", "relative_attention_bias"))
+    ]
