@@ -6,98 +6,38 @@ Nothing here knows a method by name but the few laws on stored masks, which ask 
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
-from tiny import LABELS, TinyProbe, tiny_base, tiny_task, weight_at
 from torch import Tensor, nn
 
 from howfine import cost, surgery
 from howfine.base import Base
-from howfine.change import Change
 from howfine.codec import PRECISIONS
 from howfine.delta import SUFFIX, Delta
 from howfine.errors import SettingError, WrongBase
-from howfine.method import Method, examples, method, methods
-from howfine.readout import Head, Readout, Wired, readout
+from howfine.method import examples, method, methods
+from howfine.readout import Wired
+from tiny import (
+    LABELS,
+    READOUT,
+    Fitted,
+    TinyProbe,
+    fit_a_little,
+    logits_of,
+    loss_of,
+    tiny_base,
+    tiny_task,
+    weight_at,
+    wire,
+)
 
 BASES = ("bert", "roberta", "gpt2", "llama", "t5")
-READOUT = readout("classifier", max_length=32)
 every_method = pytest.mark.parametrize("name", sorted(examples()))
 every_base = pytest.mark.parametrize("base_name", BASES)
 # Rounding of stored values, relative to the largest of a tensor (fp16: and to the value itself).
 PRECISION = {"fp16": 2**-10, "bf16": 2**-8, "int8": 1 / 127}
-
-
-@dataclass
-class Fitted:
-    """A method trained a little, still on its base."""
-
-    base: Base
-    method: Method
-    change: Change
-    head: Head
-    wired: Wired
-
-    def delta(self, store: str = "fp32") -> Delta:
-        return Delta.pack(
-            self.base, self.method, self.change, self.wired.readout, self.head, LABELS, store
-        )
-
-    def logits(self) -> Tensor:
-        return logits_of(self.wired, self.base)
-
-
-def wire(base: Base, chosen: Method, read: Readout = READOUT) -> Fitted:
-    """The method and a readout put on a base, untrained."""
-    change = chosen.attach(base, TinyProbe(read))
-    head = read.attach(base, LABELS)
-    return Fitted(base, chosen, change, head, Wired(base, read, head))
-
-
-def optimiser_of(fitted: Fitted) -> torch.optim.AdamW:
-    """AdamW with steps of each parameter's own size: ±5 logits flip and weights stay finite."""
-    groups = []
-    for group in fitted.method.groups(fitted.change):
-        for parameter in group["params"]:
-            size = parameter.detach().float().square().mean().sqrt().item()
-            decay = group.get("weight_decay", 0.01)
-            groups.append({"params": [parameter], "lr": max(size, 0.05), "weight_decay": decay})
-    groups.append({"params": list(fitted.head.parameters()), "lr": 0.05})
-    return torch.optim.AdamW(groups)
-
-
-def fit_a_little(base: Base, chosen: Method, steps: int = 3, seed: int = 0) -> Fitted:
-    """Attach, train `steps` batches with dropout on, and leave the change on, in eval mode."""
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        fitted = wire(base, chosen)
-        optimiser = optimiser_of(fitted)
-        fitted.wired.train()
-        for step in range(steps):
-            loss = loss_of(fitted, step)
-            optimiser.zero_grad()
-            loss.backward()
-            optimiser.step()
-        fitted.wired.eval()
-    return fitted
-
-
-def loss_of(fitted: Fitted, step: int = 0) -> Tensor:
-    """Loss of a training batch, with the penalty."""
-    examples = tiny_task().splits["train"]
-    batch = fitted.wired.readout.collate(fitted.base, examples[step % 2 * 8 :][:8])
-    loss = fitted.wired(**batch.as_kwargs())["loss"]
-    return loss + fitted.method.penalty(fitted.change, step / 3)
-
-
-@torch.no_grad()
-def logits_of(wired: Wired, base: Base, examples: list | None = None) -> Tensor:
-    examples = tiny_task().splits["dev"] if examples is None else examples
-    batch = wired.readout.collate(base, examples, labelled=False)
-    return wired(**batch.as_kwargs())["logits"]
 
 
 def reloaded(delta: Delta, folder: Path) -> Delta:
@@ -299,12 +239,16 @@ def test_surgery_refuses_what_does_not_fit() -> None:
 @every_base
 @every_method
 def test_moves(name: str, base_name: str) -> None:
-    """Three steps change what the base itself puts out: the head is held equal."""
+    """Three steps change what the attached base puts out: the head is held equal."""
     base = tiny_base(base_name)
-    fitted = fit_a_little(base, examples()[name])
+    chosen = examples()[name]
+    fitted = fit_a_little(base, chosen)
     after = fitted.logits()
     fitted.change.remove()
-    before = fitted.logits()
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        with chosen.attach(base, TinyProbe(READOUT)):
+            before = fitted.logits()
     assert torch.isfinite(after).all()
     assert (after - before).abs().max() > 1e-3
 

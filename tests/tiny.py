@@ -1,4 +1,4 @@
-"""Tiny random models, built from configs without a download, and a tiny task for them.
+"""Tiny random models, built from configs without a download, a tiny task, and a tiny fit.
 
 Weights are drawn wide, and one-dimensional parameters away from their usual 0 and 1, so that
 attention is far from uniform and no bias or norm is without effect: a wrong mask, a lost bias or
@@ -8,16 +8,21 @@ padding that leaks then shows in the outputs.
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from howfine.base import Base
-from howfine.readout import Readout, Wired
+from howfine.change import Change
+from howfine.delta import Delta
+from howfine.method import Method
+from howfine.readout import Head, Readout, Wired, readout
 from howfine.task import Example, Task
 
 HIDDEN, INNER, LAYERS, HEADS = 32, 64, 2, 4
@@ -25,6 +30,7 @@ WORDS = tuple(f"w{i}" for i in range(90))
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 VOCAB = len(SPECIAL) + len(WORDS)
 LABELS = ("no", "yes")
+READOUT = readout("classifier", max_length=32)
 
 _STACK = {"num_hidden_layers": LAYERS, "num_attention_heads": HEADS, "intermediate_size": INNER}
 _WIDE = {"initializer_range": 0.2}
@@ -181,7 +187,7 @@ class TinyProbe:
     def __init__(self, readout: Readout) -> None:
         self.readout = readout
 
-    def gradients(self, base: Base, paths: list[str]) -> dict[str, torch.Tensor]:
+    def gradients(self, base: Base, paths: list[str]) -> dict[str, Tensor]:
         with torch.random.fork_rng():
             torch.manual_seed(0)
             wired = Wired(base, self.readout, self.readout.attach(base, LABELS)).eval()
@@ -204,7 +210,7 @@ def owner_of(base: Base, path: str) -> tuple[nn.Module, str]:
     return base.towers.get_submodule(module), attribute
 
 
-def weight_at(base: Base, path: str) -> torch.Tensor:
+def weight_at(base: Base, path: str) -> Tensor:
     """The tensor that the forward pass would read at a path, gates applied; a copy."""
     module, attribute = owner_of(base, path)
     return getattr(module, attribute).detach().clone()
@@ -219,3 +225,72 @@ def matrices_of(base: Base) -> list[str]:
         and any(char.isdigit() for char in path)
         and not any(word in path.lower() for word in ("embed", "norm", "relative_attention_bias"))
     ]
+
+
+@dataclass
+class Fitted:
+    """A method trained a little, still on its base."""
+
+    base: Base
+    method: Method
+    change: Change
+    head: Head
+    wired: Wired
+
+    def delta(self, store: str = "fp32") -> Delta:
+        return Delta.pack(
+            self.base, self.method, self.change, self.wired.readout, self.head, LABELS, store
+        )
+
+    def logits(self) -> Tensor:
+        return logits_of(self.wired, self.base)
+
+
+def wire(base: Base, chosen: Method, read: Readout = READOUT) -> Fitted:
+    """The method and a readout put on a base, untrained."""
+    change = chosen.attach(base, TinyProbe(read))
+    head = read.attach(base, LABELS)
+    return Fitted(base, chosen, change, head, Wired(base, read, head))
+
+
+def optimiser_of(fitted: Fitted) -> torch.optim.AdamW:
+    """AdamW with steps of each parameter's own size: ±5 logits flip and weights stay finite."""
+    groups = []
+    for group in fitted.method.groups(fitted.change):
+        for parameter in group["params"]:
+            size = parameter.detach().float().square().mean().sqrt().item()
+            decay = group.get("weight_decay", 0.01)
+            groups.append({"params": [parameter], "lr": max(size, 0.05), "weight_decay": decay})
+    groups.append({"params": list(fitted.head.parameters()), "lr": 0.05})
+    return torch.optim.AdamW(groups)
+
+
+def fit_a_little(base: Base, chosen: Method, steps: int = 3, seed: int = 0) -> Fitted:
+    """Attach, train `steps` batches with dropout on, and leave the change on, in eval mode."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        fitted = wire(base, chosen)
+        optimiser = optimiser_of(fitted)
+        fitted.wired.train()
+        for step in range(steps):
+            loss = loss_of(fitted, step)
+            optimiser.zero_grad()
+            loss.backward()
+            optimiser.step()
+        fitted.wired.eval()
+    return fitted
+
+
+def loss_of(fitted: Fitted, step: int = 0) -> Tensor:
+    """Loss of a training batch, with the penalty."""
+    examples = tiny_task().splits["train"]
+    batch = fitted.wired.readout.collate(fitted.base, examples[step % 2 * 8 :][:8])
+    loss = fitted.wired(**batch.as_kwargs())["loss"]
+    return loss + fitted.method.penalty(fitted.change, step / 3)
+
+
+@torch.no_grad()
+def logits_of(wired: Wired, base: Base, examples: Sequence[Example] | None = None) -> Tensor:
+    examples = tiny_task().splits["dev"] if examples is None else examples
+    batch = wired.readout.collate(base, examples, labelled=False)
+    return wired(**batch.as_kwargs())["logits"]

@@ -1,21 +1,25 @@
 """Coders for the two things a change is made of: places (a mask) and values.
 
 Places are k True entries among n, in row-major order. No code for uniformly random masks can beat
-log2 C(n, k) bits; a mask with structure may take far less. `encode_places` keeps the smallest of
+log2 C(n, k) bits on average; a mask with structure may take far less. `encode_places` keeps the
+smallest of
 
     none, all   no payload
     bits        the mask itself, eight entries a byte: right near k = n/2
-    rank        k up to 127: the subset's number in Cover's enumeration (1973, equation 12)
+    rank        up to 127 places: the set's number in an enumeration of all such sets (Cover 1973)
     gaps        distances between places, entropy coded under the geometric law of n and k
-    histogram   the same under a stored law, for masks whose places cluster
+    histogram   the same under a stored law, for places that come in runs or bursts
+    grid        gaps within classes of rows and columns, for a matrix whose rows or columns differ;
+                its one param is the number of rows
     zlib        raw DEFLATE of bits, for masks that repeat
 
-The rarer of True and False counts as a place; the stored k says which. A param, where there is
-one, is the number of columns of a mask that was transposed first, because its columns differ.
+Whichever of True and False is rarer counts as a place; the stored k says which.
 
 A gap is cut into a token (its octave and the leading bits in it) and the raw bits below, much as a
 floating-point number is. Tokens and raw bits go onto one asymmetric-numeral-system stack (Duda
-2013) in chunks, so that a decoder never holds more than the mask and one chunk.
+2013) in chunks, so that a decoder holds little more than the mask.
+
+Only the padding after the last bit of a DEFLATE stream escapes the decoders: zlib hides it.
 """
 
 # long: a coder and its decoder are read side by side.
@@ -57,6 +61,13 @@ _RAW = {
     "bf16": (torch.bfloat16, torch.int16, "<i2"),
 }
 
+# Just below max / 127, whose multiple 127 would round to infinity.
+_LARGEST = np.finfo(np.float32).max
+_LARGEST_SCALE = {
+    "int8": np.nextafter(_LARGEST / np.float32(127), np.float32(0)),
+    "sign": _LARGEST,
+}
+
 Array = np.ndarray[Any, np.dtype[Any]]
 
 
@@ -94,13 +105,23 @@ def encode_places(mask: torch.Tensor) -> Coded:
     true = int(np.count_nonzero(flat))
     if true in (0, count):
         return Coded("all" if true else "none", (), b"")
-    plain = _smallest(flat, true, ())
-    columns = count // mask.shape[0] if mask.ndim else 1
-    grid = flat.reshape(-1, columns)
-    if columns in (1, count) or not _columns_differ(grid):
-        return plain
-    turned = np.ascontiguousarray(grid.T).reshape(-1)
-    return min(plain, _smallest(turned, true, (columns,)), key=_size)
+    plain, direct = _packed(flat), 2 * true <= count
+    places = np.flatnonzero(flat if direct else ~flat)
+    best = Coded("bits", (), plain)
+    if len(places) <= _RANK_LIMIT:
+        best = min(best, Coded("rank", (), _encode_rank(places, count, direct)), key=_size)
+    elif combinatorial_bits(count, true) < 8 * len(plain):
+        best = min(best, Coded("gaps", (), _encode_gaps(places, count, true)), key=_size)
+    histogram = _encode_histogram(places, count, true, _size(best))
+    if histogram is not None:
+        best = min(best, Coded("histogram", (), histogram), key=_size)
+    grid = _encode_grid(flat, direct, mask.shape[0]) if mask.ndim > 1 else None
+    if grid is not None:
+        best = min(best, Coded("grid", (mask.shape[0],), grid), key=_size)
+    # Level 1 is quick to tell whether a mask repeats; level 9 takes seconds on one that does not.
+    if len(zlib.compress(plain, 1, -15)) < _size(best):
+        best = min(best, Coded("zlib", (), zlib.compress(plain, 9, -15)), key=_size)
+    return best
 
 
 def decode_places(coded: Coded, count: int) -> torch.Tensor:
@@ -109,18 +130,12 @@ def decode_places(coded: Coded, count: int) -> torch.Tensor:
     Raises DamagedDelta if `coded` is not a mask of `count` entries, to the last bit.
     """
     _check(coded, count, _PLACES)
-    columns = coded.params[0] if coded.params else 1
-    if (
-        len(coded.params) > 1
-        or type(columns) is not int
-        or not 1 <= columns <= max(count, 1)
-        or count % columns
-    ):
-        raise _damaged(coded, "params that fit no mask", f"none, or a divisor of {count}")
+    if len(coded.params) != (coded.coding == "grid"):
+        raise _damaged(
+            coded, f"{len(coded.params)} params", "the number of rows of a grid, else none"
+        )
     try:
         mask = _PLACES[coded.coding](coded, count)
-        if columns > 1:
-            mask = np.ascontiguousarray(mask.reshape(columns, -1).T).reshape(-1)
     except MemoryError as error:
         raise _damaged(coded, f"{count} entries", "what this machine's memory holds") from error
     return torch.from_numpy(mask)
@@ -129,8 +144,8 @@ def decode_places(coded: Coded, count: int) -> torch.Tensor:
 def encode_values(values: torch.Tensor, precision: str) -> Coded:
     """Float values of any shape in one of PRECISIONS.
 
-    int8 is symmetric with scale max|x| / 127; sign stores x > 0 and the scale mean|x|, the best one
-    in the least-squares sense (BitDelta, Liu et al. 2024, equation 2).
+    int8 is symmetric with scale max|x| / 127; sign stores x > 0 and the scale mean|x|, which is the
+    best one in the least-squares sense (BitDelta, Liu et al. 2024).
 
     Raises SettingError for an unknown precision, a dtype that is not float, values beyond the
     precision's range, and NaN or infinity where a scale is taken.
@@ -154,8 +169,8 @@ def encode_values(values: torch.Tensor, precision: str) -> Coded:
     if precision == "sign":
         scale = np.float32(np.abs(x).mean(dtype=np.float64)) if x.size else np.float32(0)
         return Coded("sign", (float(scale),), _packed(x > 0))
-    scale = np.abs(x).max(initial=0) / np.float32(127)
-    # A scale that underflows to 0 stands for values below 1e-43.
+    scale = np.minimum(np.abs(x).max(initial=0) / np.float32(127), _LARGEST_SCALE["int8"])
+    # A scale that underflows to 0 stands for magnitudes below 1e-43.
     steps = np.rint(x / scale).clip(-127, 127) if scale else np.zeros_like(x)
     return Coded("int8", (float(scale),), steps.astype(np.int8).tobytes())
 
@@ -197,7 +212,7 @@ def _check_range(flat: torch.Tensor, precision: str, dtype: torch.dtype) -> None
 
 
 def _scale(coded: Coded) -> np.float32:
-    top = float(np.finfo(np.float32).max) / (127 if coded.coding == "int8" else 1)
+    top = float(_LARGEST_SCALE[coded.coding])
     if len(coded.params) != 1:
         raise _damaged(coded, f"{len(coded.params)} params", "one scale")
     scale = coded.params[0]
@@ -232,31 +247,6 @@ def _size(coded: Coded) -> int:
     return len(coded.payload) + len(json.dumps([coded.coding, *coded.params]))
 
 
-def _columns_differ(grid: Array) -> bool:
-    """Whether columns scatter more than chance, under which variance / mean of counts is ≤ 1."""
-    counts = np.count_nonzero(grid, axis=0)
-    return bool(counts.var() > 2 * counts.mean())
-
-
-def _smallest(flat: Array, true: int, params: tuple[int, ...]) -> Coded:
-    """The smallest of all codings but none and all; those that cannot win are not tried."""
-    count, few = flat.size, min(true, flat.size - true)
-    plain = _packed(flat)
-    places = np.flatnonzero(flat if few == true else ~flat)
-    best = Coded("bits", params, plain)
-    if few <= _RANK_LIMIT:
-        best = min(best, Coded("rank", params, _encode_rank(places, count, few == true)), key=_size)
-    elif combinatorial_bits(count, few) < 8 * len(plain):
-        best = min(best, Coded("gaps", params, _encode_gaps(places, count, true)), key=_size)
-    histogram = _encode_histogram(places, count, true, _size(best))
-    if histogram is not None:
-        best = min(best, Coded("histogram", params, histogram), key=_size)
-    # Level 1 is quick to tell whether a mask repeats; level 9 takes seconds on one that does not.
-    if len(zlib.compress(plain, 1, -15)) < _size(best):
-        best = min(best, Coded("zlib", params, zlib.compress(plain, 9, -15)), key=_size)
-    return best
-
-
 def _packed(flat: Array) -> bytes:
     return np.packbits(flat, bitorder="little").tobytes()
 
@@ -276,18 +266,15 @@ def _decode_bits(coded: Coded, count: int) -> Array:
 
 
 def _decode_zlib(coded: Coded, count: int) -> Array:
-    inflater = zlib.decompressobj(-15)
-    try:
-        plain = inflater.decompress(coded.payload, (count + 7) // 8 + 1)
-    except zlib.error as error:
-        raise _damaged(coded, str(error), "a raw DEFLATE stream") from error
-    if not inflater.eof or inflater.unused_data:
-        raise _damaged(coded, "a stream that ends elsewhere", "one that ends with the payload")
+    plain, rest = _inflate(coded, (count + 7) // 8)
+    if rest:
+        raise _damaged(coded, f"{len(rest)} bytes left over", "none")
     return _unpacked(coded, plain, count)
 
 
 def _encode_rank(places: Array, count: int, direct: bool) -> bytes:
-    """One byte of few, with bit 7 for places that are False; then Σ C(place_i, i) for i = 1..few."""
+    """One byte with how many places there are, and in bit 7 whether they are False; then the rank,
+    Σ C(place_i, i) over i = 1, 2, …"""
     number = sum(math.comb(place, i) for i, place in enumerate(places.tolist(), 1))
     head = bytes([len(places) | (not direct) << 7])
     return head + number.to_bytes(_bytes_below(math.comb(count, len(places))), "little")
@@ -319,16 +306,18 @@ def _bytes_below(limit: int) -> int:
 
 def _encode_gaps(places: Array, count: int, true: int) -> bytes:
     """The number of True entries, then the stack."""
-    tokens, widths, raw = _tokens(places, _FINE)
-    stack = _encode_stack(tokens, widths, raw, _geometric(count, len(places)))
-    return true.to_bytes(_bytes_below(count), "little") + stack
+    coder = stream.stack.AnsCoder()
+    _push(coder, _tokens(places, _FINE), _geometric(count, len(places)))
+    return true.to_bytes(_bytes_below(count), "little") + _bytes_of(coder)
 
 
 def _decode_gaps(coded: Coded, count: int) -> Array:
     true, rest = _true(coded, count)
-    return _decode_stack(
-        coded, rest, count, true, _geometric(count, min(true, count - true)), _FINE
-    )
+    coder = _coder_of(coded, rest)
+    law = _geometric(count, min(true, count - true))
+    mask = _pop(coded, coder, count, true, law, _FINE)
+    _check_drained(coded, coder)
+    return mask
 
 
 def _encode_histogram(places: Array, count: int, true: int, limit: int) -> bytes | None:
@@ -345,8 +334,10 @@ def _encode_histogram(places: Array, count: int, true: int, limit: int) -> bytes
     middles = (_LEVELS[1:] + _LEVELS[:-1]) / 2
     law = np.searchsorted(middles, counts * (_LEVELS[-1] / counts.max()))
     law = np.maximum(law, counts > 0).astype(np.uint8)
+    coder = stream.stack.AnsCoder()
+    _push(coder, (tokens, widths, raw), _model(_LEVELS[law]))
     head = true.to_bytes(_bytes_below(count), "little") + bytes([len(law)])
-    return head + law.tobytes() + _encode_stack(tokens, widths, raw, _model(_LEVELS[law]))
+    return head + law.tobytes() + _bytes_of(coder)
 
 
 def _decode_histogram(coded: Coded, count: int) -> Array:
@@ -355,8 +346,88 @@ def _decode_histogram(coded: Coded, count: int) -> Array:
     law, rest = rest[1 : 1 + size], rest[1 + size :]
     if not size or len(law) != size or not law[-1] or size > len(_alphabet(count, _COARSE)[0]):
         raise _damaged(coded, "a law that is none", "its length and as many bytes, the last not 0")
-    model = _model(_LEVELS[np.frombuffer(law, np.uint8)])
-    return _decode_stack(coded, rest, count, true, model, _COARSE)
+    coder = _coder_of(coded, rest)
+    mask = _pop(coded, coder, count, true, _model(_LEVELS[np.frombuffer(law, np.uint8)]), _COARSE)
+    _check_drained(coded, coder)
+    return mask
+
+
+def _encode_grid(flat: Array, direct: bool, rows: int) -> bytes | None:
+    """Deflated: a class for each row and column, then the number of True entries of each level.
+    After it the stack with the gaps of each level. None where neither rows nor columns differ.
+
+    An entry's level is its row's class plus its column's: about the log2 of its chance to be a
+    place, if rows and columns act independently.
+    """
+    grid = (flat if direct else ~flat).reshape(rows, -1)
+    classes = [_classes(np.count_nonzero(grid, axis=axis), grid.shape[axis]) for axis in (1, 0)]
+    if not any(found.any() for found in classes):
+        return None
+    levels = np.add.outer(*classes).reshape(-1)
+    side = [found.tobytes() for found in classes]
+    coder = stream.stack.AnsCoder()
+    for level in reversed(_present(*classes)):
+        part = flat[levels == level]
+        true = int(np.count_nonzero(part))
+        side.insert(2, true.to_bytes(_bytes_below(flat.size), "little"))
+        if 0 < true < part.size:
+            places = np.flatnonzero(part if 2 * true <= part.size else ~part)
+            _push(coder, _tokens(places, _FINE), _geometric(part.size, len(places)))
+    return zlib.compress(b"".join(side), 9, -15) + _bytes_of(coder)
+
+
+def _decode_grid(coded: Coded, count: int) -> Array:
+    rows = coded.params[0]
+    if type(rows) is not int or not 0 < rows < count or count % rows:
+        raise _damaged(coded, "a number of rows that does not fit", f"a divisor of {count}")
+    ends, width = rows + count // rows, _bytes_below(count)
+    side, rest = _inflate(coded, ends + 256 * width)
+    classes = np.frombuffer(side[:ends], np.uint8)
+    if len(classes) < ends or classes.max() > _MAX_COUNT.bit_length():
+        raise _damaged(coded, f"{len(classes)} classes", f"{ends} up to {_MAX_COUNT.bit_length()}")
+    levels = np.add.outer(classes[:rows], classes[rows:]).reshape(-1)
+    present = _present(classes[:rows], classes[rows:])
+    if len(side) != ends + width * len(present):
+        raise _damaged(coded, f"{len(side)} bytes of classes", f"{ends + width * len(present)}")
+    coder, mask = _coder_of(coded, rest), np.empty(count, np.bool_)
+    for at, level in zip(range(ends, len(side), width), present, strict=True):
+        part, true = levels == level, int.from_bytes(side[at : at + width], "little")
+        size = int(np.count_nonzero(part))
+        if true > size:
+            raise _damaged(coded, f"{true} places in a level of {size}", "no more than fit")
+        law = _geometric(size, min(true, size - true)) if 0 < true < size else None
+        mask[part] = _pop(coded, coder, size, true, law, _FINE)
+    _check_drained(coded, coder)
+    return mask
+
+
+def _present(rows: Array, columns: Array) -> list[int]:
+    """The levels that occur, in ascending order."""
+    return np.unique(np.add.outer(np.unique(rows), np.unique(columns))).tolist()
+
+
+def _classes(counts: Array, size: int) -> Array:
+    """Bit lengths of the places in each row (or column) of `size`; all 0 if they hardly differ.
+
+    Chance alone gives the counts a binomial variance. Below four times that, a class says less than
+    it takes to store: it saves (variance / chance - 1) / (2 ln 2) bits and takes about two.
+    """
+    chance = counts.mean() * (1 - counts.mean() / size)
+    if counts.var() <= 4 * chance:
+        return np.zeros(len(counts), np.uint8)
+    return np.frexp(counts.astype(np.float64))[1].astype(np.uint8)
+
+
+def _inflate(coded: Coded, limit: int) -> tuple[bytes, bytes]:
+    """What a raw DEFLATE stream at the payload's start holds, and the rest of the payload."""
+    inflater = zlib.decompressobj(-15)
+    try:
+        plain = inflater.decompress(coded.payload, limit + 1)
+    except zlib.error as error:
+        raise _damaged(coded, str(error), "a raw DEFLATE stream") from error
+    if not inflater.eof:
+        raise _damaged(coded, "a DEFLATE stream without its end", f"at most {limit} bytes in it")
+    return plain, inflater.unused_data
 
 
 def _true(coded: Coded, count: int) -> tuple[int, bytes]:
@@ -381,7 +452,7 @@ def _tokens(places: Array, kept: int) -> tuple[Array, Array, Array]:
 
 
 def _alphabet(count: int, kept: int) -> tuple[Array, Array]:
-    """Of every token that gaps below `count` need: its smallest gap and the width of its raw bits."""
+    """Smallest gap, and width of the raw bits, of every token that a gap below `count` can have."""
     width = max((count - 1).bit_length() - kept - 1, 0)
     tokens = np.arange((width << kept) + (count - 1 >> width) + 1)
     widths = np.maximum((tokens >> kept) - 1, 0)
@@ -419,31 +490,25 @@ def _model(weights: Array) -> Any:
     return stream.model.Categorical(shares.astype(np.float64), perfect=False)
 
 
-def _encode_stack(tokens: Array, widths: Array, raw: Array, model: Any) -> bytes:
-    """Little-endian words of the stack, without the zero bytes at the end."""
-    coder = stream.stack.AnsCoder()
+def _push(coder: Any, gaps: tuple[Array, Array, Array], law: Any) -> None:
+    """Push what `_tokens` found, the last chunk first, so that it is popped last."""
+    tokens, widths, raw = gaps
     for start in reversed(range(0, len(tokens), _CHUNK)):
         chunk = slice(start, start + _CHUNK)
         for some, shift, sizes in _raw_symbols(widths[chunk]):
             symbols = (raw[chunk][some] >> shift) % sizes
             coder.encode_reverse(symbols.astype(np.int32), stream.model.Uniform(), sizes)
-        coder.encode_reverse(tokens[chunk].astype(np.int32), model)
-    return coder.get_compressed().astype("<u4").tobytes().rstrip(b"\0")
+        coder.encode_reverse(tokens[chunk].astype(np.int32), law)
 
 
-def _decode_stack(
-    coded: Coded, stack: bytes, count: int, true: int, model: Any, kept: int
-) -> Array:
-    if stack[-1:] == b"\0":
-        raise _damaged(coded, "zero bytes at the end", "none")
-    words = np.frombuffer(stack + bytes(-len(stack) % 4), "<u4").astype(np.uint32)
-    coder = stream.stack.AnsCoder(words)
-    starts, token_widths = _alphabet(count, kept)
+def _pop(coded: Coded, coder: Any, count: int, true: int, law: Any, kept: int) -> Array:
+    """The bool array (count,) with `true` True entries whose gaps lie on top of the stack."""
     few, direct = min(true, count - true), 2 * true <= count
     mask = np.full(count, not direct)
+    starts, token_widths = _alphabet(count, kept)
     last = -1
     for done in range(0, few, _CHUNK):
-        tokens = coder.decode(model, min(_CHUNK, few - done))
+        tokens = coder.decode(law, min(_CHUNK, few - done))
         if tokens.max() >= len(starts):
             raise _damaged(coded, "a token without a meaning", f"tokens below {len(starts)}")
         gaps, widths = starts[tokens], token_widths[tokens]
@@ -454,9 +519,24 @@ def _decode_stack(
         if last >= count:
             raise _damaged(coded, f"a place at {last}", f"places below {count}")
         mask[places] = direct
+    return mask
+
+
+def _bytes_of(coder: Any) -> bytes:
+    """Little-endian words of the stack, without the zero bytes at the end."""
+    return coder.get_compressed().astype("<u4").tobytes().rstrip(b"\0")
+
+
+def _coder_of(coded: Coded, stack: bytes) -> Any:
+    if stack[-1:] == b"\0":
+        raise _damaged(coded, "zero bytes at the end", "none")
+    words = np.frombuffer(stack + bytes(-len(stack) % 4), "<u4")
+    return stream.stack.AnsCoder(words.astype(np.uint32))
+
+
+def _check_drained(coded: Coded, coder: Any) -> None:
     if not coder.is_empty():
         raise _damaged(coded, "bytes left over", "none")
-    return mask
 
 
 def _raw_symbols(widths: Array) -> list[tuple[Array, int, Array]]:
@@ -478,5 +558,6 @@ _PLACES: dict[str, Callable[[Coded, int], Array]] = {
     "rank": _decode_rank,
     "gaps": _decode_gaps,
     "histogram": _decode_histogram,
+    "grid": _decode_grid,
     "zlib": _decode_zlib,
 }

@@ -32,10 +32,10 @@ def write(path: Path, header: dict[str, Any], groups: dict[str, bytes]) -> int:
     """Write a file atomically (temporary file, fsync, rename) and return its bytes."""
     header = {"howfine": FORMAT, **header}
     header["check"] = checksum(header, groups)
-    return write_atomically(path, _safetensors(header, groups))
+    return write_atomically(path, assemble(header, groups))
 
 
-def _safetensors(header: dict[str, Any], groups: dict[str, bytes]) -> bytes:
+def assemble(header: dict[str, Any], groups: dict[str, bytes]) -> bytes:
     """The bytes of a safetensors file: length, JSON, data.
 
     Written by hand, because the library writes metadata in no fixed order, and a file must not

@@ -1,0 +1,1 @@
+def write(*args): print("page later")

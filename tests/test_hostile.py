@@ -1,0 +1,165 @@
+"""Hostile delta files end in one clear error: no crash, no hang, no memory beyond what is checked."""
+
+import json
+import time
+import zlib
+from pathlib import Path
+
+import pytest
+import torch
+from hostile.make import lie_in_index, mutants, put_together, take_apart
+from tiny import tiny_base, tiny_task
+
+from howfine import container
+from howfine.delta import SUFFIX, Delta
+from howfine.errors import DamagedDelta, HowfineError, UnsupportedFormat
+from howfine.method import method
+from howfine.readout import readout
+
+FIXTURES = Path(__file__).parent / "hostile"
+SLACK = 8 << 20  # bytes: the allocator's own steps, not the file's
+
+
+@pytest.fixture(scope="module")
+def base():
+    return tiny_base("bert")
+
+
+@pytest.fixture(scope="module")
+def files(base, tmp_path_factory):
+    """Good files of several kinds: masks, whole tensors, every precision."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("deltas")
+    found = []
+    cases = [("mask", {"initial_sparsity": 0.3}, "fp32"), ("mask", {"granularity": "row"}, "fp16")]
+    cases += [("select", {"train": ("bias",)}, store) for store in ("fp32", "bf16", "int8", "sign")]
+    for number, (name, settings, store) in enumerate(cases):
+        made, head = method(name, **settings), readout("classifier").attach(base, tiny_task().labels)
+        with made.attach(base) as change:
+            with torch.no_grad():
+                for value in change.trainable.values():
+                    value.add_(torch.randn_like(value) * 0.1)
+            delta = Delta.pack(base, made, change, readout("classifier"), head, ("no", "yes"), store)
+        path = folder / f"{number}{SUFFIX}"
+        delta.with_score({"metric": "accuracy", "value": 0.5}).save(path)
+        found.append(path.read_bytes())
+    return found
+
+
+def high_water() -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    raise AssertionError("no VmHWM")
+
+
+def declared(data: bytes) -> int:
+    """Bytes that the file says its tensors take, decoded; 0 where even that can't be read."""
+    try:
+        rows = json.loads(zlib.decompress(take_apart(data)[1][container.INDEX]))
+        return sum(4 * int(torch.Size(row[1]).numel()) for row in rows)
+    except Exception:  # whatever is wrong with it, it declares nothing
+        return 0
+
+
+def survive(base, files, tmp_path, count):
+    path, outcomes = tmp_path / f"hostile{SUFFIX}", {"refused": 0, "harmless": 0}
+    slowest = 0.0
+    for seed, good in enumerate(files):
+        for kind, data in mutants(good, count // len(files) + 1, seed):
+            path.write_bytes(data)
+            Path("/proc/self/clear_refs").write_text("5")
+            before, start = high_water(), time.perf_counter()
+            try:
+                delta = Delta.load(path)
+                with delta.applied(base):
+                    outcomes["harmless"] += 1
+            except HowfineError as error:
+                assert str(error), kind
+                outcomes["refused"] += 1
+            slowest = max(slowest, time.perf_counter() - start)
+            grown = high_water() - before
+            assert grown <= SLACK or grown <= 4 * declared(data), (kind, grown)
+    assert base.is_untouched()
+    assert slowest < 5, f"a mutant took {slowest:.1f} s"
+    return outcomes
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc")
+def test_six_hundred_mutants_are_survived(base, files, tmp_path):
+    outcomes = survive(base, files, tmp_path, 600)
+    assert outcomes["refused"] > 0.7 * sum(outcomes.values()), outcomes
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc")
+def test_twenty_thousand_mutants_are_survived(base, files, tmp_path):
+    outcomes = survive(base, files, tmp_path, 20_000)
+    print(outcomes)
+    assert sum(outcomes.values()) >= 20_000
+
+
+def test_any_single_bit_flip_is_noticed(base, files, tmp_path):
+    path = tmp_path / f"flipped{SUFFIX}"
+    good = files[0]
+    for position in range(0, len(good), max(1, len(good) // 400)):
+        data = bytearray(good)
+        data[position] ^= 1
+        path.write_bytes(data)
+        # Padding spaces of the header, and the order of its keys, carry nothing.
+        with pytest.raises(HowfineError):
+            delta = Delta.load(path)
+            assert delta.header() != Delta.load(_saved(good, tmp_path)).header()
+            raise DamagedDelta("the header says something else")
+
+
+def _saved(data: bytes, folder: Path) -> Path:
+    path = folder / f"good{SUFFIX}"
+    path.write_bytes(data)
+    return path
+
+
+def test_a_newer_format_is_refused_with_its_version(files, tmp_path):
+    header, groups = take_apart(files[0])
+    path = tmp_path / f"new{SUFFIX}"
+    path.write_bytes(put_together({**header, "howfine": 9}, groups))
+    with pytest.raises(UnsupportedFormat, match="format version 9"):
+        Delta.load(path)
+
+
+def test_a_declared_terabyte_is_not_allocated(base, files, tmp_path):
+    header, groups = take_apart(files[0])
+    rows = json.loads(zlib.decompress(groups[container.INDEX]))
+    rows[0][1] = [2**20, 2**20]
+    path = tmp_path / f"huge{SUFFIX}"
+    path.write_bytes(put_together(header, {**groups, container.INDEX: container.pack_index(rows)}))
+    with pytest.raises(DamagedDelta, match="more than any change"), Delta.load(path).applied(base):
+        pass
+
+
+def test_a_deflated_bomb_is_not_inflated(files, tmp_path):
+    header, groups = take_apart(files[0])
+    bomb = zlib.compress(b"[" + b" " * (1 << 28) + b"]", 9)
+    path = tmp_path / f"bomb{SUFFIX}"
+    path.write_bytes(put_together(header, {**groups, container.INDEX: bomb}))
+    with pytest.raises(DamagedDelta, match="bounded size"):
+        Delta.load(path)
+
+
+@pytest.mark.parametrize("path", sorted(FIXTURES.glob("*.safetensors")), ids=lambda p: p.stem)
+def test_kept_fixtures_are_refused(base, path):
+    with pytest.raises(HowfineError), Delta.load(path).applied(base):
+        pass
+
+
+def test_the_liar_reaches_every_column():
+    import random
+
+    rows = [["method/x", [2], "bits", 1, 0, 3]]
+    groups = {container.INDEX: container.pack_index(rows), "places": b"\x01"}
+    seen = set()
+    for seed in range(300):
+        _, lying = lie_in_index({}, groups, random.Random(seed))
+        changed = json.loads(zlib.decompress(lying[container.INDEX]))
+        seen |= {i for i in range(6) if str(changed[0][i : i + 1]) != str(rows[0][i : i + 1])}
+    assert seen == set(range(6))
