@@ -140,9 +140,17 @@ class Bench:
         tuned = tune(base, task, recipe, out=path, seed=seed)
         score = evaluate(tuned.delta, base, task, split="test")
         record: Record = {
-            "key": key, "task": self.name, "cell": cell.name, "seed": seed, "score": score.value,
-            "metric": score.metric, "n": score.n, "bytes": tuned.bytes, "steps": tuned.steps,
-            "trainable": tuned.trainable, "seconds": round(tuned.seconds, 2),
+            "key": key,
+            "task": self.name,
+            "cell": cell.name,
+            "seed": seed,
+            "score": score.value,
+            "metric": score.metric,
+            "n": score.n,
+            "bytes": tuned.bytes,
+            "steps": tuned.steps,
+            "trainable": tuned.trainable,
+            "seconds": round(tuned.seconds, 2),
             "predictions": pack_predictions(score.predictions),
         }
         if cell.name == "full":
@@ -209,13 +217,22 @@ class Bench:
             flips.append(torch.cat([(start[p] != m).flatten() for p, m in masks.items()]))
         pairs = [(0, 1), (0, 2), (1, 2)]
         shares = [float(f.float().mean()) for f in flips]
-        self.ledger.add({
-            "key": key, "task": self.name, "cell": "overlap", "flipped": shares,
-            "jaccard": [float((flips[a] & flips[b]).sum() / (flips[a] | flips[b]).sum())
-                        for a, b in pairs],
-            "chance": [shares[a] * shares[b] / (shares[a] + shares[b] - shares[a] * shares[b])
-                       for a, b in pairs],
-        })
+        self.ledger.add(
+            {
+                "key": key,
+                "task": self.name,
+                "cell": "overlap",
+                "flipped": shares,
+                "jaccard": [
+                    float((flips[a] & flips[b]).sum() / (flips[a] | flips[b]).sum())
+                    for a, b in pairs
+                ],
+                "chance": [
+                    shares[a] * shares[b] / (shares[a] + shares[b] - shares[a] * shares[b])
+                    for a, b in pairs
+                ],
+            }
+        )
 
 
 def mask_at_start(delta: Delta, base: Base, seed: int) -> dict[str, torch.Tensor]:
@@ -241,7 +258,8 @@ def mask_facts(delta: Delta, base: Base, seed: int, recipe: Recipe) -> Record:
         "sparsity": 1 - sum(int(m.sum()) for m in masks.values()) / total,
         "to_zero": sum(int((start[p] & ~m).sum()) for p, m in masks.items()),
         "to_one": sum(int((~start[p] & m).sum()) for p, m in masks.items()),
-        "entries": total, "kept_bit_identical": same,
+        "entries": total,
+        "kept_bit_identical": same,
         "head_bytes": 2 * sum(tensor.numel() for tensor in head.values()),
     }
 

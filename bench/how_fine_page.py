@@ -1,1 +1,2 @@
-def write(*args): print("page later")
+def write(*args):
+    print("page later")

@@ -30,9 +30,9 @@ def test_every_method_and_readout_has_an_honest_card(card):
 
 
 def test_no_card_without_its_method():
-    assert {path for folder in ("methods", "readouts") for path in (DOCS / folder).glob("*.md")} == (
-        set(CARDS)
-    )
+    assert {
+        path for folder in ("methods", "readouts") for path in (DOCS / folder).glob("*.md")
+    } == (set(CARDS))
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)

@@ -23,15 +23,15 @@ ROOMS = [
     ("task", "tasks", "tasks.*", "base"),
     ("surgery", "change"),
     ("method", "readout"),
-    ("whole",),
+    ("whole", "probe"),
     ("methods", "methods.*", "readouts", "readouts.*"),
     ("delta", "recipe"),
     ("cost", "distance", "compare"),
-    ("tune", "evaluate", "merge", "attach"),
-    ("ledger", "answer"),
+    ("tune", "loop", "evaluate", "merge", "attach"),
+    ("ledger", "answer", "plan"),
     ("study",),
     ("report", "serve", "serve.*", "catalogue"),
-    ("cli",),
+    ("cli", "options"),
 ]
 # Files that never import another of their own folder.
 APART = ("methods.*", "readouts.*")

@@ -291,8 +291,9 @@ def test_glue_dev_is_a_thousand_at_most(tmp_path: Path) -> None:
 
 
 def test_glue_folder_with_subsets(tmp_path: Path) -> None:
-    extra = pairs(8, "extra")
-    # One copy of a test row and one of a held-out row: both must leave the train split.
+    extra, held = pairs(8, "extra"), pairs(6, "held", 3)
+    # Copies of a test row leave train and dev, one of a held-out row leaves train.
+    held["sentence1"][5], held["sentence2"][5] = "matched 4", "then 4"
     extra["sentence1"][:2] = ["Matched 3!", "held 1"]
     extra["sentence2"][:2] = ["then 3", "then 1"]
     data = write_glue(
@@ -300,7 +301,7 @@ def test_glue_folder_with_subsets(tmp_path: Path) -> None:
         "mnli",
         train_subset=pairs(30, "train", 3),
         train_extra=extra,
-        heldout_subset=pairs(5, "held", 3),
+        heldout_subset=held,
         dev_matched=pairs(9, "matched", 3),
     )
     task = Task.load("mnli", data=data)
@@ -470,7 +471,15 @@ def test_quotes_commas_and_lines_in_csv(tmp_path: Path) -> None:
 def test_quotes_in_tsv_are_characters(tmp_path: Path) -> None:
     path = tmp_path / "q.tsv"
     path.write_text("text\tlabel\n" + "".join(f'"he said {i}\t{i % 2}\n' for i in range(20)))
-    assert Task.load(path).splits["train"][0].texts[0].startswith('"he said')
+    texts = {e.texts[0] for split in Task.load(path).splits.values() for e in split}
+    assert texts == {f'"he said {i}' for i in range(20)}
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:
+    path = write_all(tmp_path, ".jsonl", sentences(20))
+    plain = Task.load(path).fingerprint
+    path.write_text("\ufeff" + path.read_text())
+    assert Task.load(path).fingerprint == plain
 
 
 def test_numbers_in_a_text_column_stay_text(tmp_path: Path) -> None:

@@ -40,7 +40,7 @@ class Base:
         self.name = name
         self.kind = kind
         self.tokenizer = tokenizer
-        self.config = tower.config
+        self.config: Any = tower.config
         self.anatomy: Anatomy = anatomy_of(self.config)
         self.tower_name = "image" if tower.main_input_name == "pixel_values" else "text"
         self.towers = nn.ModuleDict({self.tower_name: tower})
@@ -78,8 +78,8 @@ class Base:
         return base
 
     @property
-    def tower(self) -> nn.Module:
-        """The only tower."""
+    def tower(self) -> Any:
+        """The only tower: a transformers model."""
         return self.towers[self.tower_name]
 
     @property

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 
@@ -36,3 +37,10 @@ class Batch:
     def from_kwargs(cls, fields: Mapping[str, Any]) -> Batch:
         """The inverse of `as_kwargs`."""
         return cls(**fields)
+
+
+def to_device(value: Any, device: torch.device) -> Any:
+    """Tensors, in dicts of dicts, on a device."""
+    if isinstance(value, dict):
+        return {key: to_device(item, device) for key, item in value.items()}
+    return value.to(device)

@@ -14,12 +14,10 @@ from howfine.method import Method
 
 def catalogue(name: str | None = None) -> list[dict[str, Any]]:
     """Every method, or the one named. Raises SettingError with the near name."""
-    examples = plugins.examples("methods", Method)  # type: ignore[type-abstract]
+    examples = plugins.examples("methods", Method)
     if name is not None and name not in examples:
         raise SettingError(f"method {name!r} is unknown. {near(name, examples)}")
-    return [
-        _entry(key, type(example)) for key, example in examples.items() if name in (None, key)
-    ]
+    return [_entry(key, type(example)) for key, example in examples.items() if name in (None, key)]
 
 
 def _entry(name: str, cls: type[Method]) -> dict[str, Any]:

@@ -37,7 +37,7 @@ class Change:
         self._undo.insert(0, undo)
 
     def remove(self) -> None:
-        """Take the change off, in the reverse order of putting it on. A second call does nothing."""
+        """Take the change off, last part first. A second call does nothing."""
         while self._undo:
             self._undo.pop()()
 

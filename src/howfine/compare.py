@@ -5,12 +5,17 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from types import SimpleNamespace
+from typing import TYPE_CHECKING
 
 from howfine import container
 from howfine.anatomy import Anatomy, anatomy_of
 from howfine.checkpoint import Checkpoint, MemorySource, Source
 from howfine.distance import Distance, Place, distance
 from howfine.errors import BaseNotFound
+
+if TYPE_CHECKING:  # torch is imported only where a base is: streaming needs none of it
+    from howfine.base import Base
+    from howfine.delta import Delta
 
 
 def compare(
@@ -44,13 +49,9 @@ def _compare_delta(before: str, file: Path, references: bool, seed: int) -> list
 
 
 def delta_distance(
-    delta: object, base: object, references: bool = True, seed: int = 0
+    delta: Delta, base: Base, references: bool = True, seed: int = 0
 ) -> list[Distance]:
     """Distances from a base to the same base with a delta on. Frozen tensors are at 0."""
-    from howfine.base import Base
-    from howfine.delta import Delta
-
-    assert isinstance(delta, Delta) and isinstance(base, Base)
     before = dict(base.tower.named_parameters())
     with delta.applied(base):
         after = dict(base.tower.named_parameters())

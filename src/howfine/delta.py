@@ -20,8 +20,14 @@ from torch import Tensor
 from howfine import container, plugins
 from howfine.base import Base
 from howfine.change import Change
-from howfine.codec import PRECISIONS, Coded, decode_places, decode_values, encode_places
-from howfine.codec import encode_values
+from howfine.codec import (
+    PRECISIONS,
+    Coded,
+    decode_places,
+    decode_values,
+    encode_places,
+    encode_values,
+)
 from howfine.errors import DamagedDelta, SettingError, WrongBase, near
 from howfine.method import Method, Tensors, methods
 from howfine.readout import Head, Labels, Readout, Wired, readouts
@@ -167,8 +173,8 @@ class Delta:
 
     def header(self) -> dict[str, Any]:
         """What the file says of itself, as JSON types."""
-        method_name = plugins.name_of("methods", Method, self.method)  # type: ignore[type-abstract]
-        readout_name = plugins.name_of("readouts", Readout, self.readout)  # type: ignore[type-abstract]
+        method_name = plugins.name_of("methods", Method, self.method)
+        readout_name = plugins.name_of("readouts", Readout, self.readout)
         header: dict[str, Any] = {
             "base": self.base_name,
             "sha256": self.base_fingerprint,

@@ -96,7 +96,7 @@ class StorageError(HowfineError):
 
 
 def near(name: str, known: Iterable[str]) -> str:
-    """" Did you mean 'x'?" where a known name is close, else the whole list."""
+    """A sentence: did you mean 'x', where a known name is close, else all known names."""
     names = sorted(known)
     close = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
     if close:

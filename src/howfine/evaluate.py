@@ -12,6 +12,7 @@ import torch
 from tqdm.auto import tqdm
 
 from howfine.base import Base
+from howfine.batch import to_device
 from howfine.delta import Delta
 from howfine.errors import SettingError, TaskError, near
 from howfine.metrics import METRICS, bootstrap_interval
@@ -143,7 +144,7 @@ def logits(
     parts = []
     for rows in tqdm(list(_batches(order, batch_size)), desc="predict", disable=not progress):
         batch = model.readout.collate(base, [examples[i] for i in rows], labelled=False)
-        fields = {k: _to(v, base.device) for k, v in batch.as_kwargs().items()}
+        fields = to_device(batch.as_kwargs(), base.device)
         parts.append(model(**fields)["logits"].float().cpu())
     outputs = torch.cat(parts)
     back = torch.empty(len(order), dtype=torch.long)
@@ -154,9 +155,3 @@ def logits(
 def _batches(order: list[int], size: int) -> Iterator[list[int]]:
     for start in range(0, len(order), size):
         yield order[start : start + size]
-
-
-def _to(value: Any, device: torch.device) -> Any:
-    if isinstance(value, dict):
-        return {key: _to(item, device) for key, item in value.items()}
-    return value.to(device)

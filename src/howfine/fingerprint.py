@@ -22,7 +22,7 @@ def of_parameters(model: nn.Module) -> str:
     for path, parameter in sorted(model.named_parameters()):
         digest.update(f"{path}{tuple(parameter.shape)}".encode())
         values = parameter.detach().to(device="cpu", dtype=torch.float32).contiguous()
-        digest.update(np.ascontiguousarray(values.numpy()).view(np.uint8))
+        digest.update(np.ascontiguousarray(values.numpy()).data)
     return digest.hexdigest()
 
 

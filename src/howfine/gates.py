@@ -95,7 +95,7 @@ def surrogate(scores: Tensor, hard: Tensor) -> Tensor:
 
 
 def threshold(scores: Tensor, at: float = 0.0) -> Tensor:
-    """1 where score > `at`, else 0; identity gradient (Piggyback, Mallya et al. 2018). Any shape."""
+    """1 where score > `at`, else 0; identity gradient (Mallya et al. 2018). Any shape."""
     return surrogate(scores, scores > at)
 
 
@@ -132,9 +132,7 @@ def hard_concrete(
     return (concrete * (high - low) + low).clamp(0, 1)
 
 
-def hard_concrete_settled(
-    log_alpha: Tensor, stretch: tuple[float, float] = (-0.1, 1.1)
-) -> Tensor:
+def hard_concrete_settled(log_alpha: Tensor, stretch: tuple[float, float] = (-0.1, 1.1)) -> Tensor:
     """The gate used at test time: clamp(σ(log α)·(r-l) + l, 0, 1) (Louizos et al. 2018, eq. 13)."""
     low, high = stretch
     return (torch.sigmoid(log_alpha) * (high - low) + low).clamp(0, 1)

@@ -40,7 +40,7 @@ class Ledger:
 
     def add(self, record: Record) -> None:
         """Append one record; the whole line is on disk when this returns."""
-        self.replace([*self.records().values(), record])
+        self.replace({**self.records(), record["key"]: record}.values())
 
     def replace(self, records: Iterable[Record]) -> None:
         """Write the records given, and nothing else, atomically."""

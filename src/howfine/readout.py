@@ -91,7 +91,7 @@ class Wired(nn.Module):
         self.head = head.to(base.device)
         self.readout = readout
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """Trainable parameters alone: a checkpoint of the training loop need not hold the base."""
         kept = {name for name, value in self.named_parameters() if value.requires_grad}
         whole = super().state_dict(*args, **kwargs)

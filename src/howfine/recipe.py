@@ -87,7 +87,7 @@ class Recipe:
         if text is not None:
             return cls.parse(Path(name).stem, yaml.safe_load(text))
         if str(name) in methods():
-            example = plugins.examples("methods", Method)[str(name)]  # type: ignore[type-abstract]
+            example = plugins.examples("methods", Method)[str(name)]
             return cls(str(name), example, default_readout())
         known = {*_shipped(), *methods()}
         raise SettingError(f"recipe {str(name)!r} is unknown. {near(str(name), known)}")
@@ -143,8 +143,8 @@ class Recipe:
 
     def as_dict(self) -> dict[str, Any]:
         """The record a study stores: settings that differ from their defaults."""
-        method_name = plugins.name_of("methods", Method, self.method)  # type: ignore[type-abstract]
-        readout_name = plugins.name_of("readouts", Readout, self.readout)  # type: ignore[type-abstract]
+        method_name = plugins.name_of("methods", Method, self.method)
+        readout_name = plugins.name_of("readouts", Readout, self.readout)
         return {
             "recipe": self.name,
             "method": {method_name: plugins.settings_of(self.method)},

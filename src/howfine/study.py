@@ -8,108 +8,29 @@ worker's run is picked up. Choices are made on dev; test is only reported.
 
 from __future__ import annotations
 
-import hashlib
-import itertools
-import json
 import logging
 import time
 import warnings
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from importlib import resources
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import optuna
-import yaml
 from optuna.trial import FrozenTrial, TrialState
 from tqdm.auto import tqdm
 
-from howfine import plugins
 from howfine.base import Base
 from howfine.delta import SUFFIX
-from howfine.errors import HowfineError, SettingError, near
+from howfine.errors import HowfineError, SettingError
 from howfine.evaluate import evaluate
 from howfine.ledger import Ledger, Record, pack_predictions
-from howfine.recipe import Recipe
+from howfine.plan import Plan, Run, runs_of
 from howfine.task import Task
 from howfine.tune import tune
 
 HEARTBEAT_SECONDS = 5
 GRACE_SECONDS = 20
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What a study compares."""
-
-    # Recipe whose score is the ceiling.
-    ceiling: str
-    # Recipe whose score is the floor.
-    floor: str
-    # Recipes in between, each over its knob.
-    recipes: tuple[str, ...] = ()
-    # Seeds of every run.
-    seeds: tuple[int, ...] = (0, 1, 2)
-    # Share of the ceiling's score that may be lost.
-    margin: float = 0.01
-    # Settings that every recipe gets where it has them, such as {"epochs": 2}.
-    settings: dict[str, Any] | None = None
-    # Test the knobs only of these settings; None for the recipe's own.
-    knobs: dict[str, dict[str, list[Any]]] | None = None
-
-    @classmethod
-    def load(cls, name: str | Path = "default") -> Plan:
-        """A plan that ships with howfine by name, or a YAML file."""
-        shipped = {
-            item.name.removesuffix(".yaml"): item
-            for item in (resources.files("howfine") / "recipes" / "plans").iterdir()
-        }
-        if str(name) in shipped:
-            raw = yaml.safe_load(shipped[str(name)].read_text())
-        elif Path(name).is_file():
-            raw = yaml.safe_load(Path(name).read_text())
-        else:
-            raise SettingError(f"plan {str(name)!r} is unknown. {near(str(name), shipped)}")
-        raw.pop("about", None)
-        return plugins.checked(cls, raw, f"plan {name}")
-
-
-@dataclass(frozen=True)
-class Run:
-    """One cell of a study."""
-
-    recipe: Recipe
-    role: str  # ceiling | floor | candidate
-    settings: tuple[tuple[str, Any], ...]  # what the knob set
-    seed: int
-    key: str
-
-
-def runs_of(plan: Plan, base: Base, task: Task) -> list[Run]:
-    """Every run of a plan, in a fixed order, with keys that name base, task, record and seed."""
-    roles = [("ceiling", plan.ceiling), ("floor", plan.floor)]
-    roles += [("candidate", name) for name in plan.recipes]
-    runs = []
-    for role, name in roles:
-        recipe = Recipe.load(name)
-        for key, value in (plan.settings or {}).items():
-            recipe = recipe.override(**{key: value})
-        knob = (plan.knobs or {}).get(name, recipe.knob) if role == "candidate" else {}
-        for values in itertools.product(*knob.values()):
-            settings = tuple(zip(knob, values, strict=True))
-            made = recipe.override(**dict(settings))
-            runs += [_run(made, role, settings, seed, base, task) for seed in plan.seeds]
-    return runs
-
-
-def _run(
-    recipe: Recipe, role: str, settings: Any, seed: int, base: Base, task: Task
-) -> Run:
-    record = {**recipe.as_dict(), "seed": seed, "base": base.fingerprint, "task": task.fingerprint}
-    digest = hashlib.sha256(json.dumps(record, sort_keys=True, default=str).encode()).hexdigest()
-    return Run(recipe, role, settings, seed, f"{recipe.name}-{digest[:10]}-s{seed}")
 
 
 def study(
@@ -163,9 +84,9 @@ class _Worker:
         """Take finished runs of the ledger into a database that does not know them."""
         done = self._by_state(TrialState.COMPLETE)
         for key, record in self.ledger.records().items():
-            if key in self.runs and key not in done and "error" not in record:
-                if not self.keep or (self.folder / record["file"]).exists():
-                    self.study.add_trial(_finished(record))
+            wanted = key in self.runs and key not in done and "error" not in record
+            if wanted and (not self.keep or (self.folder / record["file"]).exists()):
+                self.study.add_trial(_finished(record))
 
     def join(self, progress: bool) -> None:
         """Work until every run of the plan is finished, by this worker or another."""
@@ -277,7 +198,7 @@ def _identity(run: Run) -> Record:
         "key": run.key,
         "recipe": run.recipe.name,
         "role": run.role,
-        "settings": {name: value for name, value in run.settings},
+        "settings": dict(run.settings),
         "seed": run.seed,
         "record": {name: record[name] for name in ("method", "readout", "training", "store")},
     }

@@ -42,7 +42,5 @@ def unpack(base: Base, tensors: Tensors) -> Change:
                 f"delta holds {path!r} of shape {tuple(value.shape)}, which the base "
                 f"{base.name} has not; the file is damaged, or made for another model"
             )
-        undo.append(
-            surgery.replace(base.towers, path, as_parameter(value, base.parameter(path)))
-        )
+        undo.append(surgery.replace(base.towers, path, as_parameter(value, base.parameter(path))))
     return Change({}, undo)

@@ -1,8 +1,8 @@
 """Hostile delta files: what a broken disk, a bad transfer or an attacker makes of a good one.
 
-    mutants(data, seed) yields (kind, bytes): bit flips, truncations, swapped and repeated pieces;
-    and, with the checksum made right again, headers and indexes that lie about sizes, shapes,
-    codings and parameters, so that every check behind the checksum is reached too.
+mutants(data, seed) yields (kind, bytes): bit flips, truncations, swapped and repeated pieces;
+and, with the checksum made right again, headers and indexes that lie about sizes, shapes,
+codings and parameters, so that every check behind the checksum is reached too.
 """
 
 from __future__ import annotations
@@ -17,7 +17,22 @@ import safetensors
 
 from howfine import container
 
-LIES: tuple[Any, ...] = (-1, 0, 1, 7, 2**31, 2**40, 2**63, 1e308, float("nan"), "x", None, [], {}, True)
+LIES: tuple[Any, ...] = (
+    -1,
+    0,
+    1,
+    7,
+    2**31,
+    2**40,
+    2**63,
+    1e308,
+    float("nan"),
+    "x",
+    None,
+    [],
+    {},
+    True,
+)
 
 
 def mutants(data: bytes, count: int, seed: int) -> Iterator[tuple[str, bytes]]:
@@ -86,7 +101,9 @@ def lie_in_index(header: Any, groups: dict[str, bytes], rng: random.Random) -> t
     elif rng.random() < 0.2:
         rows.append(row)
     elif place == 2:
-        row[2] = rng.choice(("gaps", "bits", "none", "all", "zlib", "fp32", "int8", "sign", "nonsense"))
+        row[2] = rng.choice(
+            ("gaps", "bits", "none", "all", "zlib", "fp32", "int8", "sign", "nonsense")
+        )
     else:
         row[place] = rng.choice(LIES)
     return header, {**groups, container.INDEX: container.pack_index(rows)}

@@ -11,7 +11,7 @@ import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -60,7 +60,9 @@ def _strongest(scores: Tensor, share: float) -> Tensor:
     return gates.settle_top_k(scores.abs(), keep)
 
 
-def _uniform(low: float, high: Callable[[float], float]) -> Callable[[Tensor, Tensor, float], Tensor]:
+def _uniform(
+    low: float, high: Callable[[float], float]
+) -> Callable[[Tensor, Tensor, float], Tensor]:
     return lambda units, _, share: torch.empty_like(units).uniform_(low, high(share))
 
 
@@ -131,7 +133,7 @@ class Mask(Method):
     def __post_init__(self) -> None:
         if self.variant not in VARIANTS:
             raise SettingError(f"mask variant {self.variant!r}. {near(self.variant, VARIANTS)}")
-        low_ok = 0 < self.initial_sparsity if self.variant in _NEEDS_SHARE else True
+        low_ok = self.initial_sparsity > 0 if self.variant in _NEEDS_SHARE else True
         if not (0 <= self.initial_sparsity < 1 and low_ok):
             raise SettingError(
                 f"mask initial_sparsity: found {self.initial_sparsity}, expected a share from 0 "
@@ -167,10 +169,8 @@ class Mask(Method):
     def _units(self, base: Base, path: str) -> Tensor:
         """Mean |θ| of every unit that has a score: the score tensor's shape."""
         weight = base.parameter(path).detach().float().abs()
-        granularity = "n:m" if self._pattern() else self.granularity
-        shape = gates.gate_shape(
-            tuple(weight.shape), granularity, base.anatomy.linear_axes, base.heads  # type: ignore[arg-type]
-        )
+        unit: Any = "n:m" if self._pattern() else self.granularity
+        shape = gates.gate_shape(tuple(weight.shape), unit, base.anatomy.linear_axes, base.heads)
         for axis, size in enumerate(shape):
             weight = weight.unflatten(axis, (size, -1)).mean(axis + 1)
         return weight

@@ -1,4 +1,4 @@
-"""A linear layer on a pooled hidden state: classification, and regression where there are no labels.
+"""A linear layer on a pooled hidden state: classification, or regression without labels.
 
 Devlin et al. 2019, section 4.1. Cross-entropy, or mean squared error.
 """
@@ -88,7 +88,7 @@ class _LinearHead(Head):
 def pool(state: object, mask: Tensor | None, pooling: str) -> Tensor:
     """(B, H) from a model's output: the first, last or mean unmasked position, or the pooler's."""
     if pooling == "pooler":
-        return state.pooler_output  # type: ignore[attr-defined, no-any-return]
+        return state.pooler_output  # type: ignore[attr-defined]
     hidden: Tensor = state.last_hidden_state  # type: ignore[attr-defined]
     if pooling == "cls":
         return hidden[:, 0]

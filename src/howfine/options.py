@@ -1,0 +1,98 @@
+"""Options that the commands share, and what they do with them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+BaseName = Annotated[
+    str | None,
+    typer.Option(help="'minilm' (embedded), a Hugging Face name, or a folder."),
+]
+TaskName = Annotated[
+    str,
+    typer.Option(
+        help="'rotten-tomatoes' (embedded), a GLUE name, a data file or folder, a hub name."
+    ),
+]
+DataDir = Annotated[
+    Path | None, typer.Option("--data", help="Folder of datasets (or HOWFINE_DATA).")
+]
+TextColumns = Annotated[
+    str | None, typer.Option("--text", help="Text column, or two with a comma.")
+]
+LabelColumn = Annotated[str | None, typer.Option("--label", help="Label column.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps …")]
+Dtype = Annotated[str, typer.Option(help="float32, bfloat16 or float16: of the base's weights.")]
+DeltaFile = Annotated[Path, typer.Argument(help="A *.delta.safetensors file.")]
+Split = Annotated[str, typer.Option(help="train, dev or test.")]
+
+
+def study(
+    base: str,
+    task: Any,
+    plan: str,
+    out: Path,
+    storage: str | None,
+    device: str,
+    dtype: str,
+    as_json: bool,
+) -> None:
+    """Run a study and report it: what `study` and `demo` have in common."""
+    from howfine.base import Base
+    from howfine.report import report as write_report
+    from howfine.study import study as run
+
+    loaded = Base.load(base, device=device, dtype=dtype)
+    run(loaded, task, plan, out=out, storage=storage, progress=not as_json)
+    result = write_report(out, base=loaded, task=task)
+    show(as_json, result, f"{result['sentence']}\n{out / 'report.html'}")
+
+
+def task(name: str, data: Path | None, text: str | None, label: str | None) -> Any:
+    """The task that --task, --data, --text and --label name."""
+    from howfine.task import Task
+
+    columns = [part.strip() for part in text.split(",")] if text else None
+    return Task.load(name, text=columns, label=label, data=data)
+
+
+def base(name: str | None, delta: Any, device: str, dtype: str) -> Any:
+    """The base named, or else the delta's own."""
+    from howfine.base import Base
+
+    return Base.load(name or delta.base_name, kind=delta.base_kind, device=device, dtype=dtype)
+
+
+def settings(extra: list[str]) -> dict[str, Any]:
+    """`--learning-rate 1e-3` and `--learning-rate=1e-3` as {"learning_rate": "1e-3"}."""
+    from howfine.errors import SettingError
+
+    found: dict[str, Any] = {}
+    rest = list(extra)
+    while rest:
+        flag, inline, value = rest.pop(0).partition("=")
+        if not flag.startswith("--"):
+            raise SettingError(f"argument {flag!r}: expected a flag such as --learning-rate 1e-3")
+        if not inline:
+            if not rest or rest[0].startswith("--"):
+                raise SettingError(f"flag {flag} needs a value, such as {flag} 1")
+            value = rest.pop(0)
+        found[flag[2:].replace("-", "_")] = value
+    return found
+
+
+def said(score: Any) -> str:
+    """A score in words."""
+    low, high = score.interval
+    value = f"{score.metric} {score.value:.4f} [{low:.4f}, {high:.4f}]"
+    return f"{value} on {score.n} of {score.split}"
+
+
+def show(as_json: bool, result: Any, said: str) -> None:
+    """Print the result, as JSON or in words."""
+    typer.echo(json.dumps(result, indent=2, ensure_ascii=False) if as_json else said)
