@@ -30,7 +30,7 @@ ROOMS = [
     ("tune", "loop", "evaluate", "merge", "attach"),
     ("ledger", "answer", "plan"),
     ("study",),
-    ("report", "serve", "serve.*", "catalogue"),
+    ("report", "catalogue"),
     ("cli", "options"),
 ]
 # Files that never import another of their own folder.

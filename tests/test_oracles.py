@@ -226,9 +226,11 @@ AXES = [("out", "in"), ("in", "out")]
 UNITS = ["entry", "row", "column", "head"]
 
 
-def unit_of(place: tuple[int, int], shape: tuple[int, int], axes: tuple[str, str], kind: str):
+def unit_of(
+    place: tuple[int, int], shape: tuple[int, int], axes: tuple[str, str], kind: str
+) -> object:
     """Which unit an entry belongs to: its output, its input, or the head of its output."""
-    out, inner = (place if axes == ("out", "in") else place[::-1])[:2]
+    out, inner = place if axes == ("out", "in") else place[::-1]
     outputs = shape[axes.index("out")]
     return {"entry": place, "row": out, "column": inner, "head": out // (outputs // 4)}[kind]
 

@@ -82,7 +82,9 @@ class Anatomy:
         return [path for path in paths if path in chosen]
 
     def _names(self, selector: str, path: str, depth: int) -> bool:
-        part, _, where = selector.partition("@")
+        part, at, where = selector.partition("@")
+        if at and not where:
+            raise SettingError(f"selector {selector!r}: expected layers after '@', such as K@0-3")
         layer, own = self.place(path)
         if where and (layer is None or layer not in parse_layers(where, depth)):
             return False

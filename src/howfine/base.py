@@ -46,6 +46,9 @@ class Base:
         self.towers = nn.ModuleDict({self.tower_name: tower})
         self.towers.requires_grad_(False)
         self.towers.eval()
+        # The pretrained parameters themselves, by path: whatever a change puts in their places,
+        # these are what it is measured against.
+        self._parameters = dict(self.towers.named_parameters())
         self.pooling = self.anatomy.pooling
         self.fingerprint = fp.of_parameters(self.towers)
 
@@ -92,6 +95,21 @@ class Base:
         """Attention heads per layer."""
         return int(getattr(self.config, self.anatomy.heads))
 
+    def heads_of(self, path: str) -> int:
+        """Attention heads whose outputs are neighbouring rows of the matrix at `path`.
+
+        Raises SettingError for a matrix that is not a query, key or value projection.
+        """
+        part = self.place(path)[1]
+        if part not in ("Q", "K", "V"):
+            raise SettingError(
+                f"{path!r} (part {part}) is not laid out by attention heads; expected a query, key "
+                "or value matrix: select Q, K or V"
+            )
+        if part == "Q":
+            return self.heads
+        return int(getattr(self.config, "num_key_value_heads", None) or self.heads)
+
     @property
     def device(self) -> torch.device:
         """Where the parameters are."""
@@ -99,7 +117,7 @@ class Base:
 
     def paths(self) -> list[str]:
         """Every parameter's path, tower name first; tied parameters once."""
-        return [path for path, _ in self.towers.named_parameters()]
+        return list(self._parameters)
 
     def place(self, path: str) -> tuple[int | None, str]:
         """(layer, part letter) of a path; see `anatomy.Anatomy.place`."""
@@ -112,8 +130,8 @@ class Base:
         return [prefix + path for path in self.anatomy.choose(inner, selectors)]
 
     def parameter(self, path: str) -> nn.Parameter:
-        """The parameter at a path."""
-        return self.towers.get_parameter(path)
+        """The pretrained parameter at a path, also while a change is on."""
+        return self._parameters[path]
 
     def is_untouched(self) -> bool:
         """Whether the parameters are, bit for bit, those that were loaded (in float32)."""

@@ -61,21 +61,9 @@ def tune(
     tuned = run(
         loaded, found, chosen, out=out, seed=seed, work=work, resume=resume, progress=not as_json
     )
-    result = {
-        "file": str(tuned.path),
-        "bytes": tuned.bytes,
-        "score": tuned.score.as_dict(),
-        "seconds": tuned.seconds,
-        "steps": tuned.steps,
-        "peak_bytes": tuned.peak_bytes,
-        "trainable": tuned.trainable,
-    }
-    options.show(
-        as_json,
-        result,
-        f"{tuned.path}: {tuned.bytes:,} bytes, {options.said(tuned.score)}, "
-        f"{tuned.trainable:,} trainable parameters, {tuned.seconds:.0f} s",
-    )
+    trained = f"{tuned.trainable:,} trainable parameters, {tuned.seconds:.0f} s"
+    said = f"{tuned.path}: {tuned.bytes:,} bytes, {options.said(tuned.score)}, {trained}"
+    options.show(as_json, tuned.as_dict(), said)
 
 
 @app.command()

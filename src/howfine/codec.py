@@ -13,7 +13,7 @@ smallest of
                 its one param is the number of rows
     zlib        raw DEFLATE of bits, for masks that repeat
 
-Whichever of True and False is rarer counts as a place; the stored k says which.
+Whichever of True and False is rarer counts as a place; the stored head says which.
 
 A gap is cut into a token (its octave and the leading bits in it) and the raw bits below, much as a
 floating-point number is. Tokens and raw bits go onto one asymmetric-numeral-system stack (Duda
@@ -33,7 +33,7 @@ import math
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, final
 
 import numpy as np
 import torch
@@ -44,10 +44,13 @@ from howfine.errors import DamagedDelta, SettingError, near
 PRECISIONS = ("fp32", "fp16", "bf16", "int8", "sign")
 
 _MAX_COUNT = 1 << 40  # gaps must fit two raw symbols of at most 24 bits
-_RANK_LIMIT = 127  # seven bits of a byte; big integers take milliseconds up to here
+_RANK_LIMIT = 127  # big integers take milliseconds up to here
 _CHUNK = 1 << 16  # gaps coded at a time; part of the format
 _SPLIT = 16  # raw bits that go into one symbol; part of the format
 _UNIT = 1 << 24  # constriction's probabilities are multiples of 2^-24
+# What every stack lies on. An empty coder goes on giving symbols, from a state below 2^24; so
+# whoever pops too much or too little does not end here. The coder needs most of these bits anyway.
+_BOTTOM = 1 << 24
 # Leading bits kept in a token: finer ones fit the geometric law better, coarser ones make a
 # shorter table.
 _FINE, _COARSE = 3, 2
@@ -69,6 +72,7 @@ _LARGEST_SCALE = {
 }
 
 Array = np.ndarray[Any, np.dtype[Any]]
+_Symbols = tuple[Any, ...]  # int32 symbols and their law; alphabet sizes if the law is Uniform
 
 
 @dataclass(frozen=True)
@@ -109,7 +113,7 @@ def encode_places(mask: torch.Tensor) -> Coded:
     places = np.flatnonzero(flat if direct else ~flat)
     best = Coded("bits", (), plain)
     if len(places) <= _RANK_LIMIT:
-        best = min(best, Coded("rank", (), _encode_rank(places, count, direct)), key=_size)
+        best = min(best, Coded("rank", (), _encode_rank(places, count, true)), key=_size)
     elif combinatorial_bits(count, true) < 8 * len(plain):
         best = min(best, Coded("gaps", (), _encode_gaps(places, count, true)), key=_size)
     histogram = _encode_histogram(places, count, true, _size(best))
@@ -272,30 +276,49 @@ def _decode_zlib(coded: Coded, count: int) -> Array:
     return _unpacked(coded, plain, count)
 
 
-def _encode_rank(places: Array, count: int, direct: bool) -> bytes:
-    """One byte with how many places there are, and in bit 7 whether they are False; then the rank,
-    Σ C(place_i, i) over i = 1, 2, …"""
+def _head(true: int, count: int) -> bytes:
+    """Twice the rarer of True and False, plus 1 if that is False: seven bits a byte, lowest first,
+    bit 7 in all but the last (LEB128)."""
+    number = min(2 * true, 2 * (count - true) + 1)
+    groups = range(0, number.bit_length(), 7)
+    return bytes(number >> at & 127 | (at < groups[-1]) << 7 for at in groups)
+
+
+def _true(coded: Coded, count: int) -> tuple[int, bytes]:
+    """The number of True entries in the payload's head, and the rest of the payload."""
+    length = next((i for i, byte in enumerate(coded.payload[:6], 1) if byte < 128), 0)
+    number = sum((byte & 127) << 7 * i for i, byte in enumerate(coded.payload[:length]))
+    true = count - number // 2 if number % 2 else number // 2
+    if not 2 <= number <= count or _head(true, count) != coded.payload[:length]:
+        raise _damaged(coded, f"{number // 2} places", f"1..{count // 2}")
+    return true, coded.payload[length:]
+
+
+def _encode_rank(places: Array, count: int, true: int) -> bytes:
+    """The head, then Σ C(place_i, i) over i = 1, 2, …"""
     number = sum(math.comb(place, i) for i, place in enumerate(places.tolist(), 1))
-    head = bytes([len(places) | (not direct) << 7])
-    return head + number.to_bytes(_bytes_below(math.comb(count, len(places))), "little")
+    length = _bytes_below(math.comb(count, len(places)))
+    return _head(true, count) + number.to_bytes(length, "little")
 
 
 def _decode_rank(coded: Coded, count: int) -> Array:
-    few, inverted = coded.payload[0] & 127 if coded.payload else 0, coded.payload[:1] >= b"\x80"
-    if not 1 <= few <= min(count, _RANK_LIMIT):
-        raise _damaged(coded, f"{few} places", f"1..{min(count, _RANK_LIMIT)}")
+    true, rest = _true(coded, count)
+    few, direct = min(true, count - true), 2 * true <= count
+    if few > _RANK_LIMIT:
+        raise _damaged(coded, f"{few} places", f"1..{_RANK_LIMIT}")
     sets = math.comb(count, few)
-    _check_length(coded, 1 + _bytes_below(sets))
-    number = int.from_bytes(coded.payload[1:], "little")
+    number = int.from_bytes(rest, "little")
+    if len(rest) != _bytes_below(sets):
+        raise _damaged(coded, f"a rank of {len(rest)} bytes", f"{_bytes_below(sets)}")
     if number >= sets:
         raise _damaged(coded, "a rank beyond the last", "one below C(n, k)")
-    mask = np.full(count, inverted)
+    mask = np.full(count, not direct)
     place = count
     for i in range(few, 0, -1):
         # The largest place with C(place, i) ≤ what is left of the number.
         place = bisect.bisect_right(range(place), number, key=lambda p: math.comb(p, i)) - 1
         number -= math.comb(place, i)
-        mask[place] = not inverted
+        mask[place] = direct
     return mask
 
 
@@ -305,23 +328,21 @@ def _bytes_below(limit: int) -> int:
 
 
 def _encode_gaps(places: Array, count: int, true: int) -> bytes:
-    """The number of True entries, then the stack."""
-    coder = stream.stack.AnsCoder()
-    _push(coder, _tokens(places, _FINE), _geometric(count, len(places)))
-    return true.to_bytes(_bytes_below(count), "little") + _bytes_of(coder)
+    """The head, then the stack."""
+    symbols = _symbols(*_tokens(places, _FINE), _geometric(count, len(places)))
+    return _head(true, count) + _written(symbols)
 
 
 def _decode_gaps(coded: Coded, count: int) -> Array:
     true, rest = _true(coded, count)
-    coder = _coder_of(coded, rest)
-    law = _geometric(count, min(true, count - true))
-    mask = _pop(coded, coder, count, true, law, _FINE)
-    _check_drained(coded, coder)
+    stack = _Stack(coded, rest)
+    mask = stack.pop(count, true, _geometric(count, min(true, count - true)), _FINE)
+    stack.close()
     return mask
 
 
 def _encode_histogram(places: Array, count: int, true: int, limit: int) -> bytes | None:
-    """The number of True entries, the law's length and one byte a token, then the stack.
+    """The head, the law's length and one byte a token, then the stack.
 
     None where the entropy alone reaches `limit` bytes.
     """
@@ -334,10 +355,8 @@ def _encode_histogram(places: Array, count: int, true: int, limit: int) -> bytes
     middles = (_LEVELS[1:] + _LEVELS[:-1]) / 2
     law = np.searchsorted(middles, counts * (_LEVELS[-1] / counts.max()))
     law = np.maximum(law, counts > 0).astype(np.uint8)
-    coder = stream.stack.AnsCoder()
-    _push(coder, (tokens, widths, raw), _model(_LEVELS[law]))
-    head = true.to_bytes(_bytes_below(count), "little") + bytes([len(law)])
-    return head + law.tobytes() + _bytes_of(coder)
+    head = _head(true, count) + bytes([len(law)]) + law.tobytes()
+    return head + _written(_symbols(tokens, widths, raw, _model(_LEVELS[law])))
 
 
 def _decode_histogram(coded: Coded, count: int) -> Array:
@@ -346,9 +365,9 @@ def _decode_histogram(coded: Coded, count: int) -> Array:
     law, rest = rest[1 : 1 + size], rest[1 + size :]
     if not size or len(law) != size or not law[-1] or size > len(_alphabet(count, _COARSE)[0]):
         raise _damaged(coded, "a law that is none", "its length and as many bytes, the last not 0")
-    coder = _coder_of(coded, rest)
-    mask = _pop(coded, coder, count, true, _model(_LEVELS[np.frombuffer(law, np.uint8)]), _COARSE)
-    _check_drained(coded, coder)
+    stack = _Stack(coded, rest)
+    mask = stack.pop(count, true, _model(_LEVELS[np.frombuffer(law, np.uint8)]), _COARSE)
+    stack.close()
     return mask
 
 
@@ -365,15 +384,15 @@ def _encode_grid(flat: Array, direct: bool, rows: int) -> bytes | None:
         return None
     levels = np.add.outer(*classes).reshape(-1)
     side = [found.tobytes() for found in classes]
-    coder = stream.stack.AnsCoder()
-    for level in reversed(_present(*classes)):
+    symbols: list[_Symbols] = []
+    for level in _present(*classes):
         part = flat[levels == level]
         true = int(np.count_nonzero(part))
-        side.insert(2, true.to_bytes(_bytes_below(flat.size), "little"))
+        side.append(true.to_bytes(_bytes_below(flat.size), "little"))
         if 0 < true < part.size:
             places = np.flatnonzero(part if 2 * true <= part.size else ~part)
-            _push(coder, _tokens(places, _FINE), _geometric(part.size, len(places)))
-    return zlib.compress(b"".join(side), 9, -15) + _bytes_of(coder)
+            symbols += _symbols(*_tokens(places, _FINE), _geometric(part.size, len(places)))
+    return zlib.compress(b"".join(side), 9, -15) + _written(symbols)
 
 
 def _decode_grid(coded: Coded, count: int) -> Array:
@@ -389,15 +408,15 @@ def _decode_grid(coded: Coded, count: int) -> Array:
     present = _present(classes[:rows], classes[rows:])
     if len(side) != ends + width * len(present):
         raise _damaged(coded, f"{len(side)} bytes of classes", f"{ends + width * len(present)}")
-    coder, mask = _coder_of(coded, rest), np.empty(count, np.bool_)
+    stack, mask = _Stack(coded, rest), np.empty(count, np.bool_)
     for at, level in zip(range(ends, len(side), width), present, strict=True):
         part, true = levels == level, int.from_bytes(side[at : at + width], "little")
         size = int(np.count_nonzero(part))
         if true > size:
             raise _damaged(coded, f"{true} places in a level of {size}", "no more than fit")
         law = _geometric(size, min(true, size - true)) if 0 < true < size else None
-        mask[part] = _pop(coded, coder, size, true, law, _FINE)
-    _check_drained(coded, coder)
+        mask[part] = stack.pop(size, true, law, _FINE)
+    stack.close()
     return mask
 
 
@@ -428,15 +447,6 @@ def _inflate(coded: Coded, limit: int) -> tuple[bytes, bytes]:
     if not inflater.eof:
         raise _damaged(coded, "a DEFLATE stream without its end", f"at most {limit} bytes in it")
     return plain, inflater.unused_data
-
-
-def _true(coded: Coded, count: int) -> tuple[int, bytes]:
-    """The number of True entries that the payload starts with, and the rest of the payload."""
-    length = _bytes_below(count) if count > 1 else 0
-    true = int.from_bytes(coded.payload[:length], "little")
-    if len(coded.payload) < length or not 0 < true < count:
-        raise _damaged(coded, f"{true} places in {len(coded.payload)} bytes", f"1..{count - 1}")
-    return true, coded.payload[length:]
 
 
 def _tokens(places: Array, kept: int) -> tuple[Array, Array, Array]:
@@ -490,60 +500,68 @@ def _model(weights: Array) -> Any:
     return stream.model.Categorical(shares.astype(np.float64), perfect=False)
 
 
-def _push(coder: Any, gaps: tuple[Array, Array, Array], law: Any) -> None:
-    """Push what `_tokens` found, the last chunk first, so that it is popped last."""
-    tokens, widths, raw = gaps
-    for start in reversed(range(0, len(tokens), _CHUNK)):
+def _symbols(tokens: Array, widths: Array, raw: Array, law: Any) -> list[_Symbols]:
+    """What `_tokens` found as symbols, in the order in which `_Stack.pop` asks for them."""
+    found: list[_Symbols] = []
+    for start in range(0, len(tokens), _CHUNK):
         chunk = slice(start, start + _CHUNK)
-        for some, shift, sizes in _raw_symbols(widths[chunk]):
+        found.append((tokens[chunk].astype(np.int32), law))
+        for some, shift, sizes in _cuts(widths[chunk]):
             symbols = (raw[chunk][some] >> shift) % sizes
-            coder.encode_reverse(symbols.astype(np.int32), stream.model.Uniform(), sizes)
-        coder.encode_reverse(tokens[chunk].astype(np.int32), law)
+            found.append((symbols.astype(np.int32), stream.model.Uniform(), sizes))
+    return found
 
 
-def _pop(coded: Coded, coder: Any, count: int, true: int, law: Any, kept: int) -> Array:
-    """The bool array (count,) with `true` True entries whose gaps lie on top of the stack."""
-    few, direct = min(true, count - true), 2 * true <= count
-    mask = np.full(count, not direct)
-    starts, token_widths = _alphabet(count, kept)
-    last = -1
-    for done in range(0, few, _CHUNK):
-        tokens = coder.decode(law, min(_CHUNK, few - done))
-        if tokens.max() >= len(starts):
-            raise _damaged(coded, "a token without a meaning", f"tokens below {len(starts)}")
-        gaps, widths = starts[tokens], token_widths[tokens]
-        for some, shift, sizes in reversed(_raw_symbols(widths)):
-            gaps[some] += coder.decode(stream.model.Uniform(), sizes).astype(np.int64) << shift
-        places = last + np.cumsum(gaps + 1)
-        last = int(places[-1])
-        if last >= count:
-            raise _damaged(coded, f"a place at {last}", f"places below {count}")
-        mask[places] = direct
-    return mask
-
-
-def _bytes_of(coder: Any) -> bytes:
-    """Little-endian words of the stack, without the zero bytes at the end."""
-    return coder.get_compressed().astype("<u4").tobytes().rstrip(b"\0")
-
-
-def _coder_of(coded: Coded, stack: bytes) -> Any:
-    if stack[-1:] == b"\0":
-        raise _damaged(coded, "zero bytes at the end", "none")
-    words = np.frombuffer(stack + bytes(-len(stack) % 4), "<u4")
-    return stream.stack.AnsCoder(words.astype(np.uint32))
-
-
-def _check_drained(coded: Coded, coder: Any) -> None:
-    if not coder.is_empty():
-        raise _damaged(coded, "bytes left over", "none")
-
-
-def _raw_symbols(widths: Array) -> list[tuple[Array, int, Array]]:
-    """How raw bits are cut into symbols: which gaps have one, its shift, and its alphabet sizes."""
+def _cuts(widths: Array) -> list[tuple[Array, int, Array]]:
+    """How raw bits become symbols: which gaps have one, its lowest bit, and alphabet sizes."""
     cuts = [(0, np.minimum(widths, _SPLIT)), (_SPLIT, widths - _SPLIT)]
     some = [(np.flatnonzero(width > 0), shift, width) for shift, width in cuts]
     return [(at, shift, (1 << width[at]).astype(np.int32)) for at, shift, width in some if at.size]
+
+
+def _written(symbols: list[_Symbols]) -> bytes:
+    """The stack's little-endian words without the zero bytes at the end."""
+    coder = stream.stack.AnsCoder(np.array([_BOTTOM], np.uint32))
+    for part in reversed(symbols):
+        coder.encode_reverse(*part)
+    return coder.get_compressed().astype("<u4").tobytes().rstrip(b"\0")
+
+
+@final
+class _Stack:
+    """Pops masks; `close` once there is none left."""
+
+    def __init__(self, coded: Coded, written: bytes) -> None:
+        if written[-1:] == b"\0":
+            raise _damaged(coded, "zero bytes at the end", "none")
+        words = np.frombuffer(written + bytes(-len(written) % 4), "<u4")
+        self._coder = stream.stack.AnsCoder(words.astype(np.uint32))
+        self._coded = coded
+
+    def pop(self, count: int, true: int, law: Any, kept: int) -> Array:
+        """The bool array (count,) of `true` True entries whose gaps come next."""
+        few, direct = min(true, count - true), 2 * true <= count
+        mask = np.full(count, not direct)
+        starts, token_widths = _alphabet(count, kept)
+        last = -1
+        for done in range(0, few, _CHUNK):
+            tokens = self._coder.decode(law, min(_CHUNK, few - done))
+            if tokens.max() >= len(starts):
+                raise _damaged(self._coded, "a gap of no meaning", f"gaps below {count}")
+            gaps = starts[tokens]
+            for some, shift, sizes in _cuts(token_widths[tokens]):
+                symbols = self._coder.decode(stream.model.Uniform(), sizes)
+                gaps[some] += symbols.astype(np.int64) << shift
+            places = last + np.cumsum(gaps + 1)
+            last = int(places[-1])
+            if last >= count:
+                raise _damaged(self._coded, f"a place at {last}", f"places below {count}")
+            mask[places] = direct
+        return mask
+
+    def close(self) -> None:
+        if self._coder.get_compressed().tolist() != [_BOTTOM]:
+            raise _damaged(self._coded, "more or fewer bytes than its places take", "just them")
 
 
 def _decode_none(coded: Coded, count: int) -> Array:

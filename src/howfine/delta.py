@@ -209,11 +209,11 @@ def _encode(name: str, tensor: Tensor, store: str, base: Base | None) -> Stream:
     if tensor.dtype == torch.bool:
         return Stream(name, shape, encode_places(tensor))
     path = name.partition("/")[2]
-    lossy = store != "fp32" and base is not None and path in base.paths()
-    if lossy:
-        assert base is not None
-        tensor = tensor.float() - base.parameter(path).detach().float()
-    return Stream(name, shape, encode_values(tensor, store), difference=lossy)
+    original = base.parameter(path) if base is not None and path in base.paths() else None
+    if store == "fp32" or original is None or original.shape != tensor.shape:
+        return Stream(name, shape, encode_values(tensor, store))
+    difference = tensor.float() - original.detach().float()
+    return Stream(name, shape, encode_values(difference, store), difference=True)
 
 
 def _decode(stream: Stream, base: Base, path: str) -> Tensor:

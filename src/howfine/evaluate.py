@@ -15,7 +15,7 @@ from howfine.base import Base
 from howfine.batch import to_device
 from howfine.delta import Delta
 from howfine.errors import SettingError, TaskError, near
-from howfine.metrics import METRICS, bootstrap_interval
+from howfine.metrics import METRICS, bootstrap_interval, scores
 from howfine.readout import Wired
 from howfine.task import Example, Task
 
@@ -30,6 +30,8 @@ class Score:
     split: str
     n: int
     task: str
+    # Every score the task is known by: an F1 comes with its accuracy.
+    scores: dict[str, float]
     # Predictions in the split's order: class indices, or scores for regression.
     predictions: np.ndarray = field(repr=False, compare=False)
 
@@ -81,6 +83,7 @@ def score(task: Task, split: str, predictions: np.ndarray) -> Score:
         split=split,
         n=len(targets),
         task=task.name,
+        scores=scores(task.metric, predictions, targets),
         predictions=predictions,
     )
 

@@ -165,21 +165,22 @@ def settle_top_k(scores: Tensor, keep: int) -> Tensor:
     return hard.view(scores.shape)
 
 
-def settle_n_of_m(scores: Tensor, keep: int, group: int) -> Tensor:
-    """Boolean mask keeping the `keep` highest of every `group` neighbours on the last axis (N:M).
+def settle_n_of_m(scores: Tensor, keep: int, group: int, axis: int = -1) -> Tensor:
+    """Boolean mask keeping the `keep` highest of every `group` neighbours along `axis` (N:M).
 
-    Raises SettingError where the last axis is not a multiple of `group`.
+    Raises SettingError where the axis is not a multiple of `group`.
     """
-    if scores.shape[-1] % group or not 0 < keep <= group:
+    if scores.shape[axis] % group or not 0 < keep <= group:
         raise SettingError(
-            f"{keep}:{group} sparsity: found a last axis of {scores.shape[-1]}, expected a "
+            f"{keep}:{group} sparsity: found an axis of {scores.shape[axis]}, expected a "
             f"multiple of {group} and 0 < {keep} ≤ {group}; choose another pattern or matrix"
         )
-    grouped = scores.detach().reshape(-1, group)
+    moved = scores.detach().movedim(axis, -1)
+    grouped = moved.reshape(-1, group)
     order = torch.argsort(grouped.float(), dim=-1, descending=True, stable=True)
     hard = torch.zeros(grouped.shape, dtype=torch.bool, device=scores.device)
     hard.scatter_(1, order[:, :keep], True)
-    return hard.view(scores.shape)
+    return hard.view(moved.shape).movedim(-1, axis)
 
 
 def smallest(values: Tensor, share: float, generator: torch.Generator) -> Tensor:
@@ -207,7 +208,7 @@ def gate_shape(
     `linear_axes` says which stored axis is the output ("out", "in" for nn.Linear; the reverse for
     GPT-2's Conv1D). A row is an output unit (for the first feed-forward matrix: a neuron), a
     column an input unit (for the second one: a neuron). A head is `rows / heads` neighbouring
-    outputs, so it is meant for query, key and value matrices.
+    outputs of a query, key or value matrix, which has `heads` of them.
     """
     if granularity in ("entry", "n:m"):
         return shape
@@ -216,8 +217,8 @@ def gate_shape(
     if granularity == "head":
         if units % heads:
             raise SettingError(
-                f"granularity 'head': found {units} outputs, expected a multiple of the base's "
-                f"{heads} attention heads; restrict the mask to Q, K and V or use 'row'"
+                f"granularity 'head': found {units} outputs, expected a multiple of {heads} "
+                "attention heads; use granularity 'row'"
             )
         units = heads
     return tuple(units if i == axis else 1 for i in range(len(shape)))

@@ -36,7 +36,13 @@ def _modules(room: str, folders: str) -> dict[str, types.ModuleType]:
         extra = str(Path(folder) / room)
         if extra not in package.__path__:
             package.__path__.append(extra)
-    stems = sorted(info.name for info in pkgutil.iter_modules(package.__path__))
+    found = [info.name for path in package.__path__ for info in pkgutil.iter_modules([path])]
+    twice = sorted({name for name in found if found.count(name) > 1})
+    if twice:
+        raise SettingError(
+            f"howfine/{room}: {twice} stand in two folders; rename the plugin's file"
+        )
+    stems = sorted(found)
     return {stem: importlib.import_module(f"howfine.{room}.{stem}") for stem in stems}
 
 

@@ -28,6 +28,11 @@ class Tuned:
     peak_bytes: int  # growth of the process's memory over the loaded base, at its highest
     trainable: int  # parameters
 
+    def as_dict(self) -> dict[str, Any]:
+        """Everything but the delta itself, as JSON types."""
+        found = {k: v for k, v in vars(self).items() if k not in ("delta", "path", "score")}
+        return {"file": str(self.path), "score": self.score.as_dict(), **found}
+
 
 def tune(
     base: Base | str,

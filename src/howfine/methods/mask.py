@@ -76,7 +76,8 @@ VARIANTS: dict[str, Variant] = {
     "bernoulli": Variant(_two_values(-NU, NU), _sample, "sigmoid", _above(0.0)),
     # The same start without sampling.
     "threshold": Variant(_two_values(-NU, NU), _above(0.0), "identity", _above(0.0)),
-    # Zhou et al. 2019: no magnitude prior; every entry starts with probability 1 - s₀.
+    # Zhou et al. 2019: no magnitude prior; every entry starts with probability 1 - s₀ (their
+    # sigmoid_bias, 0 by default, is s₀ = 0.5). They sample at test too; here it is thresholded.
     "zhou": Variant(_logit, _sample, "sigmoid", _above(0.0)),
     # Zhao et al. 2020, scheme 3: the same with the identity for a gradient.
     "zhao-bernoulli": Variant(_logit, _sample, "identity", _above(0.0)),
@@ -161,7 +162,7 @@ class Mask(Method):
         dropped = self._dropped_at_start(units)
         trainable, undo = {}, []
         for path in paths:
-            gate = self._gate(units[path], dropped[path])
+            gate = self._gate(base, units[path], dropped[path])
             trainable[path] = gate.scores
             undo.append(surgery.reweight(base.towers, path, gate))
         return Change(trainable, undo)
@@ -170,7 +171,8 @@ class Mask(Method):
         """Mean |θ| of every unit that has a score: the score tensor's shape."""
         weight = base.parameter(path).detach().float().abs()
         unit: Any = "n:m" if self._pattern() else self.granularity
-        shape = gates.gate_shape(tuple(weight.shape), unit, base.anatomy.linear_axes, base.heads)
+        heads = base.heads_of(path) if unit == "head" else 0
+        shape = gates.gate_shape(tuple(weight.shape), unit, base.anatomy.linear_axes, heads)
         for axis, size in enumerate(shape):
             weight = weight.unflatten(axis, (size, -1)).mean(axis + 1)
         return weight
@@ -192,28 +194,34 @@ class Mask(Method):
             for (path, value), part in zip(units.items(), parts, strict=True)
         }
 
-    def _gate(self, units: Tensor, dropped: Tensor) -> _Gate:
-        variant = self._variant()
+    def _gate(self, base: Base, units: Tensor, dropped: Tensor) -> _Gate:
+        variant = self._variant(base)
         scores = variant.start(units, dropped, self.initial_sparsity)
+        variant.settle(scores, self.initial_sparsity)  # what can't be settled fails here, untrained
         return _Gate(scores.to(getattr(torch, self.scores)), variant, self.initial_sparsity)
 
-    def _variant(self) -> Variant:
+    def _variant(self, base: Base) -> Variant:
         pattern = self._pattern()
         if pattern is None:
             return VARIANTS[self.variant]
         keep, group = pattern
+        inputs = base.anatomy.linear_axes.index("in")  # sparse kernels group what is summed over
 
         def settle(scores: Tensor, _: float) -> Tensor:
-            return gates.settle_n_of_m(scores, keep, group)
+            return gates.settle_n_of_m(scores, keep, group, inputs)
 
         return Variant(lambda units, _, __: units / units.mean(), settle, "identity", settle)
 
     def pack(self, base: Base, change: Change) -> Tensors:
-        settle = self._variant().settle
+        settle = self._variant(base).settle
         return {
             path: settle(scores.detach(), self.initial_sparsity)
             for path, scores in change.trainable.items()
         }
+
+    def groups(self, change: Change) -> list[dict[str, Any]]:
+        # Decay would pull every probability to one half, and densify the mask.
+        return [{"params": list(change.trainable.values()), "weight_decay": 0.0}]
 
     def unpack(self, base: Base, tensors: Tensors) -> Change:
         known = set(base.choose(self.where))

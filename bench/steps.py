@@ -1,0 +1,145 @@
+"""Step time and peak memory of each method against full fine-tuning, side by side in one run.
+
+    python bench/steps.py [--rounds 8] [--threads 2] [--out FILE.jsonl]
+
+MiniLM, 16 sentences of 64 tokens, AdamW. Time: all methods in every round, in an order shuffled
+anew, medians over rounds; ratios are medians of per-round ratios. Memory: a fresh process for each
+method, growth of the high-water mark over the loaded base.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from howfine.base import Base
+from howfine.cost import PeakMemory
+from howfine.method import Method, method
+
+METHODS: dict[str, tuple[str, dict[str, Any]]] = {
+    "full": ("full", {}),
+    "mask": ("mask", {}),
+    "mask, bf16 scores": ("mask", {"scores": "bfloat16"}),
+    "mask, threshold": ("mask", {"variant": "threshold"}),
+    "select top-2 layers": ("select", {"train": ("all@-2,-1",)}),
+    "select biases (BitFit)": ("select", {"train": ("bias",)}),
+    "head only": ("select", {"train": ("none",)}),
+}
+PEFT = "PEFT LoRA r=8 on q, v"
+LIMITS = {"mask": 1.00, "select top-2 layers": 0.55, "head only": 0.40}
+STEPS = 4  # a round times so many, after one to warm up
+
+
+class Work:
+    """One batch and its step."""
+
+    def __init__(self, base: Base) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self.base = base
+        self.ids = torch.randint(1000, 30_000, (16, 64), generator=generator)
+        self.mask = torch.ones_like(self.ids)
+        self.targets = torch.randint(0, 2, (16,), generator=generator)
+
+    def step(self, model: nn.Module, head: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        hidden = model(input_ids=self.ids, attention_mask=self.mask).last_hidden_state
+        nn.functional.cross_entropy(head(hidden.mean(1)), self.targets).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    @contextmanager
+    def ready(self, name: str) -> Iterator[Callable[[], None]]:
+        """A method put on the base, as a function that makes one step."""
+        head = nn.Linear(self.base.hidden_size, 2)
+        if name == PEFT:
+            import peft
+
+            config = peft.LoraConfig(r=8, target_modules=["query", "value"])
+            model = peft.get_peft_model(self.base.tower, config)
+            optimizer = _adamw([p for p in model.parameters() if p.requires_grad], head)
+            model.train()
+            try:
+                yield lambda: self.step(model, head, optimizer)
+            finally:
+                model.unload()
+                self.base.towers.requires_grad_(False)
+            return
+        kind, settings = METHODS[name]
+        made: Method = method(kind, **settings)
+        with made.attach(self.base) as change:
+            optimizer = _adamw(list(change.trainable.values()), head)
+            self.base.towers.train()
+            yield lambda: self.step(self.base.tower, head, optimizer)
+
+
+def _adamw(parameters: list[nn.Parameter], head: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.AdamW([*parameters, *head.parameters()], lr=1e-4, fused=True)
+
+
+def times(rounds: int) -> dict[str, list[float]]:
+    work = Work(Base.load())
+    names = [*METHODS, PEFT]
+    found: dict[str, list[float]] = {name: [] for name in names}
+    for number in range(rounds):
+        random.Random(number).shuffle(names)
+        for name in names:
+            with work.ready(name) as step:
+                step()
+                start = time.perf_counter()
+                for _ in range(STEPS):
+                    step()
+                found[name].append((time.perf_counter() - start) / STEPS)
+    return found
+
+
+def peak(name: str) -> int:
+    """Growth over the loaded base, of this process."""
+    work = Work(Base.load())
+    memory = PeakMemory(torch.device("cpu"))
+    with work.ready(name) as step:
+        for _ in range(STEPS):
+            step()
+    return memory.growth()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=8)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--peak", help="measure one method's memory in this process")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    if options.peak:
+        print(peak(options.peak))
+        return
+    found = times(options.rounds)
+    for name, seconds in found.items():
+        command = [sys.executable, __file__, "--peak", name, "--threads", str(options.threads)]
+        grown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        ratios = [a / b for a, b in zip(seconds, found["full"], strict=True)]
+        row = {
+            "bench": "step",
+            "method": name,
+            "ms": round(1000 * statistics.median(seconds), 1),
+            "ratio": round(statistics.median(ratios), 3),
+            "ratio_quartiles": [round(q, 3) for q in statistics.quantiles(ratios, n=4)[::2]],
+            "limit": LIMITS.get(name),
+            "peak_bytes": int(grown),
+            "rounds": options.rounds,
+            "threads": options.threads,
+        }
+        print(json.dumps(row), flush=True)
+
+
+if __name__ == "__main__":
+    main()
