@@ -10,7 +10,7 @@ import torch
 
 from hostile.make import lie_in_index, mutants, put_together, take_apart
 from howfine import container
-from howfine.delta import SUFFIX, Delta
+from howfine.delta import SCORE, SUFFIX, Delta
 from howfine.errors import DamagedDelta, HowfineError, UnsupportedFormat
 from howfine.method import method
 from howfine.readout import readout
@@ -46,7 +46,9 @@ def files(base, tmp_path_factory):
                 base, made, change, readout("classifier"), head, ("no", "yes"), store
             )
         path = folder / f"{number}{SUFFIX}"
-        delta.with_score({"metric": "accuracy", "value": 0.5}).save(path)
+        delta.with_score(
+            dict(zip(SCORE, ("accuracy", 0.5, [0.4, 0.6], "tiny/dev", 8), strict=True))
+        ).save(path)
         found.append(path.read_bytes())
     return found
 

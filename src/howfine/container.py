@@ -23,6 +23,8 @@ PLACES = "places"
 
 # Group name -> safetensors dtype: values are stored as what they are, for any reader to see.
 _DTYPES = {"fp32": ("F32", 4), "fp16": ("F16", 2), "bf16": ("BF16", 2), "int8": ("I8", 1)}
+# Header keys whose values are plain text; the others' are JSON.
+_PLAIN = ("base", "sha256", "kind", "check")
 # A JSON header or index beyond this is not ours: reading stops before memory is spent on it.
 _MAX_HEADER = 1 << 20
 _MAX_INDEX = 1 << 24
@@ -41,8 +43,8 @@ def assemble(header: dict[str, Any], groups: dict[str, bytes]) -> bytes:
     Written by hand, because the library writes metadata in no fixed order, and a file must not
     depend on chance. Wide dtypes come first, so that all data is aligned.
     """
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False)
-    table: dict[str, Any] = {"__metadata__": {"howfine": text}}
+    metadata = {key: value if key in _PLAIN else _json(value) for key, value in header.items()}
+    table: dict[str, Any] = {"__metadata__": metadata}
     order = sorted(groups, key=lambda name: (-_DTYPES.get(name, ("U8", 1))[1], name))
     offset = 0
     for name in order:
@@ -51,10 +53,14 @@ def assemble(header: dict[str, Any], groups: dict[str, bytes]) -> bytes:
         table[name] = {"dtype": dtype, "shape": [(end - offset) // size]}
         table[name]["data_offsets"] = [offset, end]
         offset = end
-    encoded = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode()
+    encoded = _json(table).encode()
     encoded += b" " * (-len(encoded) % 8)
     data = b"".join(groups[name] for name in order)
     return len(encoded).to_bytes(8, "little") + encoded + data
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, separators=(",", ":"), ensure_ascii=False)
 
 
 def write_atomically(path: Path, data: bytes) -> int:
@@ -92,7 +98,7 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, bytes]]:
             "(*.delta.safetensors)"
         ) from error
     try:
-        header = _header(data)
+        header = parse_header(data)
         tensors = safetensors.deserialize(data)
     except (safetensors.SafetensorError, ValueError, RecursionError) as error:
         raise DamagedDelta(
@@ -123,22 +129,16 @@ def is_delta(path: Path) -> bool:
         return b'"howfine"' in stream.read(min(size, _MAX_HEADER))
 
 
-def _header(data: bytes) -> dict[str, Any]:
+def parse_header(data: bytes) -> dict[str, Any]:
     """The JSON header, checked to be ours; ValueError otherwise."""
     size = int.from_bytes(data[:8], "little")
     if len(data) < 8 or size > min(_MAX_HEADER, len(data) - 8):
         raise ValueError(f"{len(data)} bytes, with a header said to be of {size}")
     outer = json.loads(data[8 : 8 + size])
-    header = json.loads(outer["__metadata__"]["howfine"]) if _ours(outer) else None
-    if not isinstance(header, dict):
+    metadata = outer.get("__metadata__") if isinstance(outer, dict) else None
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise ValueError("no howfine header")
-    return header
-
-
-def _ours(outer: Any) -> bool:
-    if not isinstance(outer, dict) or not isinstance(outer.get("__metadata__"), dict):
-        return False
-    return isinstance(outer["__metadata__"].get("howfine"), str)
+    return {key: v if key in _PLAIN else json.loads(v) for key, v in metadata.items()}
 
 
 def checksum(header: dict[str, Any], groups: dict[str, bytes]) -> str:

@@ -33,6 +33,8 @@ from howfine.method import Method, Tensors, methods
 from howfine.readout import Head, Labels, Readout, Wired, readouts
 
 SUFFIX = ".delta.safetensors"
+# What the header's score lists, in this order.
+SCORE = ("metric", "value", "interval", "on", "n")
 
 
 @dataclass(frozen=True)
@@ -185,7 +187,7 @@ class Delta:
         if self.base_kind != "body":
             header["kind"] = self.base_kind
         if self.score:
-            header["score"] = self.score
+            header["score"] = [self.score[key] for key in SCORE]
         return header
 
     @classmethod
@@ -199,7 +201,7 @@ class Delta:
             readout=plugins.build("readout", readouts(), readout_name, readout_settings),
             labels=tuple(map(str, header["labels"])),
             streams=tuple(_streams(groups)),
-            score=dict(header.get("score", {})),
+            score=dict(zip(SCORE, header["score"], strict=True)) if "score" in header else {},
             base_kind=str(header.get("kind", "body")),
         )
 

@@ -50,8 +50,7 @@ def mutants(data: bytes, count: int, seed: int) -> Iterator[tuple[str, bytes]]:
 
 def take_apart(data: bytes) -> tuple[dict[str, Any], dict[str, bytes]]:
     """Header and groups of a good file."""
-    size = int.from_bytes(data[:8], "little")
-    header = json.loads(json.loads(data[8 : 8 + size])["__metadata__"]["howfine"])
+    header = container.parse_header(data)
     header.pop("check")
     return header, {n: bytes(t["data"]) for n, t in safetensors.deserialize(data)}
 
