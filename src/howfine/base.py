@@ -35,7 +35,13 @@ class Base:
     """
 
     def __init__(
-        self, name: str, tower: nn.Module, tokenizer: Any = None, *, kind: str = "body"
+        self,
+        name: str,
+        tower: nn.Module,
+        tokenizer: Any = None,
+        *,
+        kind: str = "body",
+        fingerprint: str | None = None,
     ) -> None:
         self.name = name
         self.kind = kind
@@ -50,7 +56,8 @@ class Base:
         # these are what it is measured against.
         self._parameters = dict(self.towers.named_parameters())
         self.pooling = self.anatomy.pooling
-        self.fingerprint = fp.of_parameters(self.towers)
+        self.has_pooler = bool(self.anatomy.pooler)
+        self.fingerprint = fingerprint or fp.of_parameters(self.towers)
 
     @classmethod
     def load(
@@ -72,13 +79,25 @@ class Base:
         if dtype not in DTYPES:
             raise SettingError(f"dtype {dtype!r} is unknown. {near(dtype, DTYPES)}")
         source = _embedded_path() if name == EMBEDDED else name
-        tower, tokenizer = _from_pretrained(source, kind, revision)
-        base = cls(name, tower, tokenizer, kind=kind)
-        base.pooling = _stated_pooling(source) or base.pooling
+        tower, tokenizer, missing = _from_pretrained(source, kind, revision)
+        # Hashed once for each state of a folder; what a hub name stands for may change unseen.
+        known = fp.cached(source, kind) if Path(source).is_dir() else None
+        base = cls(name, tower, tokenizer, kind=kind, fingerprint=known)
+        if known is None and Path(source).is_dir():
+            fp.remember(source, kind, base.fingerprint)
+        base._settle_pooling(source, missing)
         # The fingerprint is taken before the cast, so that it names the checkpoint and not the
         # number format it happens to be used in.
         base.towers.to(device=torch.device(device), dtype=DTYPES[dtype])
         return base
+
+    def _settle_pooling(self, source: str, missing: list[str]) -> None:
+        """Pooling as the folder states it; no pooler where the checkpoint has none."""
+        self.has_pooler = bool(self.anatomy.pooler) and not any(
+            name.startswith(self.anatomy.pooler) for name in missing
+        )
+        stated = _stated_pooling(source) or self.anatomy.pooling
+        self.pooling = "cls" if stated == "pooler" and not self.has_pooler else stated
 
     @property
     def tower(self) -> Any:
@@ -155,8 +174,14 @@ def _quiet_transformers() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _from_pretrained(source: str, kind: str, revision: str | None) -> tuple[nn.Module, Any]:
-    """The frozen module of `kind` and its tokenizer (None for an image model)."""
+def _from_pretrained(
+    source: str, kind: str, revision: str | None
+) -> tuple[nn.Module, Any, list[str]]:
+    """The frozen module of `kind`, its tokenizer (None for an image model), what it lacked.
+
+    Parameters that the checkpoint does not hold (a pooler, mostly) are set to zero: transformers
+    draws them at random, and a base must be the same whenever it is loaded.
+    """
     import transformers
 
     options: dict[str, Any] = {"revision": revision} if revision else {}
@@ -167,7 +192,9 @@ def _from_pretrained(source: str, kind: str, revision: str | None) -> tuple[nn.M
         with _quiet_transformers():
             auto = getattr(transformers, KINDS[kind])
             # Float32 holds every half-precision checkpoint exactly.
-            model = auto.from_pretrained(source, dtype=torch.float32, **options)
+            model, info = auto.from_pretrained(
+                source, dtype=torch.float32, output_loading_info=True, **options
+            )
             tokenizer = None
             if model.main_input_name != "pixel_values":
                 tokenizer = transformers.AutoTokenizer.from_pretrained(source, **options)
@@ -179,11 +206,15 @@ def _from_pretrained(source: str, kind: str, revision: str | None) -> tuple[nn.M
             "folder with config.json and weights, or a Hugging Face name (which needs the network "
             "or a filled cache)."
         ) from error
+    missing = sorted(info["missing_keys"])
+    with torch.no_grad():
+        for path in missing:
+            model.get_parameter(path).zero_()
     if kind == "body" and model.config.is_encoder_decoder:
         model = model.get_encoder()
     if tokenizer is not None and tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    return model, tokenizer
+    return model, tokenizer, missing
 
 
 def _embedded_path() -> str:

@@ -39,6 +39,25 @@ def of_file(path: Path) -> str:
     return known[key]
 
 
+def cached(folder: str, kind: str) -> str | None:
+    """A fingerprint remembered for a folder whose files have not changed since."""
+    return _read_cache(_cache_file()).get(_folder_key(folder, kind))
+
+
+def remember(folder: str, kind: str, fingerprint: str) -> None:
+    """Keep a folder's fingerprint for `cached`."""
+    known = _read_cache(_cache_file())
+    _write_cache(_cache_file(), {**known, _folder_key(folder, kind): fingerprint})
+
+
+def _folder_key(folder: str, kind: str) -> str:
+    """Path, kind, and name, size and modification time of every file."""
+    path = Path(folder).resolve()
+    states = [(file.name, file.stat()) for file in sorted(path.iterdir()) if file.is_file()]
+    files = ";".join(f"{name}:{state.st_size}:{state.st_mtime_ns}" for name, state in states)
+    return f"{path}|{kind}|{hashlib.sha256(files.encode()).hexdigest()[:16]}"
+
+
 def _cache_file() -> Path:
     root = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
     return Path(root) / "howfine" / "sha256.json"

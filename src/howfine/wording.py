@@ -81,7 +81,9 @@ def probability_said(probability: float) -> str:
 
 def settings_said(settings: Mapping[str, Any]) -> str:
     """Settings as 'where matrices@-1, initial sparsity 0.02'; '' where there are none."""
-    return ", ".join(f"{name.replace('_', ' ')} {_value(value)}" for name, value in settings.items())
+    return ", ".join(
+        f"{name.replace('_', ' ')} {_value(value)}" for name, value in settings.items()
+    )
 
 
 def _value(value: Any) -> str:

@@ -33,7 +33,7 @@ class Classifier(Readout):
 
     def attach(self, base: Base, labels: Labels) -> Head:
         pooling = base.pooling if self.pooling == "base" else self.pooling
-        if pooling == "pooler" and not base.anatomy.pooler:
+        if pooling == "pooler" and not base.has_pooler:
             raise SettingError(
                 f"classifier pooling 'pooler': the base {base.name} has no pooler; "
                 "use cls, mean or last"

