@@ -191,6 +191,8 @@ class Bench:
             recipe = recipe.override(learning_rate=1e-4)  # 5e-5 · 768 / hidden size
         if cell.recipe == "mask":
             recipe = recipe.override(learning_rate=0.2)
+        if cell.recipe != "head-only":
+            recipe = recipe.override(readout_learning_rate=1e-3)
         return recipe.override(epochs=EPOCHS, max_length=SIZES[self.name][1], **cell.settings)
 
     def task(self) -> Task:

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
 
 from howfine.base import Base
 from howfine.change import Change
+from howfine.errors import SettingError
 from howfine.method import Method, Probe
 from howfine.method import method as method_by_name
 
 
 class Attached:
     """A model with a method on. A context manager; leaving it restores the model bit for bit.
+
+    The training mode of its modules and `requires_grad` are part of that.
 
     `change.trainable` names what trains; `parameters()` gives optimiser groups; `tensors()` packs
     the change for storage.
@@ -50,20 +54,37 @@ def attach(
             optimizer = torch.optim.AdamW(attached.parameters(), lr=0.1)
             ...
 
-    `requires_grad` of every parameter is as before on leaving. Raises SettingError for an unknown
-    method or setting, UnknownArchitecture for a model without an anatomy row.
+    On leaving, every parameter has its `requires_grad` and every module its training mode of
+    before. Raises SettingError for an unknown method or setting, UnknownArchitecture for a model
+    without an anatomy row; the model is then as it was, too.
     """
     if isinstance(method, str):
         method = method_by_name(method, **settings)
-    flags = {id(p): p.requires_grad for p in model.parameters()}
-    training = model.training
-    base = Base(getattr(model.config, "_name_or_path", "") or type(model).__name__, model)
-    model.train(training)
-    change = method.attach(base, probe)
+    elif settings:
+        raise SettingError(
+            f"settings {', '.join(settings)} were given beside a {type(method).__name__} that has "
+            "its own; give a method's name, or set them on it"
+        )
+    parameters = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    modes = [(module, module.training) for module in model.modules()]
 
     def restore() -> None:
-        for parameter in model.parameters():
-            parameter.requires_grad_(flags[id(parameter)])
+        for parameter, flag in parameters:
+            parameter.requires_grad_(flag)
+        _set_modes(modes)
 
+    try:
+        base = Base(getattr(model.config, "_name_or_path", "") or type(model).__name__, model)
+        change = method.attach(base, probe)
+    except BaseException:
+        restore()
+        raise
+    _set_modes(modes)
     change.finally_do(restore)
     return Attached(base, method, change)
+
+
+def _set_modes(modes: Sequence[tuple[nn.Module, bool]]) -> None:
+    """Each module's own training mode: `train` would set those below it too."""
+    for module, training in modes:
+        module.training = training

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -54,9 +55,7 @@ def tune(
     from howfine.tune import tune as run
 
     chosen = Recipe.load(recipe).override(**options.settings(context.args))
-    found = options.task(task, data, text, label)
-    if train_size:
-        found = found.subset(train=train_size)
+    found = options.load_task(options.stated_task(task, data, text, label, train=train_size))
     loaded = Base.load(base or "minilm", kind=chosen.readout.kind, dtype=dtype, device=device)
     tuned = run(
         loaded, found, chosen, out=out, seed=seed, work=work, resume=resume, progress=not as_json
@@ -86,9 +85,8 @@ def evaluate(
     opened = Delta.load(delta)
     name = task or str(opened.score.get("on", "rotten-tomatoes")).rpartition("/")[0]
     loaded = options.base(base, opened, device, dtype)
-    score = run(
-        opened, loaded, options.task(name, data, text, label), split=split, progress=not as_json
-    )
+    found = options.load_task(options.stated_task(name, data, text, label))
+    score = run(opened, loaded, found, split=split, progress=not as_json)
     result = {"file": str(delta), "bytes": delta.stat().st_size, **score.as_dict()}
     result["score"] = result.pop("value")
     options.show(as_json, result, options.said(score))
@@ -206,9 +204,7 @@ def study(
 
     Run it again to go on after a stop, or beside itself to share the work.
     """
-    found = options.task(task, data, text, label)
-    if train_size:
-        found = found.subset(train=train_size)
+    found = options.stated_task(task, data, text, label, train=train_size)
     options.study(base or "minilm", found, plan, out, storage, device, dtype, as_json)
 
 
@@ -248,16 +244,16 @@ def demo(
     as_json: options.AsJson = False,
 ) -> None:
     """A small study on the embedded base and task: a few minutes on two cores."""
-    found = options.task("rotten-tomatoes", None, None, None)
-    options.study(
-        "minilm", found.subset(train=1500, dev=500), "demo", out, None, "cpu", "float32", as_json
-    )
+    found = options.stated_task("rotten-tomatoes", None, None, None, train=1000, dev=300)
+    options.study("minilm", found, "demo", out, None, "cpu", "float32", as_json)
 
 
 def main() -> None:
     """Run a command; an expected error is one sentence on standard error and its exit code."""
     from howfine.errors import HowfineError
 
+    # Standard error is for one's own sentence; what transformers thinks of a loop is in its log.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
         app()
     except HowfineError as error:

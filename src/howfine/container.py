@@ -76,12 +76,13 @@ def write_atomically(path: Path, data: bytes) -> int:
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
     except OSError as error:
-        if temporary and os.path.exists(temporary):
-            os.unlink(temporary)
         raise StorageError(
             f"{path} can't be written: {error.strerror or error}; nothing was left behind. Free "
             "some space, or choose another place"
         ) from error
+    finally:
+        if temporary:  # gone where it was renamed
+            Path(temporary).unlink(missing_ok=True)
     return len(data)
 
 

@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 from howfine.base import Base
 from howfine.batch import to_device
 from howfine.delta import Delta
-from howfine.errors import SettingError, TaskError, near
+from howfine.errors import DeltaError, SettingError, TaskError, near
 from howfine.metrics import METRICS, bootstrap_interval, scores
 from howfine.readout import Wired
 from howfine.task import Example, Task
@@ -96,11 +96,24 @@ def predict(
     batch_size: int = 64,
     progress: bool = False,
 ) -> list[dict[str, Any]]:
-    """Answers for texts: `label` and `probability` of each, or `score` for regression."""
+    """Answers for texts: `label` and `probability` of each, or `score` for regression.
+
+    Each is one text, or each a pair. Raises TaskError for a mixture, DeltaError for a damaged file,
+    WrongBase.
+    """
     delta, base = opened(delta, base)
     examples = [
         Example(texts=(text,) if isinstance(text, str) else tuple(text), label=0) for text in texts
     ]
+    if not examples:
+        return []
+    counts = sorted({len(example.texts) for example in examples})
+    if counts not in ([1], [2]):
+        found = " and ".join(map(str, counts))
+        raise TaskError(
+            f"found inputs of {found} texts, expected one text in each, or a pair in each; take "
+            "surplus tabs out"
+        )
     with delta.applied(base) as model:
         outputs = logits(model, base, examples, batch_size=batch_size, progress=progress)
         predictions = model.readout.predict(outputs)
@@ -141,7 +154,8 @@ def logits(
 ) -> torch.Tensor:
     """Outputs of the model, float32 on the CPU, in the examples' order.
 
-    Examples of similar length share a batch, which saves most of the padding.
+    Examples of similar length share a batch, which saves most of the padding. Raises DeltaError
+    where outputs are NaN or infinite.
     """
     order = sorted(range(len(examples)), key=lambda i: sum(map(len, examples[i].texts)))
     parts = []
@@ -150,6 +164,13 @@ def logits(
         fields = to_device(batch.as_kwargs(), base.device)
         parts.append(model(**fields)["logits"].float().cpu())
     outputs = torch.cat(parts)
+    odd = int((~torch.isfinite(outputs)).any(-1).sum())
+    if odd:
+        raise DeltaError(
+            f"the delta gives NaN or infinity for {odd} of {len(order)} examples: its training "
+            f"diverged, or {base.name} overflows in its number format; tune with a lower "
+            "learning_rate, or use dtype float32"
+        )
     back = torch.empty(len(order), dtype=torch.long)
     back[torch.tensor(order)] = torch.arange(len(order))
     return outputs[back]

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import math
+import os
+import sys
 import time
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable
+from contextlib import ExitStack, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +27,7 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 from howfine.base import Base
 from howfine.cost import PeakMemory
 from howfine.delta import Delta
-from howfine.errors import TrainingError
+from howfine.errors import SettingError, TrainingError
 from howfine.metrics import METRICS
 from howfine.probe import GradientProbe
 from howfine.readout import Head, Wired
@@ -32,7 +36,11 @@ from howfine.task import Example, Task
 
 
 class Fit:
-    """One training: base, head and change put together, run, and packed."""
+    """One training: base, head and change put together, run, and packed.
+
+    A context manager: on leaving, the base is what it was, however the training ended. Raises
+    SettingError for settings of the training that don't go together or that transformers refuses.
+    """
 
     def __init__(
         self, base: Base, task: Task, recipe: Recipe, seed: int, folder: Path, progress: bool
@@ -43,31 +51,37 @@ class Fit:
         self.head: Head = recipe.readout.attach(base, task.labels)
         self.model = Wired(base, recipe.readout, self.head)
         probe = GradientProbe(self.model, base, task.splits["train"], recipe.training.batch_size)
-        self.change = recipe.method.attach(base, probe)
-        if recipe.training.gradient_checkpointing:
-            base.tower.gradient_checkpointing_enable({"use_reentrant": False})
-        parameters = [p for p in self.model.parameters() if p.requires_grad]
-        self.trainable = sum(p.numel() for p in parameters)
-        arguments = _arguments(
-            recipe.training, seed, folder, len(task.splits["train"]), progress, base
-        )
-        self.trainer = _Trainer(self, arguments)
+        with ExitStack() as undo:
+            undo.callback(base.towers.eval)
+            self.change = undo.enter_context(recipe.method.attach(base, probe))
+            if recipe.training.gradient_checkpointing:
+                undo.callback(_checkpoint_activations(base))
+            parameters = [p for p in self.model.parameters() if p.requires_grad]
+            self.trainable = sum(p.numel() for p in parameters)
+            self.trainer = _trainer(self, seed, folder, progress)
+            self._undo = undo.pop_all()
         self.seconds = 0.0
         self.peak_bytes = 0
 
-    def train(self, resume: bool) -> None:
-        """Run the training loop; NaN ends it with TrainingError."""
+    def __enter__(self) -> Fit:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._undo.close()
+
+    def train(self, checkpoint: Path | None) -> None:
+        """Run the training loop, from a checkpoint on if given; NaN ends it with TrainingError."""
         start = time.perf_counter()
-        checkpoint = resume and any(Path(str(self.trainer.args.output_dir)).glob("checkpoint-*"))
-        self.trainer.train(resume_from_checkpoint=checkpoint or None)
+        self.trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         self.seconds = time.perf_counter() - start
         self.peak_bytes = self.memory.growth()
 
     def pack(self) -> Delta:
-        """What training left, as a delta."""
-        if self.recipe.training.gradient_checkpointing:
-            self.base.tower.gradient_checkpointing_disable()
+        """What training left, as a delta. Raises TrainingError where it is not finite."""
         self.model.eval()
+        for name, parameter in self.model.named_parameters():
+            if parameter.requires_grad and not bool(torch.isfinite(parameter).all()):
+                raise _diverged(self.trainer, f"{name} holds NaN or infinity")
         return Delta.pack(
             self.base,
             self.recipe.method,
@@ -77,6 +91,50 @@ class Fit:
             self.task.labels,
             self.recipe.store,
         )
+
+
+def _checkpoint_activations(base: Base) -> Callable[[], None]:
+    """Recompute activations of the tower in the backward pass; returns the undo."""
+    # The old names are the ones that every supported transformers has; newer ones warn of them.
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        try:
+            base.tower.gradient_checkpointing_enable({"use_reentrant": False})
+        except ValueError as error:
+            raise SettingError(
+                f"gradient_checkpointing: {error} Train {base.name} without it"
+            ) from error
+
+    def undo() -> None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            base.tower.gradient_checkpointing_disable()
+
+    return undo
+
+
+def _trainer(fit: Fit, seed: int, folder: Path, progress: bool) -> _Trainer:
+    """The Trainer of a fit; what transformers refuses of the settings is a SettingError."""
+    training = fit.recipe.training
+    if training.patience and not training.evaluations:
+        raise SettingError(
+            f"recipe {fit.recipe.name}: patience {training.patience} counts evaluations, but there "
+            "are none; set evaluations to how often a training is evaluated, such as 10"
+        )
+    try:
+        return _Trainer(fit, _arguments(fit, seed, folder, progress))
+    except (ValueError, RuntimeError, ImportError) as error:
+        raise SettingError(
+            f"recipe {fit.recipe.name}, training: {str(error).strip().splitlines()[0]}"
+        ) from error
+
+
+def _diverged(trainer: _Trainer, what: str) -> TrainingError:
+    return TrainingError(
+        f"{what} at step {trainer.state.global_step} of {trainer.state.max_steps} (recipe "
+        f"{trainer.fit.recipe.name}, learning_rate {trainer.args.learning_rate}); nothing was "
+        "written. Lower --learning-rate, or use precision fp32"
+    )
 
 
 class _Trainer(Trainer):
@@ -91,14 +149,18 @@ class _Trainer(Trainer):
         super().__init__(
             model=fit.model,
             args=arguments,
-            train_dataset=_Rows(splits["train"]),
-            eval_dataset=_Rows(splits["dev"]),
+            train_dataset=list(splits["train"]),
+            eval_dataset=list(splits["dev"]),
             data_collator=self._collate,
             compute_metrics=self._metrics,
             callbacks=stop,
         )
-        # Without a progress bar Trainer prints its log to standard output, which is the user's.
         self.remove_callback(PrinterCallback)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Trainer's, kept off standard output, which is the user's: the progress bar writes it."""
+        with redirect_stdout(sys.stderr):
+            super().log(logs, start_time)
 
     def _collate(self, examples: list[Example]) -> dict[str, Any]:
         return self.fit.recipe.readout.collate(self.fit.base, examples).as_kwargs()
@@ -112,11 +174,24 @@ class _Trainer(Trainer):
         if not self.fit.recipe.training.group_by_length:
             return super()._get_train_sampler(train_dataset)
         rows = self.fit.task.splits["train"]
-        return LengthGroupedSampler(
-            self.args.train_batch_size * self.args.gradient_accumulation_steps,
-            lengths=[sum(map(len, example.texts)) for example in rows],
-            generator=torch.Generator().manual_seed(self.args.seed),
+        per_step = self.args.train_batch_size * self.args.gradient_accumulation_steps
+        return _ByLength(
+            per_step * self.args.world_size,
+            [sum(map(len, example.texts)) for example in rows],
+            self.args.seed,
         )
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """Checkpoints hold the trainable parameters alone; that nothing else is in them is right.
+
+        Raises TrainingError for a checkpoint of other trainable parameters.
+        """
+        lacking = set(load_result.missing_keys) & set(self.fit.model.state_dict())
+        if odd := sorted(lacking | set(load_result.unexpected_keys)):
+            raise TrainingError(
+                f"the checkpoint in {self.args.output_dir} is of another recipe: it differs in "
+                f"{len(odd)} parameters, such as {odd[0]}; name another folder with --work"
+            )
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """Groups of the method, then the head with its own rate; no decay on biases and norms."""
@@ -140,31 +215,33 @@ class _Trainer(Trainer):
             progress = self.state.global_step / max(1, self.state.max_steps)
             loss = loss + self.fit.recipe.method.penalty(self.fit.change, progress).to(loss.device)
             if not torch.isfinite(loss):
-                raise TrainingError(
-                    f"the loss became {float(loss)} at step {self.state.global_step} of "
-                    f"{self.state.max_steps} (recipe {self.fit.recipe.name}, learning_rate "
-                    f"{self.args.learning_rate}); nothing was written. Lower --learning-rate, or "
-                    "use precision fp32"
-                )
+                raise _diverged(self, f"the loss became {loss.item()}")
         return (loss, outputs) if return_outputs else loss
 
 
-class _Rows(torch.utils.data.Dataset[Example]):
-    """A split as a map-style dataset."""
+class _ByLength(LengthGroupedSampler):
+    """Examples of similar length together, in an order that seed and epoch alone decide.
 
-    def __init__(self, examples: Sequence[Example]) -> None:
-        self.examples = examples
+    A resumed training then meets the examples that it would have met, and several processes the
+    batches that one process would have, each its part of them.
+    """
 
-    def __len__(self) -> int:
-        return len(self.examples)
+    def __init__(self, batch_size: int, lengths: list[int], seed: int) -> None:
+        super().__init__(batch_size, lengths=lengths)
+        self.seed = seed
+        self.set_epoch(0)
 
-    def __getitem__(self, index: int) -> Example:
-        return self.examples[index]
+    def set_epoch(self, epoch: int) -> None:
+        """Draw from where a training that began at epoch 0 stands now."""
+        self.generator = torch.Generator().manual_seed(self.seed)
+        for _ in range(epoch):
+            list(self)
 
 
 def _groups(fit: Fit, training: Training) -> list[dict[str, Any]]:
     """Optimiser groups: the method's, split by decay, and the head's."""
-    rate = training.readout_learning_rate or training.learning_rate
+    rate = training.readout_learning_rate
+    rate = training.learning_rate if rate is None else rate
     groups = []
     for group in fit.recipe.method.groups(fit.change):
         lr = training.learning_rate * group.get("lr_scale", 1.0)
@@ -180,11 +257,11 @@ def _groups(fit: Fit, training: Training) -> list[dict[str, Any]]:
     return [group for group in groups if group["params"]]
 
 
-def _arguments(
-    training: Training, seed: int, folder: Path, rows: int, progress: bool, base: Base
-) -> TrainingArguments:
+def _arguments(fit: Fit, seed: int, folder: Path, progress: bool) -> TrainingArguments:
     """transformers' arguments for a recipe's training settings."""
-    per_step = training.batch_size * training.gradient_accumulation
+    training, rows = fit.recipe.training, len(fit.task.splits["train"])
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    per_step = training.batch_size * training.gradient_accumulation * processes
     steps = training.max_steps or math.ceil(rows / per_step) * training.epochs
     every = max(1, int(steps // training.evaluations)) if training.evaluations else 0
     return TrainingArguments(
@@ -218,6 +295,6 @@ def _arguments(
         disable_tqdm=not progress,
         remove_unused_columns=False,
         label_names=["targets"],
-        use_cpu=base.device.type == "cpu",
-        dataloader_pin_memory=base.device.type != "cpu",
+        use_cpu=fit.base.device.type == "cpu",
+        dataloader_pin_memory=fit.base.device.type != "cpu",
     )

@@ -4,13 +4,22 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+import torch
+import transformers
+from safetensors import SafetensorError
 from safetensors.torch import save_file
+from torch import nn
+from transformers.utils import logging
 
+from howfine import fingerprint
 from howfine.base import Base
 from howfine.delta import Delta
-from howfine.errors import StorageError
+from howfine.errors import BaseNotFound, StorageError, WrongBase
 from howfine.evaluate import opened
 
 HEAD_FILE = "readout.safetensors"
@@ -21,8 +30,10 @@ def merge(delta: Delta | str | Path, out: str | Path, base: Base | None = None) 
     """Write the changed base, its tokenizer and the readout's head to the folder `out`.
 
     `AutoModel.from_pretrained(out)` loads the body with no need of howfine. The head lies beside
-    it in `readout.safetensors`, with its settings and labels in `readout.json`. Raises
-    StorageError where `out` exists or can't be written; a half-written folder is removed.
+    it in `readout.safetensors`, with its settings and labels in `readout.json`, and the base's
+    pooling, which the settings may defer to. Raises StorageError where `out` exists or can't be
+    written; a half-written folder is removed. Raises BaseNotFound, WrongBase where the base is an
+    encoder and the encoder-decoder that it was taken from is not to be had.
     """
     delta, base = opened(delta, base)
     out = Path(out)
@@ -30,8 +41,8 @@ def merge(delta: Delta | str | Path, out: str | Path, base: Base | None = None) 
         raise StorageError(f"{out} exists already; choose another folder or remove it first")
     partial = out.with_name(f".{out.name}.partial")
     try:
-        with delta.applied(base) as model:
-            base.tower.save_pretrained(partial)
+        with delta.applied(base) as model, _no_bars():
+            _whole(base).save_pretrained(partial)
             save_file(
                 {name: value.contiguous() for name, value in model.head.state_dict().items()},
                 partial / HEAD_FILE,
@@ -40,13 +51,51 @@ def merge(delta: Delta | str | Path, out: str | Path, base: Base | None = None) 
             base.tokenizer.save_pretrained(partial)
         header = delta.header()
         stated = {"readout": header["readout"], "labels": header["labels"]}
+        stated["pooling"] = base.pooling
         (partial / HEAD_CONFIG).write_text(json.dumps(stated, indent=2) + "\n")
         partial.rename(out)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
         raise StorageError(
-            f"{out} can't be written: {error.strerror or error}; nothing was left behind. Free "
-            "some space, or choose another place"
+            f"{out} can't be written: {reason}; nothing was left behind. Free some space, or "
+            "choose another place"
         ) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return out
+
+
+def _whole(base: Base) -> Any:
+    """What is saved: the tower, or the encoder-decoder it is the encoder of, with this encoder in.
+
+    Written alone, an encoder has names that `AutoModel` does not look for.
+    """
+    whole: Any = transformers.MODEL_MAPPING[type(base.config)]
+    if base.kind != "body" or isinstance(base.tower, whole):
+        return base.tower
+    try:
+        model = transformers.AutoModel.from_pretrained(base.name, dtype=torch.float32)
+    except (OSError, ValueError) as error:
+        raise BaseNotFound(
+            f"the base {base.name} is an encoder, and the decoder that belongs to it can't be "
+            f"loaded: {str(error).strip().splitlines()[0]} Load the base by a name that can be had"
+        ) from error
+    encoder = model.get_encoder()
+    if fingerprint.of_parameters(nn.ModuleDict({base.tower_name: encoder})) != base.fingerprint:
+        raise WrongBase(
+            f"what {base.name} names now is another model than the base; load the base again"
+        )
+    encoder.load_state_dict(base.tower.state_dict())
+    return model
+
+
+@contextmanager
+def _no_bars() -> Iterator[None]:
+    """A folder of one file needs no progress bar."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()

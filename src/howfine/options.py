@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import shlex
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -34,7 +37,7 @@ Split = Annotated[str, typer.Option(help="train, dev or test.")]
 
 def study(
     base: str,
-    task: Any,
+    task: dict[str, Any],
     plan: str,
     out: Path,
     storage: str | None,
@@ -48,17 +51,30 @@ def study(
     from howfine.study import study as run
 
     loaded = Base.load(base, device=device, dtype=dtype)
-    run(loaded, task, plan, out=out, storage=storage, progress=not as_json)
-    result = write_report(out, base=loaded, task=task)
+    found = load_task(task)
+    facts = {"task": task, "command": shlex.join(["howfine", *sys.argv[1:]])}
+    run(loaded, found, plan, out=out, storage=storage, progress=not as_json, facts=facts)
+    result = write_report(out, base=loaded, task=found)
     show(as_json, result, f"{result['sentence']}\n{out / 'report.html'}")
 
 
-def task(name: str, data: Path | None, text: str | None, label: str | None) -> Any:
-    """The task that --task, --data, --text and --label name."""
+def stated_task(
+    name: str, data: Path | None, text: str | None, label: str | None, **subset: int | None
+) -> dict[str, Any]:
+    """The task that --task, --data, --text and --label name, as what Task.load takes."""
+    given = {"name_or_path": name, "data": str(data) if data else None, "label": label}
+    given["text"] = text
+    stated: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
+    sizes = {split: size for split, size in subset.items() if size is not None}
+    return {**stated, "subset": sizes} if sizes else stated
+
+
+def load_task(stated: dict[str, Any]) -> Any:
+    """The task that `stated_task` describes."""
     from howfine.task import Task
 
-    columns = [part.strip() for part in text.split(",")] if text else None
-    return Task.load(name, text=columns, label=label, data=data)
+    options = {key: value for key, value in stated.items() if key != "subset"}
+    return Task.load(**options).subset(**stated.get("subset", {}))
 
 
 def base(name: str | None, delta: Any, device: str, dtype: str) -> Any:
@@ -94,5 +110,6 @@ def said(score: Any) -> str:
 
 
 def show(as_json: bool, result: Any, said: str) -> None:
-    """Print the result, as JSON or in words."""
-    typer.echo(json.dumps(result, indent=2, ensure_ascii=False) if as_json else said)
+    """Print the result, as JSON or in words; of several processes, the first one speaks."""
+    if os.environ.get("RANK", "0") == "0":
+        typer.echo(json.dumps(result, indent=2, ensure_ascii=False) if as_json else said)

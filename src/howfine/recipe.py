@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
@@ -55,6 +56,27 @@ class Training:
     # Where to log: none, tensorboard, trackio, … as transformers' report_to.
     report_to: str = "none"
 
+    def __post_init__(self) -> None:
+        for name, fits, expected in _RANGES:
+            value = getattr(self, name)
+            if value is not None and not (math.isfinite(value) and fits(value)):
+                raise SettingError(f"training {name}: found {value}, expected {expected}")
+
+
+_RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
+    ("epochs", lambda value: value > 0, "more than 0"),
+    ("max_steps", lambda value: value >= 0, "0 (so that epochs count) or more"),
+    ("batch_size", lambda value: value >= 1, "1 or more"),
+    ("gradient_accumulation", lambda value: value >= 1, "1 or more"),
+    ("learning_rate", lambda value: value >= 0, "a finite number from 0"),
+    ("readout_learning_rate", lambda value: value >= 0, "a finite number from 0"),
+    ("weight_decay", lambda value: value >= 0, "a finite number from 0"),
+    ("warmup", lambda value: 0 <= value < 1, "a share from 0 to below 1"),
+    ("max_grad_norm", lambda value: value >= 0, "0 (for never) or more"),
+    ("evaluations", lambda value: value >= 0, "0 (for none) or more"),
+    ("patience", lambda value: value >= 0, "0 (for never) or more"),
+)
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -71,7 +93,8 @@ class Recipe:
 
     def __post_init__(self) -> None:
         if self.store not in PRECISIONS:
-            raise SettingError(f"store {self.store!r} is unknown. {near(self.store, PRECISIONS)}")
+            near_one = near(str(self.store), PRECISIONS)
+            raise SettingError(f"store {self.store!r} is unknown. {near_one}")
 
     @classmethod
     def load(cls, name: str | Path) -> Recipe:
@@ -83,9 +106,9 @@ class Recipe:
         if text is None and Path(name).suffix in (".yaml", ".yml"):
             if not Path(name).is_file():
                 raise SettingError(f"recipe file {name} does not exist; give another path")
-            text = Path(name).read_text()
+            text = _text_of(Path(name))
         if text is not None:
-            return cls.parse(Path(name).stem, yaml.safe_load(text))
+            return cls.parse(Path(name).stem, _yaml(text, f"recipe {name}"))
         if str(name) in methods():
             example = plugins.examples("methods", Method)[str(name)]
             return cls(str(name), example, default_readout())
@@ -100,7 +123,7 @@ class Recipe:
             raise SettingError(f"recipe {name}: expected a mapping with a 'method'; see docs")
         for key in raw:
             if key not in known:
-                raise SettingError(f"recipe {name} has no key {key!r}. {near(key, known)}")
+                raise SettingError(f"recipe {name} has no key {key!r}. {near(str(key), known)}")
         method_name, method_settings = _one(raw["method"], f"recipe {name}, method")
         if "readout" in raw:
             readout_name, settings = _one(raw["readout"], f"recipe {name}, readout")
@@ -111,35 +134,42 @@ class Recipe:
             name=name,
             method=plugins.build("method", methods(), method_name, method_settings),
             readout=readout,
-            training=plugins.checked(Training, raw.get("training") or {}, f"recipe {name}"),
+            training=plugins.checked(
+                Training,
+                _mapping(raw.get("training"), f"recipe {name}, training"),
+                f"recipe {name}",
+            ),
             store=str(raw.get("store", "fp32")),
-            knob={key: tuple(values) for key, values in (raw.get("knob") or {}).items()},
+            knob=_knob(raw.get("knob"), f"recipe {name}, knob"),
         )
 
-    def override(self, **settings: Any) -> Recipe:
-        """The same recipe with settings changed, each where it lives: training, method, readout."""
-        found = self
+    def override(self, /, **settings: Any) -> Recipe:
+        """The same recipe with settings changed, each where it lives: training, method, readout.
+
+        Those of one part are changed together: only the outcome must be a valid combination.
+        """
+        parts: dict[str, dict[str, Any]] = {}
         for key, value in settings.items():
-            found = found._override(key, value)
+            parts.setdefault(self._home(key), {})[key] = value
+        found = self
+        for part, changed in parts.items():
+            if part == "store":
+                found = dataclasses.replace(found, **changed)
+                continue
+            holder = getattr(found, part)
+            whole = {f.name: getattr(holder, f.name) for f in dataclasses.fields(holder)} | changed
+            made = plugins.checked(type(holder), whole, f"recipe {self.name}, {part}")
+            found = dataclasses.replace(found, **{part: made})
         return found
 
-    def _override(self, key: str, value: Any) -> Recipe:
-        if key == "store":
-            return dataclasses.replace(self, store=value)
-        known = set()
-        for part in ("training", "method", "readout"):
-            holder: Any = getattr(self, part)
-            names = {f.name for f in dataclasses.fields(holder)}
-            known |= names
-            if key in names:
-                current = {f.name: getattr(holder, f.name) for f in dataclasses.fields(holder)}
-                changed = plugins.checked(
-                    type(holder), {**current, key: value}, f"recipe {self.name}, {part}"
-                )
-                return dataclasses.replace(self, **{part: changed})
-        raise SettingError(
-            f"recipe {self.name} has no setting {key!r}. {near(key, known | {'store'})}"
-        )
+    def _home(self, key: str) -> str:
+        """The part of a recipe that a setting belongs to; "store" is its own."""
+        known = {"store": "store"}
+        for part in ("readout", "method", "training"):
+            known |= dict.fromkeys((f.name for f in dataclasses.fields(getattr(self, part))), part)
+        if key not in known:
+            raise SettingError(f"recipe {self.name} has no setting {key!r}. {near(key, known)}")
+        return known[key]
 
     def as_dict(self) -> dict[str, Any]:
         """The record a study stores: settings that differ from their defaults."""
@@ -180,5 +210,37 @@ def _one(raw: Any, where: str) -> tuple[str, dict[str, Any]]:
         return raw, {}
     if isinstance(raw, dict) and len(raw) == 1:
         ((name, settings),) = raw.items()
-        return str(name), dict(settings or {})
+        return str(name), _mapping(settings, where)
     raise SettingError(f"{where}: expected a name, or one name with its settings; found {raw!r}")
+
+
+def _mapping(raw: Any, where: str) -> dict[str, Any]:
+    """Settings by name; nothing for none."""
+    if raw is None:
+        return {}
+    if isinstance(raw, dict):
+        return {str(key): value for key, value in raw.items()}
+    raise SettingError(f"{where}: expected settings by name, such as 'epochs: 3'; found {raw!r}")
+
+
+def _knob(raw: Any, where: str) -> dict[str, tuple[Any, ...]]:
+    knob = _mapping(raw, where)
+    for key, values in knob.items():
+        if not isinstance(values, list):
+            raise SettingError(f"{where}, {key}: expected a list of values, found {values!r}")
+    return {key: tuple(values) for key, values in knob.items()}
+
+
+def _text_of(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise SettingError(f"recipe file {path} can't be read as text: {error}") from error
+
+
+def _yaml(text: str, where: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        reason = " ".join(str(error).split())
+        raise SettingError(f"{where} is not YAML: {reason}; correct it") from error

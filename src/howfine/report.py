@@ -168,9 +168,13 @@ def _task_facts(task: Task) -> dict[str, Any]:
 
 
 def _matrices(distances: Sequence[Distance]) -> list[dict[str, Any]]:
-    """Rows of the blocks' matrices, as JSON types; a matrix that was all zeros has no relative."""
+    """Rows of the blocks' matrices, in the order data takes through them, as JSON types.
+
+    A matrix of zeros that moved has moved infinitely far, relatively: None.
+    """
     parts = table(distances).parts
     rows = [asdict(row) for row in distances if row.layer is not None and row.part in parts]
+    rows.sort(key=lambda row: (row["layer"], parts.index(row["part"])))
     return [
         {
             name: None if isinstance(value, float) and not math.isfinite(value) else value
@@ -235,8 +239,8 @@ def _task(task: Task | str | None, study: dict[str, Any], folder: Path) -> Task:
         return task
     if task is None and "task" not in study:
         raise SettingError(f"{folder / 'study.json'} names no task; give one: report(…, task=…)")
-    stated = task or study["task"]
-    options = {"name_or_path": stated} if isinstance(stated, str) else dict(stated)
+    stated: Any = study["task"] if task is None else task
+    options: dict[str, Any] = {"name_or_path": stated} if isinstance(stated, str) else {**stated}
     subset = options.pop("subset", {})
     return Task.load(**options).subset(**subset)
 

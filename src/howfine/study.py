@@ -8,6 +8,7 @@ worker's run is picked up. Choices are made on dev; test is only reported.
 
 from __future__ import annotations
 
+import json
 import logging
 import time
 import warnings
@@ -20,6 +21,7 @@ from optuna.trial import FrozenTrial, TrialState
 from tqdm.auto import tqdm
 
 from howfine.base import Base
+from howfine.container import write_atomically
 from howfine.delta import SUFFIX
 from howfine.errors import HowfineError, SettingError
 from howfine.evaluate import evaluate
@@ -43,12 +45,14 @@ def study(
     keep: bool = True,
     progress: bool = False,
     data: str | Path | None = None,
+    facts: dict[str, Any] | None = None,
 ) -> list[Record]:
     """Run what a plan still lacks and return all its records, in the plan's order.
 
     `out` gets `runs.jsonl` and, with `keep`, `deltas/`. `storage` is an Optuna database URL,
     SQLite in `out` by default. Calling it again, after a kill or beside another worker, repeats
-    no finished run.
+    no finished run. `facts` are what `study.json` says beside the plan: how to load the task
+    again, the command.
     """
     plan = plan if isinstance(plan, Plan) else Plan.load(plan)
     base = Base.load(base) if isinstance(base, str) else base
@@ -56,6 +60,9 @@ def study(
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
     runs = runs_of(plan, base, task)
+    stated = {"base": base.name, "kind": base.kind, "task": task.name, "margin": plan.margin}
+    stated |= {"keys": [run.key for run in runs], **(facts or {})}
+    write_atomically(folder / "study.json", (json.dumps(stated, indent=2) + "\n").encode())
     worker = _Worker(base, task, runs, folder, storage, keep)
     worker.join(progress)
     return worker.export()

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from howfine.base import Base
+from howfine.container import write_atomically
 from howfine.delta import SUFFIX, Delta
+from howfine.errors import SettingError, StorageError, near
 from howfine.evaluate import Score, evaluate
 from howfine.loop import Fit
 from howfine.recipe import Recipe
@@ -49,30 +55,32 @@ def tune(
 ) -> Tuned:
     """Fit a recipe and store the delta at `out`; the score is of the file, loaded again.
 
-    `settings` override the recipe's. `work` keeps the training checkpoints; with `resume` the
-    newest of them is picked up. Raises TrainingError where the loss stops being finite.
+    `settings` override the recipe's. `work` keeps the training checkpoints, of which there are as
+    many as `evaluations`; with `resume` the newest of them is picked up. Raises TrainingError where
+    the loss or what was trained stops being finite, StorageError where a file can't be written,
+    SettingError for settings that don't fit together.
     """
     recipe = (Recipe.load(recipe) if isinstance(recipe, str) else recipe).override(**settings)
     base = Base.load(base, kind=recipe.readout.kind) if isinstance(base, str) else base
     task = Task.load(task) if isinstance(task, str) else task
-    out = (
-        Path(out) if out else Path("runs") / f"{task.name.replace('/', '-')}-{recipe.name}{SUFFIX}"
-    )
+    out = Path(out or f"runs/{task.name.replace('/', '-')}-{recipe.name}{SUFFIX}")
+    _check(task, split, seed, out)
+    if resume and not work:
+        raise SettingError("resume needs the folder of the checkpoints; name it with --work")
     with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(work) if work else Path(scratch)
-        fit = Fit(base, task, recipe, seed, folder, progress)
-        with fit.change:
-            fit.train(resume)
-            packed = fit.pack()
-    if fit.trainer.is_world_process_zero():
-        _store(packed, out, base, task, split)
+        folder = Path(work or scratch)
+        checkpoint = _claim(folder, _record(base, task, recipe, seed), resume)
+        with Fit(base, task, recipe, seed, folder, progress) as fit:
+            packed = _trained(fit, checkpoint, folder)
+    main = fit.trainer.is_world_process_zero()
+    score = _store(packed, out, base, task, split) if main else None
     fit.trainer.accelerator.wait_for_everyone()
     delta = Delta.load(out)
     return Tuned(
         delta=delta,
         path=out,
         bytes=out.stat().st_size,
-        score=evaluate(delta, base, task, split=split),
+        score=score or evaluate(delta, base, task, split=split),
         seconds=fit.seconds,
         steps=fit.trainer.state.global_step,
         peak_bytes=fit.peak_bytes,
@@ -80,10 +88,74 @@ def tune(
     )
 
 
-def _store(packed: Delta, out: Path, base: Base, task: Task, split: str) -> None:
-    """Write, read back, score what was read, and write that score into the header."""
-    packed.save(out)
-    score = evaluate(Delta.load(out), base, task, split=split)
+def _check(task: Task, split: str, seed: int, out: Path) -> None:
+    """What is wrong here would come to light only after the training."""
+    if split not in task.splits:
+        raise SettingError(f"split {split!r} is unknown. {near(split, task.splits)}")
+    if not 0 <= seed < 2**32:
+        raise SettingError(f"seed {seed}: expected a whole number from 0 to 2**32 - 1")
+    if out.is_dir():
+        raise StorageError(f"{out} is a folder; expected the path of a file to write: name one")
+
+
+def _record(base: Base, task: Task, recipe: Recipe, seed: int) -> dict[str, Any]:
+    """All that a training depends on, as JSON has it."""
+    made_on = {"seed": seed, "base": base.fingerprint, "task": task.fingerprint}
+    return dict(json.loads(json.dumps({**recipe.as_dict(), **made_on})))
+
+
+def _claim(folder: Path, record: dict[str, Any], resume: bool) -> Path | None:
+    """The newest checkpoint to go on from, if any; the folder then belongs to this training.
+
+    Raises SettingError where it belongs to another one, which would be mixed up with this.
+    """
+    newest = max(_checkpoints(folder), default=(0, None))[1]
+    owner = folder / "training.json"
+    if newest and not resume:
+        raise SettingError(
+            f"{folder} holds the checkpoint {newest.name} of an earlier training; add --resume to "
+            "go on with it, or name another folder with --work"
+        )
+    if newest and owner.is_file() and (theirs := json.loads(owner.read_text())) != record:
+        odd = sorted(key for key in record if theirs.get(key) != record[key])
+        raise SettingError(
+            f"{folder} holds checkpoints of another training: {odd[0]} was {theirs.get(odd[0])}, "
+            f"now it is {record[odd[0]]}; repeat the same settings, or name another folder"
+        )
+    write_atomically(owner, (json.dumps(record, indent=2) + "\n").encode())
+    return newest
+
+
+def _checkpoints(folder: Path) -> Iterator[tuple[int, Path]]:
+    """(step, path) of whole checkpoints: the state is what Trainer writes last of one."""
+    for path in folder.glob("checkpoint-*"):
+        step = path.name.removeprefix("checkpoint-")
+        if step.isdigit() and (path / "trainer_state.json").is_file():
+            yield int(step), path
+
+
+def _trained(fit: Fit, checkpoint: Path | None, folder: Path) -> Delta:
+    try:
+        fit.train(checkpoint)
+        return fit.pack()
+    except (OSError, SafetensorError) as error:
+        raise StorageError(
+            f"training checkpoints can't be kept in {folder}: {error}; no delta was written. Free "
+            "some space, or name another folder with --work"
+        ) from error
+
+
+def _store(packed: Delta, out: Path, base: Base, task: Task, split: str) -> Score:
+    """Score the delta as read back from a file, and write it with that score in its header.
+
+    What stands at `out` is replaced once, at the very end, by the finished file.
+    """
+    trial = out.with_name(f".{out.name}.trial")
+    packed.save(trial)
+    try:
+        score = evaluate(Delta.load(trial), base, task, split=split)
+    finally:
+        trial.unlink()
     low, high = score.interval
     stated = {
         "metric": score.metric,
@@ -93,3 +165,4 @@ def _store(packed: Delta, out: Path, base: Base, task: Task, split: str) -> None
         "n": score.n,
     }
     packed.with_score(stated).save(out)
+    return score

@@ -58,12 +58,12 @@ def human(size: float) -> str:
 
 
 def significant(value: float, digits: int = 2) -> str:
-    """A number with so many significant digits, never in powers of ten above 1e-6."""
+    """A number with so many significant digits, in powers of ten only below 1e-6."""
     if value == 0 or not math.isfinite(value):
         return f"{value:g}"
-    if abs(value) < 1e-6:
-        return f"{value:.{digits - 1}e}"
-    return f"{value:,.{max(0, digits - 1 - math.floor(math.log10(abs(value))))}f}"
+    rounded = f"{value:.{digits - 1}e}"
+    power = int(rounded.partition("e")[2])
+    return rounded if power < -6 else f"{float(rounded):,.{max(0, digits - 1 - power)}f}"
 
 
 def share_said(share: float) -> str:
@@ -80,8 +80,8 @@ def probability_said(probability: float) -> str:
 
 
 def settings_said(settings: Mapping[str, Any]) -> str:
-    """Settings as 'where matrices@-1, initial sparsity 0.02'; '' where there are none."""
-    return ", ".join(
+    """Settings as 'where matrices@-1 · initial sparsity 0.02'; '' where there are none."""
+    return " · ".join(
         f"{name.replace('_', ' ')} {_value(value)}" for name, value in settings.items()
     )
 
@@ -169,6 +169,8 @@ def caveats(result: Mapping[str, Any]) -> list[str]:
             f"score on this test set by about ± {significant(scale * half)}{unit}: to see a "
             "difference that small takes more test examples."
         )
+    if result["floor"] and result["recommended"]["key"] in result["floor"]["keys"]:
+        found.append("This is the floor: nothing beyond it is needed to come within the margin.")
     if any(len(group["seeds"]) == 1 for group in result["groups"]):
         found.append(
             "Where there is a single seed, the interval holds the luck of the test examples but "
