@@ -30,7 +30,7 @@ ROOMS = [
     ("tune", "loop", "evaluate", "merge", "attach"),
     ("ledger", "answer", "plan"),
     ("study",),
-    ("report", "catalogue"),
+    ("report", "report_page", "figures", "figures_distance", "wording", "catalogue"),
     ("cli", "options"),
 ]
 # Files that never import another of their own folder.

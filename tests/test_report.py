@@ -261,6 +261,15 @@ def test_shares(share: float, said: str) -> None:
     assert wording.share_said(share) == said
 
 
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [("minilm", "minilm"), ("owner/model", "owner/model"), ("/data/models/bert/", "bert"),
+     ("./reviews.csv", "reviews.csv")],
+)  # fmt: skip
+def test_paths_are_said_by_their_last_part(name: str, said: str) -> None:
+    assert wording.name_said(name) == said
+
+
 def test_settings_are_said_in_words() -> None:
     settings = {"where": ["matrices@-1", "K"], "initial_sparsity": 0.05, "top": 3}
     assert (

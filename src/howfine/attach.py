@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
+from transformers import PreTrainedModel
 
 from howfine.base import Base
 from howfine.change import Change
@@ -48,11 +49,14 @@ class Attached:
 def attach(
     model: nn.Module, method: Method | str, *, probe: Probe | None = None, **settings: Any
 ) -> Attached:
-    """Put a method on a Hugging Face model, frozen otherwise, for a training loop of one's own.
+    """Put a method on a Hugging Face model, for a training loop of one's own.
 
         with howfine.attach(model, "mask", initial_sparsity=0.1) as attached:
             optimizer = torch.optim.AdamW(attached.parameters(), lr=0.1)
             ...
+
+    The model's body is frozen but for what the method trains. A head on the body, such as that of
+    an `AutoModelForSequenceClassification`, is left as it is: train it beside, or freeze it.
 
     On leaving, every parameter has its `requires_grad` and every module its training mode of
     before. Raises SettingError for an unknown method or setting, UnknownArchitecture for a model
@@ -74,7 +78,8 @@ def attach(
         _set_modes(modes)
 
     try:
-        base = Base(getattr(model.config, "_name_or_path", "") or type(model).__name__, model)
+        body = model.base_model if isinstance(model, PreTrainedModel) else model
+        base = Base(getattr(model.config, "_name_or_path", "") or type(model).__name__, body)
         change = method.attach(base, probe)
     except BaseException:
         restore()

@@ -87,6 +87,8 @@ def _view(result: Mapping[str, Any]) -> dict[str, Any]:
     """What the templates show, in words."""
     return {
         "report": result,
+        "task": wording.name_said(result["task"]["name"]),
+        "base": wording.name_said(result["base"]["name"]),
         "ceiling": wording.ceiling_said(result),
         "margin": wording.margin_said(result["margin"]),
         "cards": _cards(result),

@@ -97,6 +97,13 @@ def counted(number: int, noun: str) -> str:
     return f"{number:,} {noun}" + ("" if number == 1 else "s")
 
 
+def name_said(name: str) -> str:
+    """A task's or base's name; of a path from the root, home or here, its last part."""
+    if name.startswith(("/", "./", "../", "~")):
+        return name.rstrip("/").rpartition("/")[2]
+    return name
+
+
 def margin_said(margin: float) -> str:
     """'1 %'."""
     return f"{100 * margin:g} %"
@@ -122,7 +129,7 @@ def sentence(result: Mapping[str, Any]) -> str:
     """
     chosen, metric, against = result["recommended"], result["task"]["metric"], ceiling_said(result)
     ceiling = ceiling_of(result["groups"])
-    who = f"{result['task']['name']} on {result['base']['name']} needs"
+    who = f"{name_said(result['task']['name'])} on {name_said(result['base']['name'])} needs"
     scored = f"{metric_said(metric)} {score_said(metric, chosen['mean_score'])}"
     scored += f" {interval_said(metric, chosen['mean_interval'])}"
     if chosen["key"] in ceiling["keys"]:
