@@ -244,20 +244,24 @@ def write(
 
 
 def _intro(r: Results, sizes: dict[str, tuple[int, int]], epochs: int) -> str:
-    parts = "; ".join(
-        f"{task}: {sizes[task][0]:,} training examples cut to {sizes[task][1]} tokens, the whole "
-        f"official validation set ({next(x['n'] for x in r.records.values() if x['task'] == task and 'n' in x)})"
-        for task in r.tasks
-    )
+    parts = "; ".join(f"{task}: {_sizes(r, task, *sizes[task])}" for task in r.tasks)
     return f"""# How fine can fine-tuning be, on MiniLM
 
 Radiya-Dixit & Wang 2020 (arXiv 2004.14129). Written by `python bench/how_fine.py` on
-{datetime.date.today().isoformat()} from the ledgers under `bench/ledgers`; base `minilm` (6 layers ×
-384, 22.7 M parameters); {parts}; {epochs} epochs, batch 32, {len(r.seeds)} seeds; full fine-tuning
-at 1e-4, masks at 0.2; {os.cpu_count()} CPU cores ({platform.machine()}). Nothing was chosen on these
-validation sets. Cells without all seeds count as not run. The paper's own base is BERT-base: what
-holds here holds here.
+{datetime.date.today().isoformat()} from the ledgers under `bench/ledgers`. Base `minilm` (6 layers
+of width 384, 22.7 M parameters). {parts}. {epochs} epochs, batch 32, {len(r.seeds)} seeds; full
+fine-tuning at 1e-4, masks at 0.2; {os.cpu_count()} CPU cores ({platform.machine()}). Nothing was
+chosen on these validation sets. Cells that lack a seed count as not run. The paper's own base is
+BERT-base: what is found here holds for MiniLM.
 """
+
+
+def _sizes(r: Results, task: str, examples: int, tokens: int) -> str:
+    count = next(x["n"] for x in r.records.values() if x["task"] == task and "n" in x)
+    return (
+        f"{examples:,} training examples cut to {tokens} tokens, the whole official validation set "
+        f"of {count}"
+    )
 
 
 def _table(r: Results, task: str) -> str:

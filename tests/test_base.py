@@ -5,15 +5,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from disk import base_folder
-from tiny import TINY, tiny_base, tiny_tokenizer, tiny_tower
 from transformers import BertConfig, BertForMaskedLM
 
+from disk import base_folder
 from howfine import fingerprint as fp
 from howfine.anatomy import anatomy_of
 from howfine.base import Base
 from howfine.errors import BaseNotFound, SettingError, UnknownArchitecture
 from howfine.readout import readout
+from tiny import TINY, tiny_base, tiny_tokenizer, tiny_tower
 
 
 def test_the_embedded_base_pools_by_the_mean_and_is_frozen():

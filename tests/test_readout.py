@@ -5,12 +5,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from tiny import LABELS, tiny_base, tiny_task
 
 from howfine.errors import SettingError
 from howfine.readout import readout
 from howfine.readouts.classifier import pool
 from howfine.task import Example
+from tiny import LABELS, tiny_base, tiny_task
 
 
 @pytest.fixture
