@@ -41,12 +41,16 @@ def howfine_here(*arguments: object, stdin: str = "") -> Said:
     """Run a command in this process."""
     out, err, code = io.StringIO(), io.StringIO(), 0
     argv = ["howfine", *map(str, arguments)]
-    with patch.object(sys, "argv", argv), patch.object(sys, "stdin", io.StringIO(stdin)):
-        with redirect_stdout(out), redirect_stderr(err):
-            try:
-                main()
-            except SystemExit as end:
-                code = int(end.code or 0)
+    with (
+        patch.object(sys, "argv", argv),
+        patch.object(sys, "stdin", io.StringIO(stdin)),
+        redirect_stdout(out),
+        redirect_stderr(err),
+    ):
+        try:
+            main()
+        except SystemExit as end:
+            code = int(end.code or 0)
     return Said(code, out.getvalue(), err.getvalue())
 
 

@@ -84,6 +84,7 @@ def attach(
     except BaseException:
         restore()
         raise
+    model.train(modes[0][1])  # reaches the gates that the method put on
     _set_modes(modes)
     change.finally_do(restore)
     return Attached(base, method, change)

@@ -5,6 +5,7 @@ Readable without torch. docs/format.md is the page that says what MUST be where.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -67,6 +68,8 @@ def write_atomically(path: Path, data: bytes) -> int:
     """All of `data` at `path`, or an error and what was there before."""
     temporary = ""
     try:
+        if path.exists() and not path.is_file():  # renaming would put a file in a device's place
+            raise OSError(errno.EINVAL, "it is there and no regular file")
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
         with os.fdopen(handle, "wb") as stream:

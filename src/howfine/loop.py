@@ -121,6 +121,10 @@ def _trainer(fit: Fit, seed: int, folder: Path, progress: bool) -> _Trainer:
             f"recipe {fit.recipe.name}: patience {training.patience} counts evaluations, but there "
             "are none; set evaluations to how often a training is evaluated, such as 10"
         )
+    if training.precision == "fp16" and fit.base.device.type == "cpu":
+        raise SettingError(
+            f"recipe {fit.recipe.name}: precision fp16 would train in fp32 on a CPU; use bf16"
+        )
     try:
         return _Trainer(fit, _arguments(fit, seed, folder, progress))
     except (ValueError, RuntimeError, ImportError) as error:
@@ -202,11 +206,7 @@ class _Trainer(Trainer):
         return self.optimizer
 
     def compute_loss(
-        self,
-        model: Any,
-        inputs: dict[str, Any],
-        return_outputs: bool = False,
-        num_items_in_batch: Any = None,
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """The readout's loss plus the method's penalty. Raises TrainingError unless finite."""
         outputs = model(**inputs)

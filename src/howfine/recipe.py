@@ -94,7 +94,7 @@ class Recipe:
     def __post_init__(self) -> None:
         if self.store not in PRECISIONS:
             near_one = near(str(self.store), PRECISIONS)
-            raise SettingError(f"store {self.store!r} is unknown. {near_one}")
+            raise SettingError(f"recipe {self.name}, store {self.store!r} is unknown. {near_one}")
 
     @classmethod
     def load(cls, name: str | Path) -> Recipe:
@@ -127,12 +127,12 @@ class Recipe:
         method_name, method_settings = _one(raw["method"], f"recipe {name}, method")
         if "readout" in raw:
             readout_name, settings = _one(raw["readout"], f"recipe {name}, readout")
-            readout = plugins.build("readout", readouts(), readout_name, settings)
+            readout = plugins.build(f"recipe {name}, readout", readouts(), readout_name, settings)
         else:
             readout = default_readout()
         return cls(
             name=name,
-            method=plugins.build("method", methods(), method_name, method_settings),
+            method=plugins.build(f"recipe {name}, method", methods(), method_name, method_settings),
             readout=readout,
             training=plugins.checked(
                 Training,

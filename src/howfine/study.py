@@ -18,6 +18,7 @@ from typing import Any
 
 import optuna
 from optuna.trial import FrozenTrial, TrialState
+from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 from tqdm.auto import tqdm
 
 from howfine.base import Base
@@ -220,28 +221,42 @@ def _finished(record: Record) -> FrozenTrial:
 
 
 def _open(url: str) -> optuna.Study:
-    """The study in a database, made if it is not there; dead workers' trials expire."""
-    options: dict[str, Any] = {}
-    if url.startswith("sqlite"):
-        options["connect_args"] = {"timeout": 100}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    """The study in a database, made if it is not there; dead workers' trials expire.
+
+    Workers that start together make the tables together, and all but one of them fail at it: they
+    find the tables made when they try again.
+    """
+    tries = 5
+    while True:
+        tries -= 1
         try:
-            storage = optuna.storages.RDBStorage(
-                url,
-                engine_kwargs=options,
-                heartbeat_interval=HEARTBEAT_SECONDS,
-                grace_period=GRACE_SECONDS,
-            )
-            return optuna.create_study(
-                storage=storage,
-                study_name="howfine",
-                directions=["maximize", "minimize"],
-                load_if_exists=True,
-                sampler=optuna.samplers.RandomSampler(seed=0),
-            )
-        except Exception as error:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # Optuna calls its heartbeat experimental
+                return _create(url)
+        except (SQLAlchemyError, optuna.exceptions.OptunaError, ImportError, ValueError) as error:
+            if tries and isinstance(error, (DBAPIError, optuna.exceptions.StorageInternalError)):
+                time.sleep(1)
+                continue
             raise SettingError(
                 f"study storage {url!r} can't be opened: {str(error).splitlines()[0]}. Expected a "
                 "database URL such as sqlite:///study.db or postgresql://user@host/name"
             ) from error
+
+
+def _create(url: str) -> optuna.Study:
+    options: dict[str, Any] = {}
+    if url.startswith("sqlite"):
+        options["connect_args"] = {"timeout": 100}
+    storage = optuna.storages.RDBStorage(
+        url,
+        engine_kwargs=options,
+        heartbeat_interval=HEARTBEAT_SECONDS,
+        grace_period=GRACE_SECONDS,
+    )
+    return optuna.create_study(
+        storage=storage,
+        study_name="howfine",
+        directions=["maximize", "minimize"],
+        load_if_exists=True,
+        sampler=optuna.samplers.RandomSampler(seed=0),
+    )

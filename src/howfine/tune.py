@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -94,8 +95,13 @@ def _check(task: Task, split: str, seed: int, out: Path) -> None:
         raise SettingError(f"split {split!r} is unknown. {near(split, task.splits)}")
     if not 0 <= seed < 2**32:
         raise SettingError(f"seed {seed}: expected a whole number from 0 to 2**32 - 1")
-    if out.is_dir():
-        raise StorageError(f"{out} is a folder; expected the path of a file to write: name one")
+    if os.path.exists(out) and not os.path.isfile(out):
+        raise StorageError(f"{out} is there and no regular file; name another path to write to")
+    place = next(folder for folder in out.absolute().parents if os.path.exists(folder))
+    if not place.is_dir() or not os.access(place, os.W_OK):
+        raise StorageError(
+            f"{out} can't be written: {place} is no folder that one may write to; choose another"
+        )
 
 
 def _record(base: Base, task: Task, recipe: Recipe, seed: int) -> dict[str, Any]:

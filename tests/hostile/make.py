@@ -11,6 +11,7 @@ import json
 import random
 import zlib
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import safetensors
@@ -132,3 +133,65 @@ def lie_in_payload(header: Any, groups: dict[str, bytes], rng: random.Random) ->
     elif data:
         data = flip(data, rng)
     return header, {**groups, name: data}
+
+
+# Kept files, by name: the error that each ends in, and a part of its sentence.
+FIXTURES = Path(__file__).parent
+FORMS = {
+    "empty": ("DamagedDelta", "0 bytes, with a header said to be of 0"),
+    "truncated": ("DamagedDelta", "is truncated or altered"),
+    "long-header": ("DamagedDelta", "with a header said to be of 4611686018427387904"),
+    "newer": ("UnsupportedFormat", "format version 2"),
+    "flipped": ("DamagedDelta", "a stream of coding 'gaps' is damaged"),
+    "lying-shape": ("DamagedDelta", "more than any change of golden needs"),
+    "unknown-coding": ("DamagedDelta", "found another coding, expected one of none, all"),
+    "bomb": ("DamagedDelta", "not one whole deflated text of bounded size"),
+    "wide-scale": ("DamagedDelta", "scale"),
+    "foreign-path": ("DamagedDelta", "does not fit the base golden"),
+}
+
+
+def forms(masks: bytes, values: bytes) -> dict[str, bytes]:
+    """The kept files, made of a good delta of masks and a good one of int8 values."""
+    header, groups = take_apart(masks)
+    rows = json.loads(zlib.decompress(groups[container.INDEX]))
+    first = next(number for number, row in enumerate(rows) if row[2] == "gaps")
+
+    def lying(column: int, value: Any) -> bytes:
+        changed = [[*row] for row in rows]
+        changed[first][column] = value
+        return put_together(header, {**groups, container.INDEX: container.pack_index(changed)})
+
+    start = sum(row[3] for row in rows[:first] if row[2] != "fp16")
+    flipped = bytearray(groups[container.PLACES])
+    flipped[start + rows[first][3] // 2] ^= 1
+    bomb = zlib.compress(b"[" + b" " * (1 << 24) + b"]", 9)
+    other, scaled = take_apart(values)
+    scales = json.loads(zlib.decompress(scaled[container.INDEX]))
+    scales[0][5] = 1e300
+    return {
+        "empty": b"",
+        "truncated": masks[:-20],
+        "long-header": (1 << 62).to_bytes(8, "little") + masks[8:],
+        "newer": put_together({**header, "howfine": 2}, groups),
+        "flipped": put_together(header, {**groups, container.PLACES: bytes(flipped)}),
+        "lying-shape": lying(1, [1 << 20, 1 << 20]),
+        "unknown-coding": lying(2, "gasp"),
+        "bomb": put_together(header, {**groups, container.INDEX: bomb}),
+        "wide-scale": put_together(
+            other, {**scaled, container.INDEX: container.pack_index(scales)}
+        ),
+        "foreign-path": lying(0, "method/text.nowhere.weight"),
+    }
+
+
+def main() -> None:
+    """Write the kept files: `cd tests && python -m hostile.make`, after golden.make."""
+    golden = FIXTURES.parent / "golden"
+    masks, values = (golden / f"{n}.delta.safetensors" for n in ("mask", "select-int8"))
+    for name, data in forms(masks.read_bytes(), values.read_bytes()).items():
+        (FIXTURES / f"{name}.safetensors").write_bytes(data)
+
+
+if __name__ == "__main__":
+    main()

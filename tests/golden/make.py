@@ -1,0 +1,127 @@
+"""Golden files: deltas of every kind as format version 1 wrote them, to be read for ever.
+
+    cd tests && python -m golden.make
+
+writes them anew, which is right only when the format gets a new version: whoever has a file from
+before must be able to read it. Beside the deltas lie the base they were made on, tokens to run
+through it, and `expected.json`: logits, and SHA-256 of every decoded tensor.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModel
+
+from howfine.base import Base
+from howfine.codec import PRECISIONS
+from howfine.delta import SUFFIX, Delta
+from howfine.method import Method, method
+from howfine.readout import readout
+from tiny import LABELS, tiny_task, tiny_tokenizer, tiny_tower
+
+HERE = Path(__file__).parent
+# The codings of places; the mask's matrices are given patterns that call for each of them.
+PATTERNS = ("none", "all", "rank", "bits", "grid", "histogram", "gaps", "zlib")
+
+
+def golden_base() -> Base:
+    """The base on disk, whatever torch draws at random today."""
+    return Base("golden", AutoModel.from_pretrained(HERE / "base", dtype=torch.float32))
+
+
+def decoded(delta: Delta, base: Base) -> dict[str, str]:
+    """SHA-256 of every stored tensor, by its stream's name."""
+    changed, head = delta.tensors(base)
+    named = {f"method/{path}": value for path, value in changed.items()}
+    named |= {f"readout/{name}": value for name, value in head.items()}
+    return {name: _sha256(value) for name, value in sorted(named.items())}
+
+
+def _sha256(value: Tensor) -> str:
+    assert value.dtype in (torch.bool, torch.float32)
+    array = value.contiguous().numpy()
+    return hashlib.sha256(array.astype(array.dtype.newbyteorder("<")).tobytes()).hexdigest()
+
+
+@torch.no_grad()
+def logits(delta: Delta, base: Base, tokens: dict[str, Any]) -> Tensor:
+    """Outputs of the base with a delta on, for the golden tokens."""
+    with delta.applied(base) as model:
+        inputs = {name: torch.tensor(value) for name, value in tokens.items()}
+        return model(inputs=inputs)["logits"]
+
+
+def pattern(kind: str, shape: torch.Size) -> Tensor:
+    """A mask on which the coding `kind` is the smallest."""
+    count = shape.numel()
+    random, every = torch.rand(shape), torch.arange(count).view(shape)
+    steps = torch.tensor([1, 1, 1, 9, 13])[torch.randint(0, 5, (count,))].cumsum(0)
+    columns = torch.where(torch.rand(1, shape[1]) < 0.5, 0.03, 0.6)
+    return {
+        "none": torch.zeros(shape, dtype=torch.bool),
+        "all": torch.ones(shape, dtype=torch.bool),
+        "bits": random < 0.5,
+        "rank": random > 0.02,
+        "gaps": random > 0.2,
+        "histogram": torch.isin(every, steps),
+        "grid": random < columns,
+        "zlib": (every % 5 == 0) | (every % 7 == 3),
+    }[kind]
+
+
+def cases() -> Iterator[tuple[str, Method, str]]:
+    """(file's stem, method, store): one of each method, one of each precision."""
+    yield "full", method("full"), "fp32"
+    yield "mask", method("mask", initial_sparsity=0.2), "fp16"
+    yield "mask-row", method("mask", granularity="row", where=["I", "O"]), "fp32"
+    for store in PRECISIONS:
+        yield f"select-{store}", method("select", train=["bias", "K@-1"]), store
+
+
+def made(stem: str, chosen: Method, store: str, base: Base) -> Delta:
+    """A change as training might leave it, drawn from a seed."""
+    torch.manual_seed(sum(stem.encode()))
+    read = readout("classifier", max_length=32)
+    with chosen.attach(base) as change:
+        for number, (path, value) in enumerate(change.trainable.items()):
+            if stem == "mask":
+                kept = pattern(PATTERNS[number % len(PATTERNS)], value.shape)
+                value.data = torch.where(kept, 5.0, -5.0)
+            elif stem != "full" or "layer.1.attention" in path or path.endswith("bias"):
+                value.data += 0.1 * torch.randn_like(value) * value.abs().max()
+        head = read.attach(base, LABELS)
+        delta = Delta.pack(base, chosen, change, read, head, LABELS, store)
+    on = {"metric": "accuracy", "value": 0.625, "interval": [0.25, 0.875], "on": "tiny/dev", "n": 8}
+    return delta.with_score(on)
+
+
+def main() -> None:
+    """Write the base, the deltas and what is expected of them."""
+    tiny_tower("bert").save_pretrained(HERE / "base")
+    base = golden_base()
+    texts = [example.texts[0] for example in tiny_task().splits["dev"]]
+    encoded = tiny_tokenizer()(texts, padding=True)
+    tokens = {name: encoded[name] for name in ("input_ids", "attention_mask")}
+    files = {}
+    for stem, chosen, store in cases():
+        delta = made(stem, chosen, store, base)
+        delta.save(HERE / f"{stem}{SUFFIX}")
+        delta = Delta.load(HERE / f"{stem}{SUFFIX}")
+        files[stem] = {
+            "header": delta.header(),
+            "tensors": decoded(delta, base),
+            "logits": logits(delta, base, tokens).tolist(),
+        }
+    expected = {"fingerprint": base.fingerprint, "tokens": tokens, "files": files}
+    (HERE / "expected.json").write_text(json.dumps(expected, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

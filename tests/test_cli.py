@@ -1,0 +1,388 @@
+"""The command line: every verb, what it prints, and that what it prints is so."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import re
+import statistics
+import subprocess
+import sys
+import time
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModel, AutoTokenizer
+
+from console import Said, howfine_here
+from disk import base_folder, howfine, plan_file, task_folder
+from howfine import container
+from howfine.base import Base
+from howfine.delta import Delta
+from howfine.method import methods
+from tiny import tiny_tower
+
+VERBS = ["tune", "evaluate", "predict", "distance", "inspect", "merge", "study", "report"]
+VERBS += ["methods", "demo"]
+QUICK = ("--max-steps", 2, "--batch-size", 8)
+
+
+class Inputs:
+    """A base and a task on disk, and a delta made of them by the command line."""
+
+    def __init__(self, folder: Path) -> None:
+        self.base, self.task = base_folder(folder), task_folder(folder)
+        self.delta = folder / "mask.delta.safetensors"
+        self.said = self.tune("--out", self.delta, "--initial-sparsity", 0.3)
+
+    def tune(self, *flags: object, recipe: object = "mask") -> Said:
+        made_on = ("--base", self.base, "--task", self.task)
+        return howfine_here("tune", *made_on, "--recipe", recipe, *QUICK, *flags)
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Inputs:
+    return Inputs(tmp_path_factory.mktemp("cli"))
+
+
+def header_of(path: Path) -> dict[str, Any]:
+    return container.read(path)[0]
+
+
+def examples(inputs: Inputs, split: str) -> list[tuple[str, str]]:
+    with (inputs.task / f"{split}.csv").open(newline="") as stream:
+        return [(row["text"], row["label"]) for row in csv.DictReader(stream)]
+
+
+# tune, evaluate, predict.
+
+
+def test_tune_says_what_it_made(inputs: Inputs) -> None:
+    size, score = inputs.delta.stat().st_size, header_of(inputs.delta)["score"]
+    pattern = rf"{inputs.delta}: {size:,} bytes, accuracy {score[1]:.4f} \[.*\] on 8 of dev, .*\n"
+    assert re.fullmatch(pattern, inputs.said.out)
+
+
+def test_tune_prints_json_and_nothing_else(inputs: Inputs, tmp_path: Path) -> None:
+    said = inputs.tune("--json", "--out", tmp_path / "x")
+    assert said.json["file"] == str(tmp_path / "x")
+    assert said.json["bytes"] == (tmp_path / "x").stat().st_size
+    assert said.json["score"]["value"] == header_of(tmp_path / "x")["score"][1]
+    assert said.json["steps"] == 2
+    assert "%" not in said.err, "a progress bar beside --json"
+
+
+def test_the_default_name_is_under_runs(
+    inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    made = inputs.tune("--json", "--train-size", 8).json["file"]
+    assert [str(path) for path in Path("runs").glob("*-mask.delta.safetensors")] == [made]
+
+
+def test_evaluate_gives_the_score_in_the_header(inputs: Inputs) -> None:
+    found = howfine_here("evaluate", inputs.delta, "--split", "dev", "--json").json
+    metric, value, interval, on, count = header_of(inputs.delta)["score"]
+    assert (found["metric"], round(found["score"], 6)) == (metric, value)
+    assert [round(edge, 6) for edge in found["interval"]] == interval
+    assert (f"{found['task']}/{found['split']}", found["n"]) == (on, count)
+    assert found["bytes"] == inputs.delta.stat().st_size
+
+
+def test_evaluate_and_predict_agree(inputs: Inputs) -> None:
+    """Accuracy by hand, from the labels that predict prints."""
+    rows = examples(inputs, "test")
+    answers = howfine_here("predict", inputs.delta, *(text for text, _ in rows), "--json").json
+    right = [answer["label"] == label for answer, (_, label) in zip(answers, rows, strict=True)]
+    said = howfine_here("evaluate", inputs.delta, "--task", inputs.task)
+    share = sum(right) / len(right)
+    assert re.fullmatch(rf"accuracy {share:.4f} \[.*\] on 8 of test\n", said.out)
+
+
+def test_predict_in_words(inputs: Inputs) -> None:
+    (answer,) = howfine_here("predict", inputs.delta, "w1 w2 w3", "--json").json
+    assert 0.5 <= answer["probability"] <= 1
+    said = howfine_here("predict", inputs.delta, "w1 w2 w3")
+    assert said.out == f"{answer['label']}\t{answer['probability']}\tw1 w2 w3\n"
+
+
+def test_predict_takes_a_pair_with_a_tab(inputs: Inputs) -> None:
+    """The same as transformers' own pair through the changed base."""
+    (answer,) = howfine_here("predict", inputs.delta, "w1 w2\tw3", "--json").json
+    base, delta = Base.load(str(inputs.base)), Delta.load(inputs.delta)
+    with delta.applied(base) as model, torch.no_grad():
+        pair = base.tokenizer("w1 w2", "w3", return_tensors="pt")
+        shares = model(inputs=dict(pair))["logits"].softmax(-1)
+    assert answer["probability"] == pytest.approx(shares.max().item(), abs=1e-6)
+    (alone,) = howfine_here("predict", inputs.delta, "w1 w2 w3", "--json").json
+    assert alone != answer
+
+
+def test_predict_reads_standard_input(inputs: Inputs) -> None:
+    texts = [text for text, _ in examples(inputs, "dev")]
+    as_arguments = howfine_here("predict", inputs.delta, *texts)
+    piped = howfine_here("predict", inputs.delta, "-", stdin="".join(f"{t}\n" for t in texts))
+    assert as_arguments.out == piped.out
+    assert piped.out.count("\n") == 8
+    assert howfine_here("predict", inputs.delta, "-", "--json").json == []
+
+
+# distance, inspect, merge, methods.
+
+
+def test_distance_between_checkpoints(inputs: Inputs, tmp_path: Path) -> None:
+    changed = tiny_tower("bert")
+    path = "encoder.layer.1.output.dense.weight"
+    with torch.no_grad():
+        changed.get_parameter(path)[0] += 0.5
+    changed.save_pretrained(tmp_path)
+    rows = {
+        row["path"]: row for row in howfine_here("distance", inputs.base, tmp_path, "--json").json
+    }
+    before, after = (load_file(f / "model.safetensors") for f in (inputs.base, tmp_path))
+    assert rows.keys() == before.keys()
+    moved = np.abs(after[path].double().numpy() - before[path].double().numpy())
+    assert rows[path]["l1"] == pytest.approx(moved.sum(), rel=1e-6)
+    assert rows[path]["mean_abs"] == pytest.approx(moved.mean(), rel=1e-6)
+    assert rows[path]["changed"] == pytest.approx(1 / 32)
+    assert (rows[path]["layer"], rows[path]["part"]) == (1, "O")
+    assert all(row["l1"] == 0 for name, row in rows.items() if name != path)
+    words = howfine_here("distance", inputs.base, tmp_path).out.splitlines()
+    assert len(words) == 1 + len(rows)
+    assert any(line.startswith(path) and "3.12%" in line for line in words)
+
+
+def test_distance_from_a_base_to_a_delta(inputs: Inputs) -> None:
+    """A mask drops entries: L1 is the sum of the magnitudes that are gone."""
+    rows = howfine_here("distance", inputs.base, inputs.delta, "--json").json
+    base, delta = Base.load(str(inputs.base)), Delta.load(inputs.delta)
+    kept, _ = delta.tensors(base)
+    for row in rows:
+        mask = kept.get(f"text.{row['path']}")
+        weight = base.tower.get_parameter(row["path"]).double()
+        gone = 0.0 if mask is None else weight[~mask].abs().sum().item()
+        assert row["l1"] == pytest.approx(gone, rel=1e-6), row["path"]
+    assert sum(row["l1"] > 0 for row in rows) == 12
+
+
+def test_inspect_accounts_for_every_byte(inputs: Inputs) -> None:
+    found = howfine_here("inspect", inputs.delta, "--json").json
+    data = inputs.delta.read_bytes()
+    assert sum(part["bytes"] for part in found["parts"]) == found["bytes"] == len(data)
+    by_name = {part["name"]: part for part in found["parts"]}
+    assert by_name["header"]["bytes"] == 8 + int.from_bytes(data[:8], "little")
+    masks = [part for name, part in by_name.items() if name.startswith("method/")]
+    assert len(masks) == 12
+    for part in masks:
+        assert 0 < part["kept"] < part["entries"]
+        assert part["bytes"] >= part["bound_bytes"] - 1
+    stored = {k: v for k, v in header_of(inputs.delta).items() if k != "howfine"}
+    assert found["header"] == stored
+    words = howfine_here("inspect", inputs.delta).out
+    assert f"{len(data):,}  in all (the file has {len(data):,})" in words
+
+
+def test_merge_is_a_plain_checkpoint(inputs: Inputs, tmp_path: Path) -> None:
+    """The body through AutoModel, the head by hand: the answers of predict."""
+    out = tmp_path / "merged"
+    assert howfine_here("merge", inputs.delta, out, "--json").json == {"folder": str(out)}
+    texts = [text for text, _ in examples(inputs, "test")]
+    model, tokenizer = AutoModel.from_pretrained(out), AutoTokenizer.from_pretrained(out)
+    batch = tokenizer(texts, padding=True, return_tensors="pt")
+    base, delta = Base.load(str(inputs.base)), Delta.load(inputs.delta)
+    head, about = (
+        load_file(out / "readout.safetensors"),
+        json.loads((out / "readout.json").read_text()),
+    )
+    with torch.no_grad():
+        state = model.eval()(**batch)
+        with delta.applied(base) as wired:
+            assert torch.equal(wired.towers["text"](**batch).last_hidden_state, state[0])
+            logits = wired(inputs=dict(batch))["logits"]
+        assert about["pooling"] == "pooler"
+        by_hand = state.pooler_output @ head["linear.weight"].T + head["linear.bias"]
+    assert torch.allclose(by_hand, logits, atol=1e-6)
+    answers = howfine_here("predict", inputs.delta, *texts, "--json").json
+    assert [about["labels"][i] for i in by_hand.argmax(-1)] == [a["label"] for a in answers]
+
+
+def test_merge_of_an_encoder_keeps_its_decoder(inputs: Inputs, tmp_path: Path) -> None:
+    """Of an encoder-decoder the base is the encoder; the merged folder is the whole again."""
+    from transformers import T5Config, T5Model
+
+    from tiny import TINY, tiny_tokenizer
+
+    torch.manual_seed(0)
+    T5Model(T5Config(**TINY["t5"][1])).save_pretrained(tmp_path / "t5")
+    tiny_tokenizer().save_pretrained(tmp_path / "t5")
+    made = ("--base", tmp_path / "t5", "--task", inputs.task, "--out", tmp_path / "delta")
+    assert howfine_here("tune", "--recipe", "full", *made, *QUICK).code == 0
+    assert howfine_here("merge", tmp_path / "delta", tmp_path / "merged").code == 0
+    merged = AutoModel.from_pretrained(tmp_path / "merged")
+    before = AutoModel.from_pretrained(tmp_path / "t5")
+    base, delta = Base.load(str(tmp_path / "t5")), Delta.load(tmp_path / "delta")
+    with delta.applied(base):
+        changed = base.tower.state_dict()
+        own = merged.get_encoder().state_dict()
+        assert all(torch.equal(own[name], value) for name, value in changed.items())
+    path = "decoder.block.1.layer.2.DenseReluDense.wo.weight"
+    assert torch.equal(merged.get_parameter(path), before.get_parameter(path))
+    path = path.replace("decoder", "encoder").replace("layer.2", "layer.1")
+    assert not torch.equal(merged.get_parameter(path), before.get_parameter(path))
+
+
+def test_methods_lists_them_with_their_settings() -> None:
+    listed = howfine_here("methods", "--json").json
+    assert [entry["name"] for entry in listed] == sorted(methods())
+    (mask,) = howfine_here("methods", "mask", "--json").json
+    assert "initial_sparsity" in [setting["name"] for setting in mask["settings"]]
+    words = howfine_here("methods", "mask").out
+    assert "--initial-sparsity" in words
+    assert "(default 0.05)" in words
+    assert howfine_here("methods").out.count("\n") == len(methods())
+
+
+@pytest.mark.skipif(find_spec("howfine.report") is None, reason="the report is not written yet")
+def test_study_and_report(inputs: Inputs, tmp_path: Path) -> None:
+    plan = plan_file(tmp_path, recipes=[], seeds=[0], settings={"max_steps": 2, "batch_size": 8})
+    made = ("--base", inputs.base, "--task", inputs.task, "--plan", plan, "--out", tmp_path / "out")
+    result = howfine_here("study", *made, "--json").json
+    assert (tmp_path / "out" / result["recommended"]["file"]).is_file()
+    again = howfine_here("report", tmp_path / "out", "--json").json
+    assert again["sentence"] == result["sentence"]
+    assert (tmp_path / "out" / "report.html").stat().st_size > 1000
+    words = howfine_here("report", tmp_path / "out").out
+    assert words.startswith(result["sentence"])
+
+
+# Flags.
+
+
+def test_flags_override_the_recipe(inputs: Inputs, tmp_path: Path) -> None:
+    out = tmp_path / "delta"
+    assert header_of(inputs.delta)["method"] == {"mask": {"initial_sparsity": 0.3}}
+    kept = {p["kept"] / p["entries"] for p in parts_of(inputs.delta) if p["kept"] is not None}
+    assert max(kept) == pytest.approx(0.7, abs=0.01)
+    inputs.tune("--train", "all@-1", "--learning-rate=1e-2", "--out", out, recipe="top-layers")
+    assert header_of(out)["method"] == {"select": {"train": ["all@-1"]}}
+    assert names_of(out) == {n for n in names_of(out) if n.startswith("text.encoder.layer.1.")}
+    # At a rate of 0 nothing moves, and what has not moved is not stored.
+    inputs.tune("--learning-rate", 0, "--out", out, "--train", "bias,norm", recipe="bitfit")
+    assert header_of(out)["method"] == {"select": {"train": ["bias", "norm"]}}
+    assert names_of(out) == set()
+    inputs.tune("--store", "bf16", "--max-length", 7, "--out", out, recipe="bitfit")
+    assert header_of(out)["readout"] == {"classifier": {"max_length": 7}}
+    assert {part["coding"] for part in parts_of(out)} == {"json", "zlib", "bf16"}
+    inputs.tune("--seed", 5, "--out", out, recipe="bitfit")
+    one = out.read_bytes()
+    inputs.tune("--seed", 6, "--out", out, recipe="bitfit")
+    assert out.read_bytes() != one
+
+
+def parts_of(path: Path) -> list[dict[str, Any]]:
+    return howfine_here("inspect", path, "--json").json["parts"]
+
+
+def names_of(path: Path) -> set[str]:
+    """Paths of the base that a delta changes."""
+    names = [part["name"] for part in parts_of(path)]
+    return {name.removeprefix("method/") for name in names if name.startswith("method/")}
+
+
+def test_a_recipe_of_ones_own(inputs: Inputs, tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text("method: {select: {train: [V]}}\nstore: sign\n")
+    inputs.tune("--out", tmp_path / "delta", "--warmup", 0, recipe=tmp_path / "mine.yaml")
+    assert {name.rpartition("self.")[2] for name in names_of(tmp_path / "delta")} == {
+        "value.weight"
+    }
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (["--learning-rat", 1], "has no setting 'learning_rat'. Did you mean 'learning_rate'?"),
+        (["--initial_sparsty", 1], "Did you mean 'initial_sparsity'?"),
+        (["--varient", "zhou"], "Did you mean 'variant'?"),
+        (["--qqq", 1], "has no setting 'qqq'. Known: batch_size, dropout, epochs"),
+        (["--self", 1], "has no setting 'self'."),
+        (["--learning-rate"], "flag --learning-rate needs a value, such as --learning-rate 1"),
+        (["--learning-rate", "--epochs", 1], "flag --learning-rate needs a value"),
+        (["stray"], "argument 'stray': expected a flag"),
+        (["--learning-rate", "fast"], "setting 'learning_rate': found 'fast'"),
+    ],
+    ids=str,
+)
+def test_a_wrong_flag_of_a_recipe(inputs: Inputs, flags: list[object], sentence: str) -> None:
+    said = inputs.tune(*flags)
+    assert said.code == 2
+    assert sentence in said.sentence
+    assert said.out == ""
+
+
+@pytest.mark.parametrize("verb", ["evaluate", "predict", "inspect", "merge", "methods", "study"])
+def test_a_wrong_flag_of_a_verb(inputs: Inputs, verb: str) -> None:
+    said = howfine_here(verb, inputs.delta, "x", "--jsn")
+    assert said.code == 2
+    assert "--jsn" in said.err
+    assert "--json" in said.err
+    assert "Traceback" not in said.err
+
+
+def test_a_wrong_verb() -> None:
+    said = howfine_here("tuen")
+    assert said.code == 2
+    assert "tune" in said.err
+
+
+# A process of its own.
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_has_help(verb: str) -> None:
+    said = howfine_here(verb, "--help")
+    assert said.code == 0
+    assert "--json" in said.out
+
+
+@pytest.mark.parametrize("code", ["import howfine", "import howfine.cli as c; c.main()"])
+def test_help_is_at_once(code: str) -> None:
+    """Half a second as the clock on the wall goes, the median of five; no torch behind it."""
+    probe = (
+        "import sys; sys.argv = ['howfine', '--help']\n"
+        f"try:\n    {code}\nexcept SystemExit: pass\n"
+        "assert not {'torch', 'transformers', 'numpy'} & set(sys.modules)"
+    )
+    times = []
+    for _ in range(5):
+        start = time.perf_counter()
+        subprocess.run([sys.executable, "-c", probe], check=True, capture_output=True)
+        times.append(time.perf_counter() - start)
+    assert statistics.median(times) < 0.5, times
+
+
+def test_a_process_prints_json_alone_and_exits_as_it_should(inputs: Inputs, tmp_path: Path) -> None:
+    made_on = ("--base", inputs.base, "--task", inputs.task, "--recipe", "bitfit", *QUICK)
+    done = howfine("tune", *made_on, "--evaluations", 2, "--out", tmp_path / "x", "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["bytes"] == (tmp_path / "x").stat().st_size
+    assert done.stderr == ""
+    assert list(tmp_path.iterdir()) == [tmp_path / "x"]
+
+
+def test_a_process_that_fails_says_one_sentence(inputs: Inputs) -> None:
+    done = howfine("evaluate", inputs.delta, "--split", "tset")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "howfine: split 'tset' is unknown. Did you mean 'test'?\n"
+
+
+def test_only_the_first_of_several_processes_speaks(
+    inputs: Inputs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(os.environ, "RANK", "1")
+    assert howfine_here("inspect", inputs.delta) == Said(0, "", "")
