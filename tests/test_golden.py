@@ -90,3 +90,13 @@ def test_a_hostile_file_is_refused_for_its_reason(name: str, base: Base) -> None
     kind, message = FORMS[name]
     with pytest.raises(getattr(errors, kind), match=message), Delta.load(path).applied(base):
         pass
+
+
+@pytest.mark.xfail(strict=True, reason="a known fault of the methods' unpack, not mended yet")
+def test_a_refused_file_leaves_the_base() -> None:
+    """Its first streams are good: they may not stay on the base when a later one is refused."""
+    base = golden_base()
+    delta = Delta.load(FIXTURES / "foreign-path.safetensors")
+    with pytest.raises(errors.DamagedDelta), delta.applied(base):
+        pass
+    assert base.is_untouched()

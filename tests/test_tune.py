@@ -95,6 +95,15 @@ def test_the_base_is_left_as_it_was(tmp_path: Path) -> None:
     assert not base.tower.is_gradient_checkpointing
 
 
+@pytest.mark.xfail(strict=True, reason="a known fault of surgery.reweight, not mended yet")
+def test_a_mask_leaves_the_order_of_parameters(tmp_path: Path) -> None:
+    """Norms over all gradients round by their order: the next run's bytes would depend on it."""
+    base = tiny_base("bert")
+    before = [path for path, _ in base.towers.named_parameters()]
+    run(tmp_path, "mask", base, epochs=1)
+    assert [path for path, _ in base.towers.named_parameters()] == before
+
+
 def test_training_learns(tmp_path: Path) -> None:
     assert run(tmp_path, "full", epochs=8)[0].score.value > 0.9
 

@@ -60,8 +60,7 @@ class Fit:
             self.trainable = sum(p.numel() for p in parameters)
             self.trainer = _trainer(self, seed, folder, progress)
             self._undo = undo.pop_all()
-        self.seconds = 0.0
-        self.peak_bytes = 0
+        self.seconds, self.peak_bytes = 0.0, 0
 
     def __enter__(self) -> Fit:
         return self
@@ -291,6 +290,7 @@ def _arguments(fit: Fit, seed: int, folder: Path, progress: bool) -> TrainingArg
         logging_strategy="steps",
         logging_steps=50,
         logging_nan_inf_filter=False,
+        log_level_replica="error",
         report_to=training.report_to,
         disable_tqdm=not progress,
         remove_unused_columns=False,

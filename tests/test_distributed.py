@@ -1,0 +1,142 @@
+"""Training on two processes: the same batches, the same answer, one voice.
+
+`torchrun` starts the processes, as `accelerate launch` does for accelerators; `accelerate launch
+--cpu` without MPI starts a single one, whatever --num_processes says.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate.data_loader import BatchSamplerShard
+from torch.utils.data import BatchSampler
+
+from disk import howfine, task_folder
+from howfine import loop
+from howfine.base import Base
+from howfine.delta import Delta
+from tiny import tiny_tokenizer, tiny_tower
+
+
+def on_two_processes(*arguments: object) -> subprocess.CompletedProcess[str]:
+    """`howfine` with arguments, on two processes of this machine."""
+    launch = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+    ]
+    return subprocess.run(
+        [*launch, "-m", "howfine.cli", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        timeout=600,
+        check=False,
+    )
+
+
+def result(done: subprocess.CompletedProcess[str]) -> dict[str, Any]:
+    """What one process printed; two of them would not make JSON."""
+    assert done.returncode == 0, done.stderr
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
+
+
+@pytest.mark.parametrize("rows", [64, 70])
+def test_two_processes_share_the_batches_of_one(rows: int) -> None:
+    lengths = [(7 * number) % 31 + 3 for number in range(rows)]
+
+    def batches(size: int) -> BatchSampler:
+        return BatchSampler(loop._ByLength(16, lengths, seed=0), size, drop_last=False)
+
+    first, second = (list(BatchSamplerShard(batches(8), 2, rank)) for rank in range(2))
+    together = [[*one, *other] for one, other in zip(first, second, strict=True)]
+    whole = list(batches(16))
+    full = rows // 16
+    assert together[:full] == whole[:full]
+    assert len(together) == len(whole)
+    if rows % 16:  # the last batch is filled up from the first
+        assert together[full] == [*whole[full], *whole[0]][:16]
+
+
+def test_the_order_is_that_of_the_epoch_however_it_is_reached() -> None:
+    lengths = [(7 * number) % 31 + 3 for number in range(40)]
+    running = loop._ByLength(8, lengths, seed=1)
+    epochs = []
+    for epoch in range(3):
+        running.set_epoch(epoch)
+        epochs.append(list(running))
+    resumed = loop._ByLength(8, lengths, seed=1)
+    resumed.set_epoch(2)
+    assert list(resumed) == epochs[2]
+    assert epochs[0] != epochs[1] != epochs[2]
+    assert all(sorted(order) == list(range(40)) for order in epochs)
+    assert list(loop._ByLength(8, lengths, seed=2)) != epochs[0]
+
+
+@pytest.mark.slow
+def test_two_processes_train_what_one_does(tmp_path: Path) -> None:
+    """Without dropout nothing but the order of sums is left to differ."""
+    tower = tiny_tower("bert", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    tower.save_pretrained(tmp_path / "base")
+    tiny_tokenizer().save_pretrained(tmp_path / "base")
+    made = ["--base", tmp_path / "base", "--task", task_folder(tmp_path), "--recipe", "bitfit"]
+    made += ["--dropout", 0, "--epochs", 3, "--store", "fp32", "--evaluations", 3, "--json"]
+    work = tmp_path / "work"
+    one = result(howfine("tune", *made, "--batch-size", 8, "--out", tmp_path / "one"))
+    done = on_two_processes(
+        "tune", *made, "--batch-size", 4, "--out", tmp_path / "two", "--work", work
+    )
+    two = result(done)
+    assert one["steps"] == two["steps"] == 6
+    assert one["score"] == two["score"]
+    assert len(list(work.glob("checkpoint-*"))) == 1
+    base = Base.load(str(tmp_path / "base"))
+    first, second = (Delta.load(tmp_path / name).tensors(base) for name in ("one", "two"))
+    for group, other in zip(first, second, strict=True):
+        assert group.keys() == other.keys()
+        for path, value in group.items():
+            start = base.parameter(path) if path in base.paths() else torch.zeros(())
+            moved = (value - start).abs().max()
+            if not path.endswith("key.bias"):  # softmax cancels it: its gradient is rounding
+                assert (value - other[path]).abs().max() < 0.02 * moved, path
+
+
+@pytest.mark.slow
+def test_a_training_that_fails_ends_on_both(tmp_path: Path) -> None:
+    made = ["--task", task_folder(tmp_path), "--recipe", "full", "--learning-rate", 1e30]
+    tiny_tower("bert").save_pretrained(tmp_path / "base")
+    tiny_tokenizer().save_pretrained(tmp_path / "base")
+    made += ["--base", tmp_path / "base", "--batch-size", 2, "--out", tmp_path / "out", "--json"]
+    done = on_two_processes("tune", *made)
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert "howfine: the loss became nan at step 2" in done.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "task"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", ["bitfit", "mask"])
+def test_minilm_scores_alike_on_two_processes(recipe: str, tmp_path: Path) -> None:
+    """At the same global batch: within half a point, and within 1 % of the bytes.
+
+    Dropout and sampled masks draw other numbers on each process, so that more cannot be asked.
+    """
+    made = ["--base", "minilm", "--task", "rotten-tomatoes", "--recipe", recipe]
+    made += ["--train-size", 512, "--epochs", 1, "--json"]
+    one = result(howfine("tune", *made, "--batch-size", 32, "--out", tmp_path / "one"))
+    two = result(on_two_processes("tune", *made, "--batch-size", 16, "--out", tmp_path / "two"))
+    assert one["steps"] == two["steps"] == 16
+    assert abs(one["score"]["value"] - two["score"]["value"]) <= 0.005
+    assert abs(one["bytes"] - two["bytes"]) <= 0.01 * one["bytes"]
+    assert {path.name for path in tmp_path.iterdir()} == {"one", "two"}
