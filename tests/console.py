@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import json
 import sys
@@ -35,6 +36,15 @@ class Said:
         assert len(lines) == 1, self.err
         assert lines[0].startswith("howfine: "), self.err
         return lines[0].removeprefix("howfine: ")
+
+
+def settle() -> None:
+    """Take what is imported out of the collector's sight, which each training asks for twice.
+
+    It never dies, and looking through it takes longer than a tiny training.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 def howfine_here(*arguments: object, stdin: str = "") -> Said:

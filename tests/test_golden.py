@@ -92,7 +92,6 @@ def test_a_hostile_file_is_refused_for_its_reason(name: str, base: Base) -> None
         pass
 
 
-@pytest.mark.xfail(strict=True, reason="a known fault of the methods' unpack, not mended yet")
 def test_a_refused_file_leaves_the_base() -> None:
     """Its first streams are good: they may not stay on the base when a later one is refused."""
     base = golden_base()

@@ -81,6 +81,7 @@ def attach(
         body = model.base_model if isinstance(model, PreTrainedModel) else model
         base = Base(getattr(model.config, "_name_or_path", "") or type(model).__name__, body)
         change = method.attach(base, probe)
+        _refuse_ties(model, body, base, change)
     except BaseException:
         restore()
         raise
@@ -88,6 +89,24 @@ def attach(
     _set_modes(modes)
     change.finally_do(restore)
     return Attached(base, method, change)
+
+
+def _refuse_ties(model: nn.Module, body: nn.Module, base: Base, change: Change) -> None:
+    """A head that shares a weight with the body would keep the old one: undo, and say so."""
+    inside = {id(module) for module in body.modules()}
+    outside = {
+        id(parameter)
+        for module in model.modules()
+        if id(module) not in inside
+        for parameter in module.parameters(recurse=False)
+    }
+    tied = [path for path in change.trainable if id(base.parameter(path)) in outside]
+    if tied:
+        change.remove()
+        raise SettingError(
+            f"{tied[0]} is shared with the model's head, which the change does not reach; leave "
+            "it out (freeze=embedding), or untie the head"
+        )
 
 
 def _set_modes(modes: Sequence[tuple[nn.Module, bool]]) -> None:

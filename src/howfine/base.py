@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from howfine import fingerprint as fp
@@ -78,6 +79,7 @@ class Base:
             raise SettingError(f"base kind {kind!r} is unknown. {near(kind, KINDS)}")
         if dtype not in DTYPES:
             raise SettingError(f"dtype {dtype!r} is unknown. {near(dtype, DTYPES)}")
+        _check_device(device)
         source = _embedded_path() if name == EMBEDDED else name
         tower, tokenizer, missing = _from_pretrained(source, kind, revision)
         # Hashed once for each state of a folder; what a hub name stands for may change unseen.
@@ -134,19 +136,28 @@ class Base:
         """Where the parameters are."""
         return next(self.towers.parameters()).device
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Number format of the parameters."""
+        return next(self.towers.parameters()).dtype
+
     def paths(self) -> list[str]:
         """Every parameter's path, tower name first; tied parameters once."""
         return list(self._parameters)
 
     def place(self, path: str) -> tuple[int | None, str]:
         """(layer, part letter) of a path; see `anatomy.Anatomy.place`."""
-        return self.anatomy.place(path.removeprefix(self.tower_name + "."))
+        return self.anatomy.place(path.removeprefix(self._body()))
 
     def choose(self, selectors: tuple[str, ...]) -> list[str]:
         """Paths named by selectors such as `matrices@0-3`; see `howfine.anatomy`."""
-        prefix = self.tower_name + "."
-        inner = [path.removeprefix(prefix) for path in self.paths()]
-        return [prefix + path for path in self.anatomy.choose(inner, selectors)]
+        whole = {path.removeprefix(self._body()): path for path in self.paths()}
+        return [whole[path] for path in self.anatomy.choose(whole, selectors)]
+
+    def _body(self) -> str:
+        """Prefix of the body's paths: the tower's name, then the body's in a model with a head."""
+        inner = "" if self.kind == "body" else f"{self.tower.base_model_prefix}."
+        return f"{self.tower_name}.{inner}"
 
     def parameter(self, path: str) -> nn.Parameter:
         """The pretrained parameter at a path, also while a change is on."""
@@ -155,6 +166,17 @@ class Base:
     def is_untouched(self) -> bool:
         """Whether the parameters are, bit for bit, those that were loaded (in float32)."""
         return fp.of_parameters(self.towers) == self.fingerprint
+
+
+def _check_device(device: str) -> None:
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
+        reason = str(error).splitlines()[0][:120]
+        raise SettingError(
+            f"device {device!r} can't be used ({reason}); expected cpu, or an accelerator that "
+            "torch finds here"
+        ) from error
 
 
 @contextmanager
@@ -198,7 +220,7 @@ def _from_pretrained(
             tokenizer = None
             if model.main_input_name != "pixel_values":
                 tokenizer = transformers.AutoTokenizer.from_pretrained(source, **options)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         # One line of transformers' own several.
         reason = str(error).strip().splitlines()[0]
         raise BaseNotFound(

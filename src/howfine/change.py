@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
 
 from torch import nn
 
 Undo = Callable[[], None]
+
+
+@contextmanager
+def all_or_nothing() -> Iterator[list[Undo]]:
+    """A list for undos; an error inside undoes them all, last first, and goes on its way."""
+    done: list[Undo] = []
+    try:
+        yield done
+    except BaseException:
+        while done:
+            done.pop()()
+        raise
 
 
 class Change:

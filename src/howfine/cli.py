@@ -81,9 +81,10 @@ def evaluate(
     """Score a delta file on a task."""
     from howfine.delta import Delta
     from howfine.evaluate import evaluate as run
+    from howfine.evaluate import task_of
 
     opened = Delta.load(delta)
-    name = task or str(opened.score.get("on", "rotten-tomatoes")).rpartition("/")[0]
+    name = task or task_of(opened)
     loaded = options.base(base, opened, device, dtype)
     found = options.load_task(options.stated_task(name, data, text, label))
     score = run(opened, loaded, found, split=split, progress=not as_json)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import resource
 import sys
 from dataclasses import dataclass
@@ -23,6 +25,7 @@ class PeakMemory:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
+        _give_back_memory()
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
         else:
@@ -41,6 +44,17 @@ class PeakMemory:
         else:
             peak = _status("VmHWM:") or _lifetime_peak()
         return max(0, peak - self.start)
+
+
+def _give_back_memory() -> None:
+    """Free what earlier runs left, so that the start does not hide this run's growth."""
+    gc.collect()
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's; musl has none
+        if trim is not None:
+            trim(0)
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def _reset_high_water() -> None:

@@ -33,6 +33,8 @@ from howfine.method import Method, Tensors, methods
 from howfine.readout import Head, Labels, Readout, Wired, readouts
 
 SUFFIX = ".delta.safetensors"
+# Places of one stream that are counted without a base to check them against.
+MOST_PLACES = 2**31
 # What the header's score lists, in this order.
 SCORE = ("metric", "value", "interval", "on", "n")
 
@@ -58,7 +60,13 @@ class Stream:
         """Places set, for a set of places; None for values."""
         if self.coded.coding in PRECISIONS:
             return None
-        return int(decode_places(self.coded, self.count).sum())
+        if self.coded.coding in ("none", "all"):
+            return self.count if self.coded.coding == "all" else 0
+        if self.count > MOST_PLACES:
+            raise DamagedDelta(
+                f"stream {self.name!r} declares {self.count:,} places, more than any matrix has"
+            )
+        return int(decode_places(self.coded, self.count).count_nonzero())
 
 
 @dataclass(frozen=True)
@@ -92,6 +100,7 @@ class Delta:
         """
         if store not in PRECISIONS:
             raise SettingError(f"store {store!r} is unknown. {near(store, PRECISIONS)}")
+        readout = readout.settled(base)
         streams = [
             _encode(f"method/{path}", tensor, store, base)
             for path, tensor in method.pack(base, change).items()
@@ -165,7 +174,15 @@ class Delta:
         header, groups = container.read(Path(path))
         try:
             return cls._from(header, groups)
-        except (KeyError, TypeError, ValueError, AttributeError, zlib.error, OverflowError) as e:
+        except (
+            KeyError,
+            TypeError,
+            ValueError,
+            AttributeError,
+            zlib.error,
+            OverflowError,
+            RecursionError,
+        ) as e:
             if isinstance(e, SettingError):
                 raise
             raise DamagedDelta(

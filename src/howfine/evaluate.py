@@ -45,19 +45,20 @@ class Score:
 def evaluate(
     delta: Delta | str | Path,
     base: Base | None = None,
-    task: Task | str = "rotten-tomatoes",
+    task: Task | str | None = None,
     *,
     split: str = "test",
     batch_size: int = 64,
     progress: bool = False,
     data: str | Path | None = None,
 ) -> Score:
-    """Score a delta (or a file) on a split of a task.
+    """Score a delta (or a file) on a split of a task, by default the one it was trained for.
 
     Raises DeltaError for a damaged file, WrongBase, TaskError where labels don't match.
     """
     delta, base = opened(delta, base)
-    task = Task.load(task, data=data) if isinstance(task, str) else task
+    if not isinstance(task, Task):
+        task = Task.load(task or task_of(delta), data=data)
     if split not in task.splits:
         raise SettingError(f"split {split!r} is unknown. {near(split, task.splits)}")
     if tuple(task.labels) != delta.labels:
@@ -69,6 +70,14 @@ def evaluate(
     with delta.applied(base) as model:
         predictions = run(model, base, examples, batch_size=batch_size, progress=progress)
     return score(task, split, predictions)
+
+
+def task_of(delta: Delta) -> str:
+    """Name of the task a delta was trained for. Raises TaskError where its header has none."""
+    on = str(delta.score.get("on", ""))
+    if not on:
+        raise TaskError("the delta's header names no task; say which one to evaluate it on")
+    return on.rpartition("/")[0]
 
 
 def score(task: Task, split: str, predictions: np.ndarray) -> Score:

@@ -256,6 +256,7 @@ def _groups(fit: Fit, training: Training) -> list[dict[str, Any]]:
     return [group for group in groups if group["params"]]
 
 
+# long: one call, one line an argument
 def _arguments(fit: Fit, seed: int, folder: Path, progress: bool) -> TrainingArguments:
     """transformers' arguments for a recipe's training settings."""
     training, rows = fit.recipe.training, len(fit.task.splits["train"])

@@ -30,10 +30,10 @@ def merge(delta: Delta | str | Path, out: str | Path, base: Base | None = None) 
     """Write the changed base, its tokenizer and the readout's head to the folder `out`.
 
     `AutoModel.from_pretrained(out)` loads the body with no need of howfine. The head lies beside
-    it in `readout.safetensors`, with its settings and labels in `readout.json`, and the base's
-    pooling, which the settings may defer to. Raises StorageError where `out` exists or can't be
-    written; a half-written folder is removed. Raises BaseNotFound, WrongBase where the base is an
-    encoder and the encoder-decoder that it was taken from is not to be had.
+    it in `readout.safetensors`, with its settings and labels in `readout.json`. Raises
+    StorageError where `out` exists or can't be written; a half-written folder is removed. Raises
+    BaseNotFound, WrongBase where the base is an encoder and the encoder-decoder that it was taken
+    from is not to be had.
     """
     delta, base = opened(delta, base)
     out = Path(out)
@@ -51,7 +51,6 @@ def merge(delta: Delta | str | Path, out: str | Path, base: Base | None = None) 
             base.tokenizer.save_pretrained(partial)
         header = delta.header()
         stated = {"readout": header["readout"], "labels": header["labels"]}
-        stated["pooling"] = base.pooling
         (partial / HEAD_CONFIG).write_text(json.dumps(stated, indent=2) + "\n")
         partial.rename(out)
     except (OSError, SafetensorError) as error:

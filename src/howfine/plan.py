@@ -48,11 +48,24 @@ class Plan:
         if str(name) in shipped:
             raw = yaml.safe_load(shipped[str(name)].read_text())
         elif Path(name).is_file():
-            raw = yaml.safe_load(Path(name).read_text())
+            raw = _read(Path(name))
         else:
             raise SettingError(f"plan {str(name)!r} is unknown. {near(str(name), shipped)}")
+        if not isinstance(raw, dict):
+            raise SettingError(
+                f"plan {name}: expected 'ceiling', 'floor', 'recipes'; found {raw!r}. "
+                "the plans that ship with howfine show the form"
+            )
         raw.pop("about", None)
         return plugins.checked(cls, raw, f"plan {name}")
+
+
+def _read(path: Path) -> Any:
+    try:
+        return yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        reason = " ".join(str(error).split())
+        raise SettingError(f"plan {path} can't be read: {reason}; mend the YAML") from error
 
 
 @dataclass(frozen=True)
@@ -80,10 +93,15 @@ def runs_of(plan: Plan, base: Base, task: Task) -> list[Run]:
             settings = tuple(zip(knob, values, strict=True))
             made = recipe.override(**dict(settings))
             runs += [_run(made, role, settings, seed, base, task) for seed in plan.seeds]
-    return runs
+    # A recipe named twice is one run; the first role counts, so that a ceiling stays one.
+    unique: dict[str, Run] = {}
+    for run in runs:
+        unique.setdefault(run.key, run)
+    return list(unique.values())
 
 
 def _run(recipe: Recipe, role: str, settings: Any, seed: int, base: Base, task: Task) -> Run:
     record = {**recipe.as_dict(), "seed": seed, "base": base.fingerprint, "task": task.fingerprint}
+    record |= {"dtype": str(base.dtype), "metric": task.metric}
     digest = hashlib.sha256(json.dumps(record, sort_keys=True, default=str).encode()).hexdigest()
     return Run(recipe, role, settings, seed, f"{recipe.name}-{digest[:10]}-s{seed}")

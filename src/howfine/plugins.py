@@ -89,6 +89,10 @@ def checked(cls: type[T], settings: dict[str, Any], where: str) -> T:
     for key in settings:
         if key not in fields:
             raise SettingError(f"{where} has no setting {key!r}. {near(key, fields)}")
+    for field in dataclasses.fields(cls):  # type: ignore[arg-type]
+        required = field.default is field.default_factory is dataclasses.MISSING
+        if required and field.name not in settings:
+            raise SettingError(f"{where} lacks {field.name!r}, which has no default; give one")
     hints = typing.get_type_hints(cls)
     values = {}
     for key, value in settings.items():

@@ -49,6 +49,10 @@ class Readout(ABC):
     def attach(self, base: Base, labels: Labels) -> Head:
         """A freshly initialised, trainable head."""
 
+    def settled(self, base: Base) -> Readout:
+        """The same readout with nothing left for the base to say: what a delta stores."""
+        return self
+
     @abstractmethod
     def collate(self, base: Base, examples: Sequence[Example], labelled: bool = True) -> Batch:
         """A padded batch of examples, with targets if `labelled`."""

@@ -8,6 +8,7 @@ worker's run is picked up. Choices are made on dev; test is only reported.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import time
@@ -24,7 +25,7 @@ from tqdm.auto import tqdm
 from howfine.base import Base
 from howfine.container import write_atomically
 from howfine.delta import SUFFIX
-from howfine.errors import HowfineError, SettingError
+from howfine.errors import BaseError, SettingError, TaskError, TrainingError
 from howfine.evaluate import evaluate
 from howfine.ledger import Ledger, Record, pack_predictions
 from howfine.plan import Plan, Run, runs_of
@@ -85,7 +86,10 @@ class _Worker:
         self.runs = {run.key: run for run in runs}
         self.ledger = Ledger(folder / "runs.jsonl")
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-        self.study = _open(storage or f"sqlite:///{(folder / 'study.db').resolve()}")
+        # A plan has a queue of its own: several may share a database.
+        digest = hashlib.sha256(json.dumps(sorted(self.runs)).encode()).hexdigest()[:12]
+        url = storage or f"sqlite:///{(folder / 'study.db').resolve()}"
+        self.study = _open(url, f"howfine-{digest}")
         self._adopt()
 
     def _adopt(self) -> None:
@@ -148,7 +152,7 @@ class _Worker:
             raise optuna.TrialPruned
         try:
             record = run_once(self.runs[key], self.base, self.task, self.folder, self.keep)
-        except HowfineError as error:
+        except (BaseError, SettingError, TaskError, TrainingError) as error:
             log.warning("run %s failed: %s", key, error)
             trial.set_user_attr("error", str(error))
             raise optuna.TrialPruned from error
@@ -162,18 +166,19 @@ class _Worker:
         return bool(done) or any(other.number < trial.number for other in running)
 
     def export(self) -> list[Record]:
-        """Write the ledger from the database: every record of this plan, then of others."""
-        found = {}
-        for key, trials in self._by_state(TrialState.COMPLETE).items():
-            found[key] = min(trials, key=lambda t: t.number).user_attrs["record"]
+        """Write the ledger: this plan's records as the database has them, then all others."""
+        found = self.ledger.records()
         for key, trials in self._by_state(TrialState.PRUNED).items():
             errors = [t.user_attrs["error"] for t in trials if "error" in t.user_attrs]
-            if errors and key in self.runs and key not in found:
-                found[key] = {**_identity(self.runs[key]), "error": errors[0]}
-        records = [found[key] for key in self.runs if key in found]
+            if errors and key in self.runs:
+                found[key] = {"error": errors[0]}
+        for key, trials in self._by_state(TrialState.COMPLETE).items():
+            found[key] = min(trials, key=lambda t: t.number).user_attrs["record"]
+        # The plan of now says what a run is to it: a candidate of then may be the ceiling.
+        mine = [{**found[key], **_identity(run)} for key, run in self.runs.items() if key in found]
         others = [record for key, record in found.items() if key not in self.runs]
-        self.ledger.replace([*records, *others])
-        return records
+        self.ledger.replace([*mine, *others])
+        return mine
 
 
 def run_once(run: Run, base: Base, task: Task, folder: Path, keep: bool) -> Record:
@@ -196,7 +201,7 @@ def run_once(run: Run, base: Base, task: Task, folder: Path, keep: bool) -> Reco
         "predictions": pack_predictions(test.predictions),
     }
     if not keep:
-        path.unlink()
+        path.unlink(missing_ok=True)
     return record
 
 
@@ -220,7 +225,7 @@ def _finished(record: Record) -> FrozenTrial:
     )
 
 
-def _open(url: str) -> optuna.Study:
+def _open(url: str, name: str) -> optuna.Study:
     """The study in a database, made if it is not there; dead workers' trials expire.
 
     Workers that start together make the tables together, and all but one of them fail at it: they
@@ -232,7 +237,7 @@ def _open(url: str) -> optuna.Study:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # Optuna calls its heartbeat experimental
-                return _create(url)
+                return _create(url, name)
         except (SQLAlchemyError, optuna.exceptions.OptunaError, ImportError, ValueError) as error:
             if tries and isinstance(error, (DBAPIError, optuna.exceptions.StorageInternalError)):
                 time.sleep(1)
@@ -243,7 +248,7 @@ def _open(url: str) -> optuna.Study:
             ) from error
 
 
-def _create(url: str) -> optuna.Study:
+def _create(url: str, name: str) -> optuna.Study:
     options: dict[str, Any] = {}
     if url.startswith("sqlite"):
         options["connect_args"] = {"timeout": 100}
@@ -255,7 +260,7 @@ def _create(url: str) -> optuna.Study:
     )
     return optuna.create_study(
         storage=storage,
-        study_name="howfine",
+        study_name=name,
         directions=["maximize", "minimize"],
         load_if_exists=True,
         sampler=optuna.samplers.RandomSampler(seed=0),

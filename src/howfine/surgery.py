@@ -66,6 +66,7 @@ def reweight(model: nn.Module, path: str, gate: nn.Module) -> Undo:
     registered with the same gate.
     """
     places = homes(model, path)
+    orders = [(module, list(module._parameters)) for module, _ in places]
     for module, attribute in places:
         # unsafe: skips a trial forward, which would draw random numbers from a sampling gate.
         parametrize.register_parametrization(module, attribute, gate, unsafe=True)
@@ -73,6 +74,10 @@ def reweight(model: nn.Module, path: str, gate: nn.Module) -> Undo:
     def undo() -> None:
         for module, attribute in places:
             parametrize.remove_parametrizations(module, attribute, leave_parametrized=False)
+        # It comes back as the last of its module; sums over all parameters round by their order.
+        for module, order in orders:
+            for name in order:
+                module._parameters[name] = module._parameters.pop(name)
 
     return undo
 

@@ -126,6 +126,7 @@ class Task:
         found = _named(name, data, {**given, **({"seed": seed} if seed else {})})
         if found is None:
             found = _unnamed(name, _wanted(given, seed))
+        _check_filled(name, found.splits)
         labels, metric, splits = _encoded(found, metric)
         return Task(
             name=name.removeprefix("glue/"),
@@ -252,14 +253,19 @@ def _check_metric(task: Task) -> None:
         )
 
 
-def _check_splits(task: Task) -> None:
+def _check_filled(name: str, splits: Mapping[str, Sequence[Any]]) -> None:
     for split in SPLITS:
-        examples = task.splits.get(split)
-        if not examples:
+        if not splits.get(split):
             raise BadSplit(
-                f"split {split!r} of task {task.name!r} has no examples, expected some in each of "
+                f"split {split!r} of task {name!r} has no examples, expected some in each of "
                 f"{', '.join(SPLITS)}; give more rows, or a file for each split"
             )
+
+
+def _check_splits(task: Task) -> None:
+    _check_filled(task.name, task.splits)
+    for split in SPLITS:
+        examples = task.splits[split]
         counts = {len(example.texts) for example in examples}
         if counts not in ({1}, {2}):
             raise TaskError(

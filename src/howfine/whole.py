@@ -7,19 +7,31 @@ from torch import nn
 
 from howfine import surgery
 from howfine.base import Base
-from howfine.change import Change
-from howfine.errors import DamagedDelta
+from howfine.change import Change, all_or_nothing
+from howfine.errors import DamagedDelta, SettingError
 from howfine.method import Tensors, as_parameter
 
 
 def attach(base: Base, paths: list[str]) -> Change:
     """Put a trainable copy in place of each parameter named; the originals wait in the undo."""
     originals = {path: base.parameter(path) for path in paths}
-    trainable, undo = {}, []
-    for path in paths:
-        trainable[path], back = surgery.trainable_copy(base.towers, path)
-        undo.append(back)
-    return Change(trainable, undo, parts={"originals": originals})
+    _check_format(base, paths)
+    trainable = {}
+    with all_or_nothing() as undo:
+        for path in paths:
+            trainable[path], back = surgery.trainable_copy(base.towers, path)
+            undo.append(back)
+        return Change(trainable, undo, parts={"originals": originals})
+
+
+def _check_format(base: Base, paths: list[str]) -> None:
+    """Steps of fine-tuning are smaller than half-precision weights can hold."""
+    half = [path for path in paths if base.parameter(path).dtype != torch.float32]
+    if half:
+        raise SettingError(
+            f"{half[0]} is in {base.parameter(half[0]).dtype}: most updates would be rounded away. "
+            "Load the base in float32 and train in mixed precision (--precision bf16)"
+        )
 
 
 def pack(change: Change) -> Tensors:
@@ -35,12 +47,14 @@ def pack(change: Change) -> Tensors:
 def unpack(base: Base, tensors: Tensors) -> Change:
     """Put stored tensors in place. Raises DamagedDelta for a path or shape the base lacks."""
     known = set(base.paths())
-    undo = []
-    for path, value in tensors.items():
-        if path not in known or value.shape != base.parameter(path).shape:
-            raise DamagedDelta(
-                f"delta holds {path!r} of shape {tuple(value.shape)}, which the base "
-                f"{base.name} has not; the file is damaged, or made for another model"
-            )
-        undo.append(surgery.replace(base.towers, path, as_parameter(value, base.parameter(path))))
-    return Change({}, undo)
+    with all_or_nothing() as undo:
+        for path, value in tensors.items():
+            fits = path in known and value.shape == base.parameter(path).shape
+            if not fits or not value.is_floating_point():
+                raise DamagedDelta(
+                    f"delta holds {path!r} of shape {tuple(value.shape)} ({value.dtype}), which "
+                    f"the base {base.name} has not; the file is damaged, or made for another model"
+                )
+            value = as_parameter(value, base.parameter(path))
+            undo.append(surgery.replace(base.towers, path, value))
+        return Change({}, undo)

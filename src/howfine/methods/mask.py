@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from howfine import gates, surgery
 from howfine.base import Base
-from howfine.change import Change
+from howfine.change import Change, all_or_nothing
 from howfine.errors import DamagedDelta, SettingError, near
 from howfine.method import Method, Probe, Tensors, as_parameter
 
@@ -140,6 +140,12 @@ class Mask(Method):
                 f"mask initial_sparsity: found {self.initial_sparsity}, expected a share from 0 "
                 f"(more than 0 for variant {self.variant!r}) to below 1"
             )
+        ruled = (self.variant, self.initial_sparsity) != (Mask.variant, Mask.initial_sparsity)
+        if self._pattern() and ruled:
+            raise SettingError(
+                f"mask granularity {self.granularity!r} keeps the strongest of each group: variant "
+                "and initial_sparsity have no meaning with it; leave them out"
+            )
         if self.scope == "global" and (self.variant == "edge-popup" or self._pattern()):
             raise SettingError(
                 "mask scope 'global' has no meaning where the share kept is exact per matrix; "
@@ -160,12 +166,13 @@ class Mask(Method):
         paths = base.choose(self.where)
         units = {path: self._units(base, path) for path in paths}
         dropped = self._dropped_at_start(units)
-        trainable, undo = {}, []
-        for path in paths:
-            gate = self._gate(base, units[path], dropped[path])
-            trainable[path] = gate.scores
-            undo.append(surgery.reweight(base.towers, path, gate))
-        return Change(trainable, undo)
+        trainable = {}
+        with all_or_nothing() as undo:
+            for path in paths:
+                gate = self._gate(base, units[path], dropped[path])
+                trainable[path] = gate.scores
+                undo.append(surgery.reweight(base.towers, path, gate))
+            return Change(trainable, undo)
 
     def _units(self, base: Base, path: str) -> Tensor:
         """Mean |θ| of every unit that has a score: the score tensor's shape."""
@@ -225,17 +232,19 @@ class Mask(Method):
 
     def unpack(self, base: Base, tensors: Tensors) -> Change:
         known = set(base.choose(self.where))
-        undo = []
-        for path, kept in tensors.items():
-            if path not in known or kept.shape != self._units(base, path).shape:
-                raise DamagedDelta(
-                    f"delta masks {path!r} with shape {tuple(kept.shape)}, which does not fit the "
-                    f"base {base.name}; the file is damaged, or made for another model"
-                )
-            weight = base.parameter(path)
-            value = gates.drop(weight.detach(), kept.to(weight.device))
-            undo.append(surgery.replace(base.towers, path, as_parameter(value, weight)))
-        return Change({}, undo)
+        with all_or_nothing() as undo:
+            for path, kept in tensors.items():
+                fits = path in known and kept.shape == self._units(base, path).shape
+                if not fits or kept.dtype != torch.bool:
+                    raise DamagedDelta(
+                        f"delta masks {path!r} with shape {tuple(kept.shape)} ({kept.dtype}), "
+                        f"which does not fit the base {base.name}; the file is damaged, or made "
+                        "for another model"
+                    )
+                weight = base.parameter(path)
+                value = gates.drop(weight.detach(), kept.to(weight.device))
+                undo.append(surgery.replace(base.towers, path, as_parameter(value, weight)))
+            return Change({}, undo)
 
 
 EXAMPLE = Mask(initial_sparsity=0.1)

@@ -6,8 +6,8 @@ Devlin et al. 2019, section 4.1. Cross-entropy, or mean squared error.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -31,8 +31,20 @@ class Classifier(Readout):
     # Dropout before the linear layer.
     dropout: float = 0.1
 
+    def __post_init__(self) -> None:
+        if self.max_length < 1 or not 0 <= self.dropout < 1:
+            raise SettingError(
+                f"classifier: found max_length {self.max_length} and dropout {self.dropout}, "
+                "expected at least 1 token and a share from 0 to below 1"
+            )
+
+    def settled(self, base: Base) -> Classifier:
+        """With the pooling that this base states: another copy of it may state another."""
+        pooling: Any = base.pooling if self.pooling == "base" else self.pooling
+        return replace(self, pooling=pooling)
+
     def attach(self, base: Base, labels: Labels) -> Head:
-        pooling = base.pooling if self.pooling == "base" else self.pooling
+        pooling = self.settled(base).pooling
         if pooling == "pooler" and not base.has_pooler:
             raise SettingError(
                 f"classifier pooling 'pooler': the base {base.name} has no pooler; "
@@ -51,10 +63,11 @@ class Classifier(Readout):
             *map(list, columns),
             padding=True,
             truncation=True,
-            max_length=self.max_length,
+            max_length=min(self.max_length, _room(base)),
             padding_side="right",  # positions then start at 0 in every row, padded or not
             return_tensors="pt",
         )
+        _fill_empty(encoded, base.tokenizer)
         targets = torch.tensor([example.label for example in examples]) if labelled else None
         if targets is not None and targets.is_floating_point():
             targets = targets.float()
@@ -67,6 +80,25 @@ class Classifier(Readout):
 
     def predict(self, outputs: Tensor) -> Tensor:
         return outputs.squeeze(-1).float() if outputs.shape[-1] == 1 else outputs.argmax(-1)
+
+
+def _fill_empty(encoded: Any, tokenizer: Any) -> None:
+    """Give a text without any token (blank, and no special tokens) one to read."""
+    empty = encoded["attention_mask"].sum(1) == 0
+    if not empty.any():
+        return
+    if not encoded["attention_mask"].shape[1]:
+        for name, value in encoded.items():
+            encoded[name] = torch.zeros(len(value), 1, dtype=torch.long)
+    token = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.pad_token_id
+    encoded["input_ids"][empty, 0] = token
+    encoded["attention_mask"][empty, 0] = 1
+
+
+def _room(base: Base) -> int:
+    """Tokens that fit the base: its tokenizer's word, and its position table."""
+    positions = getattr(base.config, "max_position_embeddings", None) or 2**31
+    return min(positions, base.tokenizer.model_max_length)
 
 
 class _LinearHead(Head):
