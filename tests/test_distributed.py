@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -22,7 +23,7 @@ from disk import howfine, task_folder
 from howfine import loop
 from howfine.base import Base
 from howfine.delta import Delta
-from tiny import tiny_tokenizer, tiny_tower
+from tiny import LABELS, WORDS, tiny_tokenizer, tiny_tower
 
 
 def on_two_processes(*arguments: object) -> subprocess.CompletedProcess[str]:
@@ -84,21 +85,43 @@ def test_the_order_is_that_of_the_epoch_however_it_is_reached() -> None:
     assert list(loop._ByLength(8, lengths, seed=2)) != epochs[0]
 
 
+def longer(task: Path) -> Path:
+    """The task with 120 examples to train on: batches by length then depend on the batch size."""
+    numbers = random.Random(0)
+    with (task / "train.csv").open("a") as stream:
+        for _ in range(104):
+            words = numbers.choices(WORDS, k=numbers.randint(1, 20))
+            stream.write(f"{' '.join(words)},{numbers.choice(LABELS)}\n")
+    return task
+
+
 @pytest.mark.slow
 def test_two_processes_train_what_one_does(tmp_path: Path) -> None:
     """Without dropout nothing but the order of sums is left to differ."""
     tower = tiny_tower("bert", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
     tower.save_pretrained(tmp_path / "base")
     tiny_tokenizer().save_pretrained(tmp_path / "base")
-    made = ["--base", tmp_path / "base", "--task", task_folder(tmp_path), "--recipe", "bitfit"]
-    made += ["--dropout", 0, "--epochs", 3, "--store", "fp32", "--evaluations", 3, "--json"]
+    made = ["--base", tmp_path / "base", "--task", longer(task_folder(tmp_path))]
+    made += [
+        "--recipe",
+        "bitfit",
+        "--dropout",
+        0,
+        "--epochs",
+        1,
+        "--store",
+        "fp32",
+        "--evaluations",
+        3,
+        "--json",
+    ]
     work = tmp_path / "work"
     one = result(howfine("tune", *made, "--batch-size", 8, "--out", tmp_path / "one"))
     done = on_two_processes(
         "tune", *made, "--batch-size", 4, "--out", tmp_path / "two", "--work", work
     )
     two = result(done)
-    assert one["steps"] == two["steps"] == 6
+    assert one["steps"] == two["steps"] == 15
     assert one["score"] == two["score"]
     assert len(list(work.glob("checkpoint-*"))) == 1
     base = Base.load(str(tmp_path / "base"))

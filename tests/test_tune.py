@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import re
+import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ import transformers
 from safetensors.torch import load_file
 from torch import nn
 
+import disk
 import howfine
 from console import settle
 from howfine import container, loop
@@ -328,6 +331,13 @@ def test_a_last_step_that_diverges_writes_nothing(learning_rate: float, tmp_path
     assert list(tmp_path.iterdir()) == []
 
 
+def test_scores_that_diverge_are_no_mask(tmp_path: Path) -> None:
+    """A score of NaN is below any threshold: a mask there would be, and finite outputs too."""
+    with pytest.raises(TrainingError, match="scores holds NaN or infinity at step 16 of 16"):
+        run(tmp_path, "mask", learning_rate=1e38)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_run_that_fails_keeps_the_file_of_before(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -393,6 +403,34 @@ def test_a_killed_training_resumes_to_the_same_bytes(
     tuned, resumed = run(tmp_path, recipe, base, work=work, resume=True, **settings)
     assert resumed == whole
     assert tuned.steps == 16
+
+
+@pytest.mark.slow
+def test_a_process_killed_outright_resumes_to_the_same_bytes(tmp_path: Path) -> None:
+    made = [
+        "--base",
+        disk.base_folder(tmp_path),
+        "--task",
+        disk.task_folder(tmp_path),
+        "--recipe",
+        "mask",
+    ]
+    made += ["--batch-size", 4, "--max-steps", 400, "--evaluations", 40, "--learning-rate", 0.5]
+    done = disk.howfine(
+        "tune", *made, "--out", tmp_path / "whole", "--work", tmp_path / "whole-work"
+    )
+    assert done.returncode == 0, done.stderr
+    work, out = tmp_path / "work", tmp_path / "resumed"
+    worker = disk.howfine_started("tune", *made, "--out", out, "--work", work)
+    deadline = time.monotonic() + 120
+    while not any(work.glob("checkpoint-??0")) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    worker.send_signal(signal.SIGKILL)
+    assert worker.wait() == -signal.SIGKILL, "it was faster than the clock"
+    assert not out.exists()
+    done = disk.howfine("tune", *made, "--out", out, "--work", work, "--resume")
+    assert done.returncode == 0, done.stderr
+    assert out.read_bytes() == (tmp_path / "whole").read_bytes()
 
 
 def test_checkpoints_hold_the_trainable_parameters_alone(tmp_path: Path) -> None:
@@ -554,14 +592,15 @@ def test_attach_leaves_a_head_to_the_loop() -> None:
     assert all(p.requires_grad for p in model.parameters())
 
 
-def test_attach_in_evaluation_mode_evaluates() -> None:
-    """A gate that samples would give other outputs each time."""
-    model = tiny_tower("bert").eval()
+@pytest.mark.parametrize("training", [False, True])
+def test_what_attach_puts_on_has_the_mode_of_the_model(training: bool) -> None:
+    """In training a gate samples, and gives other outputs each time; there is no dropout here."""
+    model = tiny_tower("bert", **NO_DROPOUT).train(training)
     with howfine.attach(model, "mask", variant="zhou", initial_sparsity=0.5):
         inputs = Loop(model).inputs
         with torch.no_grad():
             first, second = (model(**inputs).last_hidden_state for _ in range(2))
-        assert torch.equal(first, second)
+        assert torch.equal(first, second) != training
 
 
 def test_an_error_inside_takes_the_method_off() -> None:
