@@ -167,28 +167,31 @@ def inputs(tmp_path_factory):
 
 @pytest.mark.slow
 def test_a_study_killed_five_times_ends_like_one_never_killed(inputs, tmp_path):
+    begun = time.monotonic()
     assert started(inputs, tmp_path / "whole").wait() == 0
+    whole_seconds = time.monotonic() - begun
     numbers = random.Random(0)
     out = tmp_path / "killed"
     finished_before: dict[str, float] = {}
     kills = 0
-    while kills < 5:
+    for _ in range(25):
         worker = started(inputs, out)
-        # The first seconds are imports; the runs of this plan take about half a second each.
-        deadline = time.monotonic() + numbers.uniform(8, 14)
-        while time.monotonic() < deadline and worker.poll() is None:
-            time.sleep(0.05)
-        if worker.poll() is not None:
-            shutil.rmtree(out)  # it was faster than the clock: once more, from the start
+        try:
+            worker.wait(numbers.uniform(0.4, 0.9) * whole_seconds)
+        except subprocess.TimeoutExpired:
+            worker.send_signal(signal.SIGKILL)
+            worker.wait()
+            kills += 1
+        else:  # done before the clock: once more, from the start
+            shutil.rmtree(out)
             finished_before = {}
-            continue
-        worker.send_signal(signal.SIGKILL)
-        worker.wait()
-        kills += 1
         if (out / "runs.jsonl").exists():
             for key, row in runs(out).items():
                 assert finished_before.get(key, row["seconds"]) == row["seconds"], "repeated a run"
                 finished_before[key] = row["seconds"]
+        if kills == 5:
+            break
+    assert kills == 5
     assert started(inputs, out).wait() == 0
     assert outcome(out) == outcome(tmp_path / "whole")
     for key, seconds in finished_before.items():
