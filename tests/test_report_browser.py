@@ -88,12 +88,15 @@ def test_the_page_draws_and_complains_of_nothing(
 
 
 def test_every_plot_is_drawn_as_wide_as_its_place(page: str, tmp_path: Path) -> None:
-    measure = """<script>setTimeout(() => { document.body.dataset.plots =
-        [...document.querySelectorAll("[data-plot]")].map((plot) => [
+    measure = """<script>const timer = setInterval(() => {
+        const plots = [...document.querySelectorAll("[data-plot]")];
+        if (!plots.every((plot) => plot.querySelector(".main-svg"))) return;  // not drawn yet
+        clearInterval(timer);
+        document.body.dataset.plots = plots.map((plot) => [
             plot.clientWidth,
             plot.querySelector(".main-svg").clientWidth,
             plot.querySelectorAll("svg *").length,
-        ].join(":")).join(" ") }, 2000)</script></body>"""
+        ].join(":")).join(" ") }, 200)</script></body>"""
     dom, log = browse(
         tmp_path, page.replace("</body>", measure), "--window-size=700,900", "--dump-dom"
     )

@@ -22,8 +22,9 @@
   };
   const drawAll = () => plots.forEach(draw);
 
-  // Called once at the start too; a plot's own change of height is no reason to draw it again.
-  const widths = new Map();
+  // A plot's own change of height is no reason to draw it again.
+  const widths = new Map(plots.map((plot) => [plot, plot.clientWidth]));
+  drawAll();
   const observer = new ResizeObserver((entries) => {
     for (const { target } of entries) {
       if (widths.get(target) === target.clientWidth) continue;
