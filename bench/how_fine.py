@@ -10,6 +10,7 @@ each other.
 from __future__ import annotations
 
 import argparse
+import math
 import tempfile
 import time
 from dataclasses import dataclass, replace
@@ -27,6 +28,7 @@ from howfine.compare import delta_distance
 from howfine.delta import SUFFIX, Delta, Stream
 from howfine.evaluate import evaluate
 from howfine.ledger import Ledger, Record, pack_predictions
+from howfine.metrics import METRICS
 from howfine.recipe import Recipe
 from howfine.task import Task
 from howfine.tune import tune
@@ -37,7 +39,10 @@ PAGE = ROOT / "docs" / "results" / "how-fine.md"
 SEEDS = (0, 1, 2)
 # Training examples, and tokens kept of one: sized for two cores.
 SIZES = {"sst2": (2000, 48), "mrpc": (1000, 80), "rte": (1000, 80)}
-EPOCHS = 2
+EPOCHS, BATCH = 2, 16
+# With linear decay over T steps a logit travels at most rate · T / 2: five times ν here. Chosen on
+# SST-2's dev split, which is part of train, with another seed.
+TRAVEL = 50.0
 
 
 @dataclass(frozen=True)
@@ -64,7 +69,7 @@ def frozen(name: str, *selectors: str) -> Cell:
     return Cell(f"freeze-{name}", "full-by-select", {"freeze": selectors})
 
 
-# In order of importance: a stop leaves the tail undone.
+# For every task, in order of importance: a stop leaves the tail undone.
 FIRST = [
     Cell("full", "full", {}),
     trained_mask(0.05),
@@ -76,15 +81,13 @@ FIRST = [
     untrained("random", 0.2, "zhao"),
     Cell("head-only", "head-only", {}),
 ]
+# For SST-2 alone.
 SECOND = [
-    trained_mask(0.0),
     trained_mask(0.4),
-    trained_mask(0.6),
     untrained("magnitude", 0.4, "threshold"),
-    untrained("magnitude", 0.6, "threshold"),
     untrained("random", 0.4, "zhao"),
-    frozen("top-layer", "all@-1"),
-    frozen("bottom-layer", "all@0"),
+    trained_mask(0.0),
+    trained_mask(0.6),
     Cell("mask-random-base", "mask", {"initial_sparsity": 0.05}, random_base=True),
 ]
 FLIPS = Cell("mask-rate-2e-5", "mask", {"initial_sparsity": 0.05, "learning_rate": 2e-5})
@@ -118,8 +121,10 @@ class Bench:
         self.base = Base.load()
 
     def run(self, deadline: float) -> None:
-        plan = [(cell, seed) for cell in FIRST + SECOND for seed in SEEDS]
-        plan.append((FLIPS, 0))
+        more = SECOND if self.name == "sst2" else []
+        plan = [(cell, seed) for cell in FIRST + more for seed in SEEDS]
+        if more:
+            plan.append((FLIPS, 0))
         for cell, seed in plan:
             if time.monotonic() > deadline:
                 print("time is up; call again to go on")
@@ -145,6 +150,7 @@ class Bench:
             "cell": cell.name,
             "seed": seed,
             "score": score.value,
+            "majority": majority(task),
             "metric": score.metric,
             "n": score.n,
             "bytes": tuned.bytes,
@@ -189,11 +195,13 @@ class Bench:
             recipe = Recipe.load(cell.recipe)
         if cell.recipe.startswith("full"):
             recipe = recipe.override(learning_rate=1e-4)  # 5e-5 · 768 / hidden size
-        if cell.recipe == "mask":
-            recipe = recipe.override(learning_rate=0.2)
-        if cell.recipe != "head-only":
             recipe = recipe.override(readout_learning_rate=1e-3)
-        return recipe.override(epochs=EPOCHS, max_length=SIZES[self.name][1], **cell.settings)
+        examples, tokens = SIZES[self.name]
+        if cell.recipe == "mask":
+            steps = EPOCHS * math.ceil(examples / BATCH)
+            recipe = recipe.override(learning_rate=TRAVEL / steps, readout_learning_rate=5e-3)
+        same = {"epochs": EPOCHS, "batch_size": BATCH, "max_length": tokens, "precision": "bf16"}
+        return recipe.override(**same, **cell.settings)
 
     def task(self) -> Task:
         # The dev split takes no part: nothing is chosen.
@@ -235,6 +243,13 @@ class Bench:
                 ],
             }
         )
+
+
+def majority(task: Task) -> float:
+    """The best score of one answer for all of the test split."""
+    targets = np.array([example.target for example in task.splits["test"]])
+    metric = METRICS[task.metric].function
+    return max(float(metric(np.full_like(targets, c), targets)) for c in range(len(task.labels)))
 
 
 def mask_at_start(delta: Delta, base: Base, seed: int) -> dict[str, torch.Tensor]:

@@ -101,9 +101,12 @@ def a5(r: Results) -> Verdict:
     """Freezing the most moved matrices costs at least as much as the least moved ones."""
     words, fine = [], []
     for task in r.tasks_with("freeze-most-moved", "freeze-least-moved"):
-        most = mean(r.scores(task, "freeze-most-moved"))
-        least = mean(r.scores(task, "freeze-least-moved"))
-        words.append(f"{task}: most moved frozen {most:.2f}, least moved {least:.2f}")
+        scores = [r.scores(task, f"freeze-{which}-moved") for which in ("most", "least")]
+        most, least = map(mean, scores)
+        spread = max(map(stdev, scores))
+        words.append(
+            f"{task}: most moved frozen {most:.2f}, least moved {least:.2f} (seed-std {spread:.2f})"
+        )
         fine.append(most <= least)
     return "; ".join(words), all(fine) if fine else None
 
@@ -182,12 +185,13 @@ def a9(r: Results) -> Verdict:
 
 
 def a10(r: Results) -> Verdict:
-    """A mask on a randomly initialised encoder stays near the majority class."""
+    """A mask on a randomly initialised encoder stays within 5 points of the majority class."""
     words, fine = [], []
     for task in r.tasks_with("mask-random-base"):
         scores = r.scores(task, "mask-random-base")
-        words.append(f"{task}: {mean(scores):.1f} (majority 50.9)")
-        fine.append(mean(scores) < 50.9 + 5)
+        majority = 100 * r.rows(task, "mask-random-base")[0]["majority"]
+        words.append(f"{task}: {mean(scores):.1f} (majority {majority:.1f})")
+        fine.append(mean(scores) < majority + 5)
     return "; ".join(words), all(fine) if fine else None
 
 
@@ -249,10 +253,12 @@ def _intro(r: Results, sizes: dict[str, tuple[int, int]], epochs: int) -> str:
 
 Radiya-Dixit & Wang 2020 (arXiv 2004.14129). Written by `python bench/how_fine.py` on
 {datetime.date.today().isoformat()} from the ledgers under `bench/ledgers`. Base `minilm` (6 layers
-of width 384, 22.7 M parameters). {parts}. {epochs} epochs, batch 32, {len(r.seeds)} seeds; full
-fine-tuning at 1e-4, masks at 0.2; {os.cpu_count()} CPU cores ({platform.machine()}). Nothing was
-chosen on these validation sets. Cells that lack a seed count as not run. The paper's own base is
-BERT-base: what is found here holds for MiniLM.
+of width 384, 22.7 M parameters). {parts}. {epochs} epochs, batch 16, {len(r.seeds)} seeds, bfloat16
+autocast; full fine-tuning at 1e-4, masks at 50 over the number of steps (chosen on SST-2's dev
+split, carved out of train); {os.cpu_count()} CPU cores ({platform.machine()}). Nothing was chosen
+on these validation sets. Cells that lack a seed count as not run; A8, A10 and A11, and the larger
+shares of A7, are of SST-2 alone. The paper's own base is BERT-base: what is found here holds for
+MiniLM.
 """
 
 

@@ -54,6 +54,8 @@ class Work:
     def step(self, model: nn.Module, head: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         hidden = model(input_ids=self.ids, attention_mask=self.mask).last_hidden_state
         nn.functional.cross_entropy(head(hidden.mean(1)), self.targets).backward()
+        trained = [p for group in optimizer.param_groups for p in group["params"]]
+        nn.utils.clip_grad_norm_(trained, 1.0)  # as in `tune`
         optimizer.step()
         optimizer.zero_grad()
 
@@ -78,7 +80,7 @@ class Work:
         made: Method = method(kind, **settings)
         with made.attach(self.base) as change:
             optimizer = _adamw(list(change.trainable.values()), head)
-            self.base.towers.train()
+            self.base.train()
             yield lambda: self.step(self.base.tower, head, optimizer)
 
 

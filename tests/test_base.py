@@ -12,8 +12,9 @@ from howfine import fingerprint as fp
 from howfine.anatomy import anatomy_of
 from howfine.base import Base
 from howfine.errors import BaseNotFound, SettingError, UnknownArchitecture
-from howfine.readout import readout
-from tiny import TINY, tiny_base, tiny_tokenizer, tiny_tower
+from howfine.method import method
+from howfine.readout import Wired, readout
+from tiny import LABELS, TINY, tiny_base, tiny_task, tiny_tokenizer, tiny_tower
 
 
 def test_the_embedded_base_pools_by_the_mean_and_is_frozen():
@@ -127,3 +128,38 @@ def test_a_base_knows_its_own_parameters_while_a_change_is_on():
     with method("mask").attach(base):
         assert base.paths() == paths
     assert base.is_untouched()
+
+
+@pytest.mark.parametrize("family", ["bert", "roberta", "gpt2", "llama", "t5"])
+def test_only_what_lies_above_the_lowest_trained_parameter_is_in_training_mode(family):
+    base = tiny_base(family)
+    blocks = base.tower.get_submodule(base.anatomy.block.rpartition(".")[0])
+
+    def modes(*selectors):
+        with method("select", train=selectors).attach(base):
+            base.train()
+            found = [block.training for block in blocks]
+            assert all(m.training == block.training for block in blocks for m in block.modules())
+        base.towers.eval()
+        return found
+
+    depth = len(blocks)
+    assert modes("none") == [False] * depth
+    assert modes("all@-1") == [False] * (depth - 1) + [True]
+    assert modes("norm@0") == [True] * depth
+    assert modes("embedding") == [True] * depth
+
+
+def test_frozen_blocks_below_the_change_compute_what_they_compute_in_evaluation():
+    base, read = tiny_base("bert", hidden_dropout_prob=0.5), readout("classifier")
+    batch = read.collate(base, tiny_task().splits["train"][:4])
+    with method("select", train=("none",)).attach(base):
+        wired = Wired(base, read, read.attach(base, LABELS))
+        wired.head.eval()
+        expected = wired.eval()(**batch.as_kwargs())["logits"]
+        wired.train()
+        wired.head.eval()
+        assert torch.equal(wired(**batch.as_kwargs())["logits"], expected)
+    with method("select", train=("all@0",)).attach(base):
+        wired.train()
+        assert not torch.equal(wired(**batch.as_kwargs())["logits"], expected)

@@ -364,7 +364,11 @@ class Killed(BaseException):
 
 @pytest.fixture
 def killed_at(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
-    """Put a step into the list, and training dies as it begins that step."""
+    """Put a step into the list, and training dies as it begins that step.
+
+    Every evaluation finds a better score than the one before: the last state is kept, whatever
+    the random numbers are.
+    """
     at: list[int] = []
     real = loop._Trainer.training_step
 
@@ -374,6 +378,9 @@ def killed_at(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
         return real(self, *rest, **more)
 
     monkeypatch.setattr(loop._Trainer, "training_step", step)
+    monkeypatch.setattr(
+        loop._Trainer, "_metrics", lambda self, _: {"score": float(self.state.global_step)}
+    )
     return at
 
 
@@ -391,8 +398,6 @@ def test_a_killed_training_resumes_to_the_same_bytes(
 ) -> None:
     settings = {"evaluations": 4, **settings}
     _, whole = run(tmp_path / "whole", recipe, work=tmp_path / "whole" / "work", **settings)
-    (best,) = (tmp_path / "whole" / "work").glob("checkpoint-*")
-    assert int(best.name.removeprefix("checkpoint-")) > step, "the best state is before the kill"
     killed_at.append(step)
     base, work = tiny_base("bert"), tmp_path / "work"
     with pytest.raises(Killed):
@@ -562,7 +567,7 @@ def test_attach_trains_in_a_loop_of_ones_own(name: str, settings: dict[str, Any]
         assert held.isdisjoint(row[1] for row in before[0])
         modes = {name: training for name, _, training in before[1]}
         assert all(modes.get(n, m.training) == m.training for n, m in model.named_modules())
-        losses = mine.train(groups, 30)
+        losses = mine.train(groups, 60)
         assert losses[-1] < losses[0] - 0.1
         assert not torch.equal(mine.outputs(), outputs)
         packed = attached.tensors()

@@ -163,6 +163,28 @@ class Base:
         """The pretrained parameter at a path, also while a change is on."""
         return self._parameters[path]
 
+    def train(self) -> None:
+        """Training mode, but evaluation mode for what lies below the lowest trainable parameter.
+
+        Frozen blocks under every change compute the same whatever trains: dropout in them would
+        only blur what the trained part sees, at the price of its random numbers. With a trainable
+        parameter outside the blocks (the pooler is above them all), everything is in training mode.
+        """
+        self.towers.train()
+        body = self._body()
+        trained = [
+            self.place(path)
+            for path, value in self.towers.named_parameters()
+            if value.requires_grad
+        ]
+        layers = [layer for layer, part in trained if layer is not None]
+        if len(layers) < sum(part != "pooler" for _, part in trained):
+            return
+        depth = self.anatomy.depth(path.removeprefix(body) for path in self.paths())
+        self.towers.eval()
+        for layer in range(min(layers, default=depth), depth):
+            self.towers.get_submodule(body + self.anatomy.block.format(layer)).train()
+
     def is_untouched(self) -> bool:
         """Whether the parameters are, bit for bit, those that were loaded (in float32)."""
         return fp.of_parameters(self.towers) == self.fingerprint

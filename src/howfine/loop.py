@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import sys
 import time
 import warnings
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import get_int_from_env
 from torch import Tensor
 from transformers import (
     EarlyStoppingCallback,
@@ -33,6 +33,9 @@ from howfine.probe import GradientProbe
 from howfine.readout import Head, Wired
 from howfine.recipe import Recipe, Training
 from howfine.task import Example, Task
+
+# Where torchrun, MPICH and Open MPI tell each process how many there are.
+_WORLD_SIZES = ["WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE"]
 
 
 class Fit:
@@ -260,7 +263,7 @@ def _groups(fit: Fit, training: Training) -> list[dict[str, Any]]:
 def _arguments(fit: Fit, seed: int, folder: Path, progress: bool) -> TrainingArguments:
     """transformers' arguments for a recipe's training settings."""
     training, rows = fit.recipe.training, len(fit.task.splits["train"])
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    processes = get_int_from_env(_WORLD_SIZES, 1)
     per_step = training.batch_size * training.gradient_accumulation * processes
     steps = training.max_steps or math.ceil(rows / per_step) * training.epochs
     every = max(1, int(steps // training.evaluations)) if training.evaluations else 0

@@ -109,7 +109,11 @@ def said(score: Any) -> str:
     return f"{value} on {score.n} of {score.split}"
 
 
+# Where torchrun, MPICH and Open MPI tell each process which one it is.
+_RANKS = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK")
+
+
 def show(as_json: bool, result: Any, said: str) -> None:
     """Print the result, as JSON or in words; of several processes, the first one speaks."""
-    if os.environ.get("RANK", "0") == "0":
+    if all(os.environ.get(name, "0") == "0" for name in _RANKS):
         typer.echo(json.dumps(result, indent=2, ensure_ascii=False) if as_json else said)

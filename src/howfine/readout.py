@@ -91,9 +91,17 @@ class Wired(nn.Module):
 
     def __init__(self, base: Base, readout: Readout, head: Head) -> None:
         super().__init__()
+        self._base = base
         self.towers = base.towers
         self.head = head.to(base.device)
         self.readout = readout
+
+    def train(self, mode: bool = True) -> Wired:
+        """As in torch, but frozen blocks below the change stay in evaluation mode: `Base.train`."""
+        super().train(mode)
+        if mode:
+            self._base.train()
+        return self
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """Trainable parameters alone: a checkpoint of the training loop need not hold the base."""
