@@ -247,7 +247,7 @@ class Bench:
 
 def majority(task: Task) -> float:
     """The best score of one answer for all of the test split."""
-    targets = np.array([example.target for example in task.splits["test"]])
+    targets = np.array([example.label for example in task.splits["test"]])
     metric = METRICS[task.metric].function
     return max(float(metric(np.full_like(targets, c), targets)) for c in range(len(task.labels)))
 
