@@ -21,9 +21,9 @@ from accelerate.data_loader import BatchSamplerShard
 from torch.utils.data import BatchSampler
 
 from disk import howfine, task_folder
-from howfine import loop
 from howfine.base import Base
 from howfine.delta import Delta
+from howfine.sampler import ByLength
 from tiny import LABELS, WORDS, tiny_tokenizer, tiny_tower
 
 
@@ -63,7 +63,7 @@ def test_two_processes_share_the_batches_of_one(rows: int) -> None:
     lengths = [(7 * number) % 31 + 3 for number in range(rows)]
 
     def batches(size: int) -> BatchSampler:
-        return BatchSampler(loop._ByLength(16, lengths, seed=0), size, drop_last=False)
+        return BatchSampler(ByLength(16, lengths, seed=0), size, drop_last=False)
 
     first, second = (list(BatchSamplerShard(batches(8), 2, rank)) for rank in range(2))
     together = [[*one, *other] for one, other in zip(first, second, strict=True)]
@@ -77,17 +77,17 @@ def test_two_processes_share_the_batches_of_one(rows: int) -> None:
 
 def test_the_order_is_that_of_the_epoch_however_it_is_reached() -> None:
     lengths = [(7 * number) % 31 + 3 for number in range(40)]
-    running = loop._ByLength(8, lengths, seed=1)
+    running = ByLength(8, lengths, seed=1)
     epochs = []
     for epoch in range(3):
         running.set_epoch(epoch)
         epochs.append(list(running))
-    resumed = loop._ByLength(8, lengths, seed=1)
+    resumed = ByLength(8, lengths, seed=1)
     resumed.set_epoch(2)
     assert list(resumed) == epochs[2]
     assert epochs[0] != epochs[1] != epochs[2]
     assert all(sorted(order) == list(range(40)) for order in epochs)
-    assert list(loop._ByLength(8, lengths, seed=2)) != epochs[0]
+    assert list(ByLength(8, lengths, seed=2)) != epochs[0]
 
 
 def longer(task: Path) -> Path:

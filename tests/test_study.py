@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from optuna.trial import TrialState
 
 from disk import base_folder, howfine, howfine_started, outcome, plan_file, runs, task_folder
 from howfine import study as study_module
@@ -92,6 +93,35 @@ def test_a_run_that_fails_is_recorded_and_the_others_go_on(tmp_path, monkeypatch
         "the loss became nan"
     ] * 2
     assert all("score" in record for record in records if record["recipe"] != "bitfit")
+
+
+def test_a_run_given_up_for_dead_that_ends_after_all_is_kept_and_not_repeated(
+    finished, tmp_path, monkeypatch
+):
+    """A worker that stood still longer than the grace period: its trial was failed by another."""
+    done = []
+    real = study_module.run_once
+
+    def overtaken(run, *rest):
+        if not done:
+            worker = workers[0].study
+            (trial,) = worker.get_trials(states=[TrialState.RUNNING])
+            worker._storage.set_trial_state_values(trial._trial_id, TrialState.FAIL)
+        done.append(run.key)
+        return real(run, *rest)
+
+    workers = []
+    join = study_module._Worker.join
+    monkeypatch.setattr(
+        study_module._Worker, "join", lambda self, bar: (workers.append(self), join(self, bar))
+    )
+    monkeypatch.setattr(study_module, "run_once", overtaken)
+    records = study(tiny_base("bert"), tiny_task(), SMALL, out=tmp_path)
+    planned = [run.key for run in runs_of(SMALL, tiny_base("bert"), tiny_task())]
+    assert done == planned
+    assert [(r["key"], r["bytes"]) for r in records] == [
+        (r["key"], r["bytes"]) for r in finished[1]
+    ]
 
 
 def record(recipe, role, seed, size, dev, predictions):

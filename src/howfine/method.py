@@ -61,6 +61,10 @@ class Method(ABC):
         """Optimiser groups: `params` and, where they want their own, `lr_scale`, `weight_decay`."""
         return [{"params": list(change.trainable.values())}]
 
+    def learning_rate(self, steps: int) -> float:
+        """The peak rate where a recipe names none, for AdamW and `steps` steps of linear decay."""
+        return 5e-5
+
 
 def as_parameter(tensor: Tensor, like: nn.Parameter) -> nn.Parameter:
     """A frozen parameter holding `tensor` in the format and on the device of `like`."""

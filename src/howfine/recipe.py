@@ -31,9 +31,9 @@ class Training:
     batch_size: int = 32
     # Batches added up before an optimiser step.
     gradient_accumulation: int = 1
-    # Peak learning rate of the method's parameters.
-    learning_rate: float = 5e-5
-    # Peak learning rate of the readout's head; None for the same.
+    # Peak learning rate of the method's parameters; None for the method's own.
+    learning_rate: float | None = None
+    # Peak learning rate of the readout's head; None for the same where one is named, else 1e-3.
     readout_learning_rate: float | None = None
     # AdamW's decoupled weight decay.
     weight_decay: float = 0.01

@@ -85,6 +85,7 @@ class _Worker:
         self.base, self.task, self.folder, self.keep = base, task, folder, keep
         self.runs = {run.key: run for run in runs}
         self.ledger = Ledger(folder / "runs.jsonl")
+        self.overtaken = False
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         # A plan has a queue of its own: several may share a database.
         digest = hashlib.sha256(json.dumps(sorted(self.runs)).encode()).hexdigest()[:12]
@@ -114,12 +115,21 @@ class _Worker:
                 waiting = self._enqueue(settled)
                 if waiting:
                     bar.set_postfix_str(waiting[0])
-                    with warnings.catch_warnings():
-                        warnings.simplefilter("ignore")
-                        self.study.optimize(self._objective, n_trials=1)
+                    self._take_one()
                     self.export()
                 else:
                     time.sleep(1)  # others run what is left
+
+    def _take_one(self) -> None:
+        """Do a run that waits. One that others gave up for dead meanwhile still counts."""
+        self.overtaken = False
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                self.study.optimize(self._objective, n_trials=1)
+        except (ValueError, optuna.exceptions.OptunaError):  # its trial can't be told any more
+            if not self.overtaken:
+                raise
 
     def _by_state(self, *states: TrialState) -> dict[str, list[FrozenTrial]]:
         found: dict[str, list[FrozenTrial]] = {}
@@ -156,7 +166,14 @@ class _Worker:
             log.warning("run %s failed: %s", key, error)
             trial.set_user_attr("error", str(error))
             raise optuna.TrialPruned from error
-        trial.set_user_attr("record", record)
+        try:
+            trial.set_user_attr("record", record)
+        except optuna.exceptions.UpdateFinishedTrialError:
+            # This process stood still (a laptop's lid) for longer than the grace period.
+            self.overtaken = True
+            if key not in self._by_state(TrialState.COMPLETE):
+                self.study.add_trial(_finished(record))
+            raise
         return record["dev_score"], record["bytes"]
 
     def _taken(self, trial: optuna.Trial, key: str) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -64,7 +65,8 @@ def tune(
     recipe = (Recipe.load(recipe) if isinstance(recipe, str) else recipe).override(**settings)
     base = Base.load(base, kind=recipe.readout.kind) if isinstance(base, str) else base
     task = Task.load(task) if isinstance(task, str) else task
-    out = Path(out or f"runs/{task.name.replace('/', '-')}-{recipe.name}{SUFFIX}")
+    short = re.sub(r"[^\w.]+", "-", task.name).strip("-")
+    out = Path(out or f"runs/{short}-{recipe.name}{SUFFIX}")
     _check(task, split, seed, out)
     if resume and not work:
         raise SettingError("resume needs the folder of the checkpoints; name it with --work")

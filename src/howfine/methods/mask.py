@@ -37,6 +37,8 @@ class Variant:
     slope: gates.Slope
     # (scores, s₀) -> boolean mask of what is kept
     settle: Callable[[Tensor, float], Tensor]
+    # How far most scores start from where they would flip.
+    reach: float = NU
 
 
 def _two_values(low: float, high: float) -> Callable[[Tensor, Tensor, float], Tensor]:
@@ -78,21 +80,31 @@ VARIANTS: dict[str, Variant] = {
     "threshold": Variant(_two_values(-NU, NU), _above(0.0), "identity", _above(0.0)),
     # Zhou et al. 2019: no magnitude prior; every entry starts with probability 1 - s₀ (their
     # sigmoid_bias, 0 by default, is s₀ = 0.5). They sample at test too; here it is thresholded.
-    "zhou": Variant(_logit, _sample, "sigmoid", _above(0.0)),
+    "zhou": Variant(_logit, _sample, "sigmoid", _above(0.0), reach=2.0),
     # Zhao et al. 2020, scheme 3: the same with the identity for a gradient.
-    "zhao-bernoulli": Variant(_logit, _sample, "identity", _above(0.0)),
+    "zhao-bernoulli": Variant(_logit, _sample, "identity", _above(0.0), reach=2.0),
     # Zhao et al. 2020: uniform scores of which a share s₀ lies under the threshold 0.01.
     "zhao": Variant(
-        _uniform(-0.02, lambda share: 0.03 / share - 0.02), _above(0.01), "identity", _above(0.01)
+        _uniform(-0.02, lambda share: 0.03 / share - 0.02),
+        _above(0.01),
+        "identity",
+        _above(0.01),
+        reach=0.02,
     ),
     # Zhao et al. 2020, magnitude start.
-    "zhao-magnitude": Variant(_two_values(0.0, 0.02), _above(0.01), "identity", _above(0.01)),
+    "zhao-magnitude": Variant(
+        _two_values(0.0, 0.02), _above(0.01), "identity", _above(0.01), reach=0.01
+    ),
     # Mallya et al. 2018 (Piggyback): everything starts kept, just above the threshold.
     "piggyback": Variant(
-        lambda units, _, __: torch.full_like(units, 1e-2), _above(5e-3), "identity", _above(5e-3)
+        lambda units, _, __: torch.full_like(units, 1e-2),
+        _above(5e-3),
+        "identity",
+        _above(5e-3),
+        reach=5e-3,
     ),
     # Ramanujan et al. 2020 (edge-popup): exactly the (1 - s₀) share of largest |score| is kept.
-    "edge-popup": Variant(_kaiming, _strongest, "sign", _strongest),
+    "edge-popup": Variant(_kaiming, _strongest, "sign", _strongest, reach=0.05),
 }
 _NEEDS_SHARE = ("zhou", "zhao-bernoulli", "zhao")
 
@@ -229,6 +241,12 @@ class Mask(Method):
     def groups(self, change: Change) -> list[dict[str, Any]]:
         # Decay would pull every probability to one half, and densify the mask.
         return [{"params": list(change.trainable.values()), "weight_decay": 0.0}]
+
+    def learning_rate(self, steps: int) -> float:
+        # Adam moves a score by the rate a step at most, half of it on average under linear decay:
+        # over the training, five times the way to a flip. Much less flips nothing.
+        reach = 0.1 if self._pattern() else VARIANTS[self.variant].reach
+        return 10 * reach / steps
 
     def unpack(self, base: Base, tensors: Tensors) -> Change:
         known = set(base.choose(self.where))

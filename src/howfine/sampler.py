@@ -1,0 +1,25 @@
+"""The order in which a training meets its examples."""
+
+from __future__ import annotations
+
+import torch
+from transformers.trainer_pt_utils import LengthGroupedSampler
+
+
+class ByLength(LengthGroupedSampler):
+    """Examples of similar length together, in an order that seed and epoch alone decide.
+
+    A resumed training then meets the examples that it would have met, and several processes the
+    batches that one process would have, each its part of them.
+    """
+
+    def __init__(self, batch_size: int, lengths: list[int], seed: int) -> None:
+        super().__init__(batch_size, lengths=lengths)
+        self.seed = seed
+        self.set_epoch(0)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Draw from where a training that began at epoch 0 stands now."""
+        self.generator = torch.Generator().manual_seed(self.seed)
+        for _ in range(epoch):
+            list(self)
