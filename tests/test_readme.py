@@ -1,0 +1,74 @@
+"""What the README shows runs as it stands there, on a small share of the data."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+import howfine
+from console import howfine_here
+from howfine.recipe import Recipe
+from howfine.task import Task
+from tiny import tiny_tower
+
+TEXT = (Path(__file__).parent.parent / "README.md").read_text()
+SNIPPETS = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
+COMMANDS = [
+    line.removeprefix("$ ").partition("#")[0].strip()
+    for block in re.findall(r"```console\n(.*?)```", TEXT, re.DOTALL)
+    for line in block.splitlines()
+]
+
+
+@pytest.fixture
+def small(tmp_path, monkeypatch):
+    """An empty folder to work in, tasks of few examples and trainings of few steps."""
+    monkeypatch.chdir(tmp_path)
+    load, recipe = Task.load, Recipe.load
+    monkeypatch.setattr(
+        Task, "load", lambda *a, **k: load(*a, **k).subset(train=32, dev=16, test=16)
+    )
+    monkeypatch.setattr(Recipe, "load", lambda name: recipe(name).override(max_steps=2))
+    return tmp_path
+
+
+def test_the_python_snippets_run(small, capsys):
+    assert len(SNIPPETS) == 2
+    exec(compile(SNIPPETS[0], "README.md", "exec"), {})
+    bytes_on_disk, score = capsys.readouterr().out.split()
+    (file,) = (small / "runs").iterdir()
+    assert file.stat().st_size == int(bytes_on_disk)
+    assert 0 <= float(score) <= 1
+
+    model = tiny_tower("bert")
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    exec(compile("import howfine, torch\n" + SNIPPETS[1], "README.md", "exec"), {"model": model})
+    assert all((model.state_dict()[name] == value).all() for name, value in before.items())
+
+
+def test_the_commands_run(small):
+    lines = [line for line in COMMANDS if line.startswith("howfine")]
+    assert len(lines) >= 5
+    for line in lines:
+        verb, *arguments = shlex.split(line)[1:]
+        if verb == "study":  # the default plan trains for hours; its flags are checked
+            said = howfine_here(verb, "--help")
+            assert all(word in said.out for word in arguments if word.startswith("--"))
+        else:
+            said = howfine_here(verb, *arguments)
+            assert said.code == 0, (line, said.err)
+            assert said.out
+    assert (small / "reviews.delta.safetensors").exists()
+
+
+def test_every_verb_is_in_the_table():
+    said = howfine_here("--help").out
+    verbs = re.findall(r"^\W*([a-z]+) {2,}", said[said.index("Commands") :], re.MULTILINE)
+    table = set(re.findall(r"`([a-z]+)`", " ".join(re.findall(r"^\| (`.*?) \|", TEXT, re.M))))
+    assert len(verbs) >= 9
+    assert set(verbs) == table
+
+
+def test_the_public_names_are_all_there():
+    assert all(getattr(howfine, name) is not None for name in howfine.__all__)
