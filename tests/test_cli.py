@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 import os
 import re
@@ -10,6 +11,7 @@ import statistics
 import subprocess
 import sys
 import time
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,7 @@ from howfine import container
 from howfine.base import Base
 from howfine.delta import Delta
 from howfine.method import methods
+from howfine.recipe import Recipe, recipes
 from tiny import tiny_tower
 
 VERBS = ["tune", "evaluate", "predict", "distance", "inspect", "merge", "study", "report"]
@@ -248,7 +251,28 @@ def test_methods_lists_them_with_their_settings() -> None:
     words = howfine_here("methods", "mask").out
     assert "--initial-sparsity" in words
     assert "(default 0.05)" in words
-    assert howfine_here("methods").out.count("\n") == len(methods())
+    assert {*recipes(), *methods()} == set(
+        re.findall(r"^ *([\w-]+)", howfine_here("methods").out, re.M)
+    )
+
+
+def test_every_flag_of_a_recipe_is_listed_at_its_value() -> None:
+    words = howfine_here("methods", "bitfit").out
+    recipe = Recipe.load("bitfit")
+    for part in (recipe.method, recipe.readout, recipe.training):
+        for field in dataclasses.fields(part):
+            flag = f"--{field.name.replace('_', '-')}"
+            (line,) = [line for line in words.splitlines() if line.split()[:1] == [flag]]
+            assert line.endswith(f"(default {getattr(part, field.name)!r})")
+    assert "(default 'fp16')" in words
+    (entry,) = howfine_here("methods", "bitfit", "--json").json
+    assert entry["name"] == "bitfit"
+    wrong = howfine_here("methods", "bitfitt").sentence
+    assert wrong == "method or recipe 'bitfitt' is unknown. Did you mean 'bitfit'?"
+
+
+def test_version() -> None:
+    assert howfine_here("--version").out.strip() == version("howfine")
 
 
 @pytest.mark.skipif(find_spec("howfine.report") is None, reason="the report is not written yet")

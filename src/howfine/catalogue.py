@@ -1,4 +1,4 @@
-"""The catalogue of methods: names, one-line summaries, settings with their help and defaults."""
+"""The catalogue of methods and recipes: summaries, and settings with their help and defaults."""
 
 from __future__ import annotations
 
@@ -7,33 +7,68 @@ import inspect
 import re
 from typing import Any
 
-from howfine import plugins
+from howfine import plugins, recipe
 from howfine.errors import SettingError, near
 from howfine.method import Method
+from howfine.recipe import Recipe
+
+Entry = dict[str, Any]
 
 
-def catalogue(name: str | None = None) -> list[dict[str, Any]]:
-    """Every method, or the one named. Raises SettingError with the near name."""
+def catalogue(name: str | None = None) -> list[Entry]:
+    """Every method with its recipes; or the method or recipe named, with all that can be set.
+
+    Raises SettingError with the near name.
+    """
     examples = plugins.examples("methods", Method)
-    if name is not None and name not in examples:
-        raise SettingError(f"method {name!r} is unknown. {near(name, examples)}")
-    return [_entry(key, type(example)) for key, example in examples.items() if name in (None, key)]
+    if name is None:
+        return [_method(key, type(example)) for key, example in examples.items()]
+    if name in examples:
+        entry = _method(name, type(examples[name]))
+        return [entry | _run_settings(Recipe.load(name))]
+    if name not in recipe.recipes():
+        known = {*examples, *recipe.recipes()}
+        raise SettingError(f"method or recipe {name!r} is unknown. {near(name, known)}")
+    found = Recipe.load(name)
+    entry = {"name": name, "summary": recipe.about(name), "settings": _settings(found.method)}
+    return [entry | _run_settings(found)]
 
 
-def _entry(name: str, cls: type[Method]) -> dict[str, Any]:
-    module = inspect.getmodule(cls)
-    about = inspect.getdoc(module) or ""
-    helps = setting_help(cls)
-    settings = [
-        {"name": f.name, "type": str(f.type), "default": f.default, "help": helps.get(f.name, "")}
-        for f in dataclasses.fields(cls)  # type: ignore[arg-type]
-    ]
+def _method(name: str, cls: type[Method]) -> Entry:
+    about = inspect.getdoc(inspect.getmodule(cls)) or ""
     return {
         "name": name,
         "summary": " ".join(about.split("\n\n")[0].split()),
         "about": about,
-        "settings": settings,
+        "recipes": {
+            other: recipe.about(other)
+            for other in recipe.recipes()
+            if type(Recipe.load(other).method) is cls and recipe.about(other)
+        },
+        "settings": _settings(cls),
     }
+
+
+def _run_settings(found: Recipe) -> Entry:
+    """What `tune` takes beside the method's own settings."""
+    store = {"name": "store", "type": "str", "default": found.store}
+    store["help"] = setting_help(Recipe)["store"]
+    return {"readout": _settings(found.readout), "training": [*_settings(found.training), store]}
+
+
+def _settings(of: Any) -> list[Entry]:
+    """Settings of a dataclass at its defaults, or of an instance at its values."""
+    cls = of if isinstance(of, type) else type(of)
+    helps = setting_help(cls)
+    return [
+        {
+            "name": field.name,
+            "type": str(field.type),
+            "default": field.default if of is cls else getattr(of, field.name),
+            "help": helps.get(field.name, ""),
+        }
+        for field in dataclasses.fields(cls)
+    ]
 
 
 def setting_help(cls: type) -> dict[str, str]:

@@ -25,6 +25,23 @@ app = typer.Typer(
 _OPEN: Any = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 
+def _version(asked: bool) -> None:
+    if asked:
+        from importlib.metadata import version
+
+        typer.echo(version("howfine"))
+        raise typer.Exit
+
+
+@app.callback()
+def _all(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
 @app.command(context_settings=_OPEN)
 def tune(
     context: typer.Context,
@@ -48,7 +65,7 @@ def tune(
     """Fine-tune by a recipe and store the change as a delta file.
 
     Every setting of the recipe's training, method and readout is a flag too, such as
-    --learning-rate 1e-3 --initial-sparsity 0.1; `howfine methods NAME` lists them.
+    --learning-rate 1e-3 --initial-sparsity 0.1; `howfine methods RECIPE` lists them.
     """
     from howfine.base import Base
     from howfine.recipe import Recipe
@@ -223,19 +240,24 @@ def report(
 
 @app.command()
 def methods(
-    name: Annotated[str | None, typer.Argument(help="Show one method's settings.")] = None,
+    name: Annotated[
+        str | None, typer.Argument(help="A method or a recipe, whose settings are shown.")
+    ] = None,
     as_json: options.AsJson = False,
 ) -> None:
-    """List methods and their settings."""
+    """List methods and recipes, or all settings of one: each is a flag of `tune`."""
     from howfine.catalogue import catalogue
 
     found = catalogue(name)
     lines = []
     for entry in found:
         lines.append(f"{entry['name']}: {entry['summary']}")
-        for setting in entry["settings"] if name else []:
-            flag = f"--{setting['name'].replace('_', '-')}"
-            lines.append(f"  {flag:<22}{setting['help']} (default {setting['default']!r})")
+        if name is None:
+            lines += [f"  {key:<12}{about}" for key, about in entry["recipes"].items()]
+            continue
+        for part in ("settings", "readout", "training"):
+            lines += [f"{part}:"] if part != "settings" else []
+            lines += map(options.setting, entry[part])
     options.show(as_json, found, "\n".join(lines))
 
 

@@ -102,6 +102,12 @@ def settings(extra: list[str]) -> dict[str, Any]:
     return found
 
 
+def setting(entry: dict[str, Any]) -> str:
+    """A setting as the flag it is, its help and what it is left out."""
+    flag = f"--{entry['name'].replace('_', '-')}"
+    return f"  {flag:<26}{entry['help']} (default {entry['default']!r})"
+
+
 def said(score: Any) -> str:
     """A score in words."""
     low, high = score.interval

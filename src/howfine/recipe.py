@@ -189,6 +189,12 @@ def recipes() -> list[str]:
     return sorted({*_shipped(), *methods()})
 
 
+def about(name: str) -> str:
+    """What a recipe that ships with howfine says of itself; "" for a method without one."""
+    text = _shipped().get(name)
+    return str(_yaml(text, f"recipe {name}").get("about", "")) if text else ""
+
+
 def default_readout() -> Readout:
     """The first readout that needs no more than a base's body."""
     body = [cls for _, cls in sorted(readouts().items()) if cls.kind == "body"]
