@@ -53,10 +53,12 @@ class Cell:
     recipe: str
     settings: dict[str, Any]
     random_base: bool = False
+    whole: bool = False  # all training examples instead of SIZES
 
 
-def trained_mask(share: float) -> Cell:
-    return Cell(f"mask-{share}", "mask", {"initial_sparsity": share})
+def trained_mask(share: float, whole: bool = False) -> Cell:
+    name = f"mask-{share}" + "-whole" * whole
+    return Cell(name, "mask", {"initial_sparsity": share}, whole=whole)
 
 
 def untrained(name: str, share: float, variant: str) -> Cell:
@@ -76,12 +78,15 @@ FIRST = [
     frozen("keys", "K"),
     frozen("embedding", "embedding"),
     frozen("all-three", "K", "embedding", "all@-1"),
+    Cell("head-only", "head-only", {}),
+]
+BASELINES = [
     untrained("magnitude", 0.2, "threshold"),
     trained_mask(0.2),
     untrained("random", 0.2, "zhao"),
-    Cell("head-only", "head-only", {}),
 ]
-# For SST-2 alone.
+# A thousand pairs hardly lift MRPC above its majority class.
+WHOLE = [Cell("full-whole", "full", {}, whole=True), trained_mask(0.05, whole=True)]
 SECOND = [
     trained_mask(0.4),
     untrained("magnitude", 0.4, "threshold"),
@@ -91,6 +96,7 @@ SECOND = [
     Cell("mask-random-base", "mask", {"initial_sparsity": 0.05}, random_base=True),
 ]
 FLIPS = Cell("mask-rate-2e-5", "mask", {"initial_sparsity": 0.05, "learning_rate": 2e-5})
+MORE = {"sst2": BASELINES + SECOND, "mrpc": BASELINES + WHOLE, "rte": []}
 
 
 def main() -> None:
@@ -121,9 +127,8 @@ class Bench:
         self.base = Base.load()
 
     def run(self, deadline: float) -> None:
-        more = SECOND if self.name == "sst2" else []
-        plan = [(cell, seed) for cell in FIRST + more for seed in SEEDS]
-        if more:
+        plan = [(cell, seed) for cell in FIRST + MORE[self.name] for seed in SEEDS]
+        if self.name == "sst2":
             plan.append((FLIPS, 0))
         for cell, seed in plan:
             if time.monotonic() > deadline:
@@ -139,8 +144,8 @@ class Bench:
         key = f"{self.name}/{cell.name}/s{seed}"
         if key in self.ledger.records():
             return
-        task, base = self.task(), self.random_base() if cell.random_base else self.base
-        recipe = self.recipe(cell)
+        task, base = self.task(cell.whole), self.random_base() if cell.random_base else self.base
+        recipe = self.recipe(cell, len(task.splits["train"]))
         path = self.work / f"{self.name}-{cell.name}-s{seed}{SUFFIX}"
         tuned = tune(base, task, recipe, out=path, seed=seed)
         score = evaluate(tuned.delta, base, task, split="test")
@@ -186,7 +191,7 @@ class Bench:
         self.once(seed, frozen("least-moved", *ranked[:6]))
         self.once(seed, frozen("most-moved", *ranked[-6:]))
 
-    def recipe(self, cell: Cell) -> Recipe:
+    def recipe(self, cell: Cell, examples: int) -> Recipe:
         if cell.recipe == "full-by-select":
             full = Recipe.load("full")
             recipe = replace(Recipe.load("top-layers"), training=full.training, store="fp32")
@@ -196,16 +201,16 @@ class Bench:
         if cell.recipe.startswith("full"):
             recipe = recipe.override(learning_rate=1e-4)  # 5e-5 · 768 / hidden size
             recipe = recipe.override(readout_learning_rate=1e-3)
-        examples, tokens = SIZES[self.name]
         if cell.recipe == "mask":
             steps = EPOCHS * math.ceil(examples / BATCH)
             recipe = recipe.override(learning_rate=TRAVEL / steps, readout_learning_rate=5e-3)
-        same = {"epochs": EPOCHS, "batch_size": BATCH, "max_length": tokens, "precision": "bf16"}
-        return recipe.override(**same, **cell.settings)
+        same = {"epochs": EPOCHS, "batch_size": BATCH, "precision": "bf16"}
+        return recipe.override(**same, max_length=SIZES[self.name][1], **cell.settings)
 
-    def task(self) -> Task:
+    def task(self, whole: bool) -> Task:
         # The dev split takes no part: nothing is chosen.
-        return Task.load(self.name, data=self.data).subset(train=SIZES[self.name][0], dev=64)
+        found = Task.load(self.name, data=self.data).subset(dev=64)
+        return found if whole else found.subset(train=SIZES[self.name][0])
 
     def random_base(self) -> Base:
         torch.manual_seed(1)

@@ -112,19 +112,26 @@ def a5(r: Results) -> Verdict:
 
 
 def a6(r: Results) -> Verdict:
-    """Masks at s₀ ≤ .2 within 3 points of full on ≥ 2 tasks; weights bit-identical where m = 1."""
-    words, near, same = [], 0, True
-    tasks = r.tasks_with("full", "mask-0.05")
-    for task in tasks:
-        full = mean(r.scores(task, "full"))
-        masks = [c for c in ("mask-0.0", "mask-0.05", "mask-0.2") if r.rows(task, c)]
+    """Masks at s₀ ≤ .2 within 3 points of full on ≥ 2 tasks; kept weights bit-identical."""
+    words, near, same, asked = [], 0, True, 0
+    for task in r.tasks_with("full", "mask-0.05"):
+        # Where all training examples were used, those runs are the better witness.
+        end = "-whole" if r.rows(task, "mask-0.05-whole") else ""
+        full, majority = (
+            mean(r.scores(task, "full" + end)),
+            100 * r.rows(task, "full")[0]["majority"],
+        )
+        masks = [c + end for c in ("mask-0.0", "mask-0.05", "mask-0.2") if r.rows(task, c + end)]
         best = max(masks, key=lambda cell: mean(r.scores(task, cell)))
         gap = mean(r.scores(task, best)) - full
-        words.append(f"{task}: best {best} {gap:+.2f} points against full")
-        near += gap >= -3
+        words.append(
+            f"{task}: full{end} {full:.2f} (majority {majority:.2f}), best {best} {gap:+.2f} points"
+        )
+        asked += 1
+        near += gap >= -3 and full > majority  # where full learns nothing, nothing is matched
         same &= all(row["kept_bit_identical"] for c in masks for row in r.rows(task, c))
     words.append("kept weights bit-identical" if same else "kept weights NOT identical")
-    return "; ".join(words), (near >= 2 and same) if len(tasks) >= 2 else None
+    return "; ".join(words), (near >= 2 and same) if asked >= 2 else None
 
 
 def a7(r: Results) -> Verdict:
@@ -256,8 +263,9 @@ Radiya-Dixit & Wang 2020 (arXiv 2004.14129). Written by `python bench/how_fine.p
 of width 384, 22.7 M parameters). {parts}. {epochs} epochs, batch 16, {len(r.seeds)} seeds, bfloat16
 autocast; full fine-tuning at 1e-4, masks at 50 over the number of steps (chosen on SST-2's dev
 split, carved out of train); {os.cpu_count()} CPU cores ({platform.machine()}). Nothing was chosen
-on these validation sets. Cells that lack a seed count as not run; A8, A10 and A11, and the larger
-shares of A7, are of SST-2 alone. The paper's own base is BERT-base: what is found here holds for
+on these validation sets. Cells that lack a seed count as not run. A8, A10, A11 and the larger shares
+of A7 were run on SST-2 alone, `whole` on all of MRPC's training examples; at these sizes RTE hardly
+rises above one answer for all, so that its scores say little. The paper's own base is BERT-base: what is found here holds for
 MiniLM.
 """
 
@@ -274,6 +282,8 @@ def _table(r: Results, task: str) -> str:
     cells = list(dict.fromkeys(x["cell"] for x in r.records.values() if x["task"] == task))
     lines = ["| run | score | seeds | bytes | trainable | sparsity | permuted |"]
     lines.append("|" + " --- |" * 7)
+    majority = next(x["majority"] for x in r.records.values() if x["task"] == task)
+    lines.append(f"| (one answer for all) | {100 * majority:.2f} | | | | | |")
     for cell in cells:
         rows = [x for x in r.records.values() if (x["task"], x["cell"]) == (task, cell)]
         rows = [row for row in rows if "score" in row]
