@@ -259,13 +259,15 @@ def _intro(r: Results, sizes: dict[str, tuple[int, int]], epochs: int) -> str:
     return f"""# How fine can fine-tuning be, on MiniLM
 
 Radiya-Dixit & Wang 2020 (arXiv 2004.14129). Written by `python bench/how_fine.py` on
-{datetime.date.today().isoformat()} from the ledgers under `bench/ledgers`. Base `minilm` (6 layers
-of width 384, 22.7 M parameters). {parts}. {epochs} epochs, batch 16, {len(r.seeds)} seeds, bfloat16
-autocast; full fine-tuning at 1e-4, masks at 50 over the number of steps (chosen on SST-2's dev
-split, carved out of train); {os.cpu_count()} CPU cores ({platform.machine()}). Nothing was chosen
-on these validation sets. Cells that lack a seed count as not run. A8, A10, A11 and the larger shares
-of A7 were run on SST-2 alone, `whole` on all of MRPC's training examples; at these sizes RTE hardly
-rises above one answer for all, so that its scores say little. The paper's own base is BERT-base: what is found here holds for
+{datetime.date.today().isoformat()} from the ledgers under `bench/ledgers`; {os.cpu_count()} CPU
+cores ({platform.machine()}). Base `minilm`: 6 layers of width 384, 22.7 M parameters. {parts}.
+{epochs} epochs, batch 16, {len(r.seeds)} seeds, bfloat16 autocast; full fine-tuning at 1e-4, masks
+at 50 over the number of steps (chosen on SST-2's dev split, carved out of train). Nothing was
+chosen on these validation sets.
+
+Cells that lack a seed count as not run. A8, A10, A11 and the larger shares of A7 were run on SST-2
+alone, `whole` on all of MRPC's training examples. At these sizes RTE hardly rises above one answer
+for all: its scores say little. The paper's own base is BERT-base: what is found here holds for
 MiniLM.
 """
 
