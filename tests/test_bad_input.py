@@ -286,7 +286,8 @@ def test_a_wrong_setting(
 
 
 def test_an_unknown_method() -> None:
-    contains(refused("methods", "maks", code=2), "method 'maks' is unknown. Did you mean 'mask'?")
+    sentence = refused("methods", "maks", code=2)
+    contains(sentence, "method or recipe 'maks' is unknown. Did you mean 'mask'?")
 
 
 def test_an_unknown_plan(inputs: Inputs, tmp_path: Path) -> None:
