@@ -153,6 +153,10 @@ def test_the_answer_is_the_smallest_file_within_the_margin_on_dev():
     # Nested predictions: 178 of 200 is always within 1 % of 180 less a draw's luck.
     by_name = {group["recipe"]: group for group in found}
     assert by_name["big"]["probability"] == 1.0
+    assert by_name["big"]["step_ratio"] == by_name["good"]["step_ratio"] == 1.0
+    smaller = [dict(r, record={**r["record"], "training": {"batch_size": 16}}) for r in records[4:]]
+    halved = {g["recipe"]: g for g in groups([*records[:4], *smaller], targets, 0.01)}
+    assert halved["good"]["step_ratio"] == 2.0  # the same time for half the examples
     assert by_name["head"]["probability"] == 0.0
     assert 0.2 < by_name["good"]["probability"] < 0.8
 

@@ -11,6 +11,7 @@ import numpy as np
 from howfine.errors import SettingError
 from howfine.ledger import Record, unpack_predictions
 from howfine.metrics import METRICS, bootstrap_interval, paired_bootstrap
+from howfine.recipe import Training
 
 
 def groups(records: Sequence[Record], targets: np.ndarray, margin: float) -> list[dict[str, Any]]:
@@ -26,8 +27,12 @@ def groups(records: Sequence[Record], targets: np.ndarray, margin: float) -> lis
         together.setdefault(json.dumps(same, sort_keys=True), []).append(record)
     ceiling = _ceiling(list(together.values()))
     reference = [unpack_predictions(record["predictions"]) for record in ceiling]
-    step = np.median([record["seconds"] / record["steps"] for record in ceiling])
-    return [_group(rows, reference, float(step), targets, margin) for rows in together.values()]
+    step = _seconds_an_example(ceiling)
+    found = [_group(rows, reference, step, targets, margin) for rows in together.values()]
+    for group in found:
+        if group["role"] == "ceiling":  # it is itself; drawing its seeds twice would doubt it
+            group["probability"] = 1.0
+    return found
 
 
 def _ceiling(together: list[list[Record]]) -> list[Record]:
@@ -43,7 +48,6 @@ def _group(
     metric = METRICS[rows[0]["metric"]]
     predictions = [unpack_predictions(record["predictions"]) for record in rows]
     low, high = bootstrap_interval(metric, predictions, targets)
-    seconds = float(np.median([record["seconds"] / record["steps"] for record in rows]))
     return {
         "recipe": rows[0]["recipe"],
         "role": rows[0]["role"],
@@ -55,11 +59,19 @@ def _group(
         "bytes": round(_mean(rows, "bytes")),
         "trainable": rows[0]["trainable"],
         "seconds": _mean(rows, "seconds"),
-        "step_ratio": seconds / step,
+        "step_ratio": _seconds_an_example(rows) / step,
         "peak_bytes": max(record["peak_bytes"] for record in rows),
         "probability": float(paired_bootstrap(metric, predictions, reference, targets, margin)),
         "keys": [record["key"] for record in rows],
     }
+
+
+def _seconds_an_example(rows: list[Record]) -> float:
+    """Median over seeds: recipes with other batch sizes make steps of other sizes."""
+    training = rows[0]["record"].get("training", {})
+    per_step = training.get("batch_size", Training.batch_size)
+    per_step *= training.get("gradient_accumulation", Training.gradient_accumulation)
+    return float(np.median([record["seconds"] / record["steps"] for record in rows])) / per_step
 
 
 def _mean(rows: list[Record], field: str) -> float:
