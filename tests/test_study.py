@@ -95,6 +95,15 @@ def test_a_run_that_fails_is_recorded_and_the_others_go_on(tmp_path, monkeypatch
     assert all("score" in record for record in records if record["recipe"] != "bitfit")
 
 
+def test_a_run_that_diverges_at_its_last_step_is_recorded_too(tmp_path):
+    plan = Plan(
+        **{**vars(SMALL), "settings": {"max_steps": 1, "warmup": 0.0, "learning_rate": 1e30}}
+    )
+    records = study(tiny_base("bert"), tiny_task(), plan, out=tmp_path)
+    assert len(records) == 6
+    assert any("error" in record for record in records)
+
+
 def test_a_run_given_up_for_dead_that_ends_after_all_is_kept_and_not_repeated(
     finished, tmp_path, monkeypatch
 ):

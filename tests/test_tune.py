@@ -372,6 +372,12 @@ def test_a_rate_left_to_the_method_flips_some_entries_in_however_many_steps(
     assert 0.002 < flipped / sum(mask.numel() for mask in masks.values()) < 0.4
 
 
+def test_checkpointing_goes_with_frozen_blocks_below(tmp_path: Path) -> None:
+    made = {"train": ("all@-1",), "gradient_checkpointing": True, "max_steps": 1}
+    tuned, _ = run(tmp_path, "top-layers", tiny_base("gpt2"), **made)
+    assert tuned.steps == 1
+
+
 def test_a_head_follows_only_a_rate_that_is_named(tmp_path: Path) -> None:
     def rate(**settings: Any) -> float:
         recipe = Recipe.load("mask").override(**settings)

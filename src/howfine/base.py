@@ -180,9 +180,13 @@ class Base:
         if len(layers) < sum(part != "pooler" for _, part in trained):
             return
         depth = self.anatomy.depth(path.removeprefix(body) for path in self.paths())
-        self.towers.eval()
-        for layer in range(min(layers, default=depth), depth):
-            self.towers.get_submodule(body + self.anatomy.block.format(layer)).train()
+        below = [self.anatomy.block.format(n) for n in range(min(layers, default=depth))]
+        # Modules that hold the blocks stay as they are: transformers reads their mode for other
+        # things, such as whether checkpointing forbids a cache.
+        if owner := self.anatomy.embedding.rpartition(".")[0]:
+            below.append(owner)
+        for module in below:
+            self.towers.get_submodule(body + module).eval()
 
     def is_untouched(self) -> bool:
         """Whether the parameters are, bit for bit, those that were loaded (in float32)."""

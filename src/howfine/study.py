@@ -25,7 +25,7 @@ from tqdm.auto import tqdm
 from howfine.base import Base
 from howfine.container import write_atomically
 from howfine.delta import SUFFIX
-from howfine.errors import BaseError, SettingError, TaskError, TrainingError
+from howfine.errors import BaseError, DeltaError, SettingError, TaskError, TrainingError
 from howfine.evaluate import evaluate
 from howfine.ledger import Ledger, Record, pack_predictions
 from howfine.plan import Plan, Run, runs_of
@@ -162,7 +162,7 @@ class _Worker:
             raise optuna.TrialPruned
         try:
             record = run_once(self.runs[key], self.base, self.task, self.folder, self.keep)
-        except (BaseError, SettingError, TaskError, TrainingError) as error:
+        except (BaseError, DeltaError, SettingError, TaskError, TrainingError) as error:
             log.warning("run %s failed: %s", key, error)
             trial.set_user_attr("error", str(error))
             raise optuna.TrialPruned from error
