@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertForMaskedLM
 
 from disk import base_folder
@@ -73,6 +74,30 @@ def test_what_a_checkpoint_lacks_is_the_same_at_every_load(tmp_path):
     assert one.pooling == "cls"
     with pytest.raises(SettingError, match="has no pooler"):
         readout("classifier", pooling="pooler").attach(one, ("a", "b"))
+
+
+def test_a_checkpoint_with_other_names_is_refused(tmp_path):
+    """transformers would draw what it lacks at random, and say so in a log."""
+    path = base_folder(tmp_path)
+    tensors = load_file(path / "model.safetensors")
+    renamed = {name.replace("query", "q"): value for name, value in tensors.items()}
+    save_file(renamed, path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(BaseNotFound, match=r"lacks 4 of .* such as .*query.*save_pretrained"):
+        Base.load(str(path))
+
+
+def test_a_body_has_no_head_to_read_words_with(tmp_path):
+    with pytest.raises(BaseNotFound, match=r"parameters of AutoModelForMaskedLM, such as cls\."):
+        Base.load(str(base_folder(tmp_path)), kind="masked_lm")
+
+
+def test_a_checkpoint_of_other_sizes_is_refused(tmp_path):
+    path = base_folder(tmp_path)
+    config = BertConfig.from_pretrained(path)
+    config.intermediate_size += 1
+    config.save_pretrained(path)
+    with pytest.raises(BaseNotFound, match="can't be loaded as AutoModel"):
+        Base.load(str(path))
 
 
 def test_an_encoder_decoder_is_its_encoder(tmp_path):

@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from howfine import fingerprint as fp
+from howfine.anatomy import anatomy_of
 from howfine.errors import BaseNotFound
 
 EMBEDDED = "minilm"
@@ -47,8 +48,8 @@ def _quiet_transformers() -> Iterator[None]:
 def read(source: str, kind: str, revision: str | None) -> tuple[nn.Module, Any, list[str]]:
     """The frozen module of `kind`, its tokenizer (None for an image model), what it lacked.
 
-    Parameters that the checkpoint does not hold (a pooler, mostly) are set to zero: transformers
-    draws them at random, and a base must be the same whenever it is loaded.
+    A pooler that the checkpoint does not hold is set to zero: transformers draws it at random, and
+    a base must be the same whenever it is loaded. Raises BaseNotFound where anything else lacks.
     """
     import transformers
 
@@ -66,7 +67,7 @@ def read(source: str, kind: str, revision: str | None) -> tuple[nn.Module, Any, 
             tokenizer = None
             if model.main_input_name != "pixel_values":
                 tokenizer = transformers.AutoTokenizer.from_pretrained(source, **options)
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         # One line of transformers' own several.
         reason = str(error).strip().splitlines()[0]
         raise BaseNotFound(
@@ -74,15 +75,30 @@ def read(source: str, kind: str, revision: str | None) -> tuple[nn.Module, Any, 
             "folder with config.json and weights, or a Hugging Face name (which needs the network "
             "or a filled cache)."
         ) from error
-    missing = sorted(info["missing_keys"])
-    with torch.no_grad():
-        for path in missing:
-            model.get_parameter(path).zero_()
+    known = dict(model.named_parameters(remove_duplicate=False))
+    lost = {id(known[path]) for path in info["missing_keys"] if path in known}
     if kind == "body" and model.config.is_encoder_decoder:
-        model = model.get_encoder()
+        model = model.get_encoder()  # whatever the decoder lacks
+    missing = [path for path, value in model.named_parameters() if id(value) in lost]
+    _zero_pooler(model, missing, source, kind)
     if tokenizer is not None and tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return model, tokenizer, missing
+
+
+def _zero_pooler(model: Any, missing: list[str], source: str, kind: str) -> None:
+    """Set missing parameters of the pooler to zero. Raises BaseNotFound for any other one."""
+    pooler = anatomy_of(model.config).pooler
+    lost = [path for path in missing if not pooler or not path.startswith(pooler)]
+    if lost:
+        raise BaseNotFound(
+            f"base {source!r} lacks {len(lost)} of {len(list(model.parameters()))} parameters of "
+            f"{KINDS[kind]}, such as {lost[0]}: its tensors have other names, or it is a "
+            "checkpoint of another kind of model. Give one that was saved with save_pretrained"
+        )
+    with torch.no_grad():
+        for path in missing:
+            model.get_parameter(path).zero_()
 
 
 def embedded_path() -> str:
