@@ -27,7 +27,7 @@ ROOMS = [
     ("methods", "methods.*", "readouts", "readouts.*"),
     ("delta", "recipe"),
     ("cost", "distance", "compare", "sampler"),
-    ("tune", "loop", "evaluate", "merge", "attach"),
+    ("tune", "loop", "trainer", "evaluate", "merge", "attach"),
     ("ledger", "answer", "plan"),
     ("study",),
     ("report", "report_page", "figures", "figures_distance", "wording", "catalogue"),

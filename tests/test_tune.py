@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 import signal
@@ -20,7 +21,7 @@ from torch import nn
 import disk
 import howfine
 from console import settle
-from howfine import container, loop
+from howfine import container, trainer
 from howfine.base import Base
 from howfine.errors import DeltaError, SettingError, StorageError, TrainingError
 from howfine.evaluate import evaluate
@@ -150,7 +151,7 @@ def test_regression_learns_its_scores(tmp_path: Path) -> None:
 def losses_of(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """Gets the loss of every batch that is trained on."""
     seen: list[float] = []
-    real = loop._Trainer.compute_loss
+    real = trainer.PartsTrainer.compute_loss
 
     def watched(self: Any, model: Any, inputs: Any, *rest: Any, **more: Any) -> Any:
         loss = real(self, model, inputs, *rest, **more)
@@ -158,7 +159,7 @@ def losses_of(monkeypatch: pytest.MonkeyPatch) -> list[float]:
             seen.append(loss.item())
         return loss
 
-    monkeypatch.setattr(loop._Trainer, "compute_loss", watched)
+    monkeypatch.setattr(trainer.PartsTrainer, "compute_loss", watched)
     return seen
 
 
@@ -209,13 +210,13 @@ def test_gradient_checkpointing_gives_the_same_bytes(recipe: str, tmp_path: Path
 
 def test_evaluations_keep_the_best_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     heard: list[float] = []
-    real = loop._Trainer._metrics
+    real = trainer.PartsTrainer._metrics
 
     def watched(self: Any, outcome: Any) -> dict[str, float]:
         heard.append(real(self, outcome)["score"])
         return {"score": heard[-1]}
 
-    monkeypatch.setattr(loop._Trainer, "_metrics", watched)
+    monkeypatch.setattr(trainer.PartsTrainer, "_metrics", watched)
     tuned, _ = run(tmp_path, "bitfit", evaluations=4, work=tmp_path / "work", store="fp32")
     assert len(heard) == 4
     assert heard[-1] < max(heard), "the case shows nothing: its last state is its best"
@@ -378,6 +379,17 @@ def test_checkpointing_goes_with_frozen_blocks_below(tmp_path: Path) -> None:
     assert tuned.steps == 1
 
 
+def test_matrices_decay_and_vectors_do_not(tmp_path: Path) -> None:
+    recipe = Recipe.load("full").override(weight_decay=0.1)
+    with Fit(tiny_base("bert"), known_task(), recipe, 0, tmp_path, progress=False) as fit:
+        groups = fit.trainer.create_optimizer().param_groups
+        trained = sum(len(group["params"]) for group in groups)
+        assert trained == sum(p.requires_grad for p in fit.parts.model.parameters())
+        for group in groups:
+            for parameter in group["params"]:
+                assert group["weight_decay"] == (0.1 if parameter.ndim > 1 else 0.0)
+
+
 def test_a_head_follows_only_a_rate_that_is_named(tmp_path: Path) -> None:
     def rate(**settings: Any) -> float:
         recipe = Recipe.load("mask").override(**settings)
@@ -414,16 +426,16 @@ def killed_at(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     the random numbers are.
     """
     at: list[int] = []
-    real = loop._Trainer.training_step
+    real = trainer.PartsTrainer.training_step
 
     def step(self: Any, *rest: Any, **more: Any) -> Any:
         if self.state.global_step in at:
             raise Killed
         return real(self, *rest, **more)
 
-    monkeypatch.setattr(loop._Trainer, "training_step", step)
+    monkeypatch.setattr(trainer.PartsTrainer, "training_step", step)
     monkeypatch.setattr(
-        loop._Trainer, "_metrics", lambda self, _: {"score": float(self.state.global_step)}
+        trainer.PartsTrainer, "_metrics", lambda self, _: {"score": float(self.state.global_step)}
     )
     return at
 
@@ -452,6 +464,33 @@ def test_a_killed_training_resumes_to_the_same_bytes(
     tuned, resumed = run(tmp_path, recipe, base, work=work, resume=True, **settings)
     assert resumed == whole
     assert tuned.steps == 16
+
+
+@pytest.mark.parametrize("step", [3, 6])
+def test_patience_and_the_clock_outlive_a_kill(
+    step: int, tmp_path: Path, killed_at: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The best is at step 4; three evaluations later, at step 7, patience is at its end."""
+    monkeypatch.setattr(
+        trainer.PartsTrainer, "_metrics", lambda self, _: {"score": min(4, self.state.global_step)}
+    )
+    settings: dict[str, Any] = {"evaluations": 16, "patience": 3}
+    whole, written = run(tmp_path / "whole", "bitfit", **settings)
+    assert whole.steps == 7
+    killed_at.append(step)
+    work = tmp_path / "work"
+    with pytest.raises(Killed):
+        run(tmp_path, "bitfit", work=work, **settings)
+    killed_at.clear()
+    newest = max(work.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
+    state = json.loads((newest / "trainer_state.json").read_text())
+    spent = state["log_history"][-1]["seconds"]
+    assert spent > 0
+    tuned, resumed = run(tmp_path, "bitfit", work=work, resume=True, **settings)
+    assert (tuned.steps, resumed) == (7, written)
+    assert tuned.seconds > spent
+    # Killed between its last checkpoint and its file, it may go on, but to the same end.
+    assert run(tmp_path, "bitfit", work=work, resume=True, **settings)[1] == written
 
 
 @pytest.mark.slow
