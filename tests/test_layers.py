@@ -28,8 +28,8 @@ ROOMS = [
     ("delta", "recipe"),
     ("cost", "distance", "compare", "sampler"),
     ("tune", "loop", "trainer", "evaluate", "merge", "attach"),
-    ("ledger", "answer", "plan"),
-    ("study",),
+    ("ledger", "answer", "plan", "stored"),
+    ("queue", "study"),
     ("report", "report_page", "figures", "figures_distance", "wording", "catalogue"),
     ("cli", "options"),
 ]

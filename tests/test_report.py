@@ -555,6 +555,9 @@ def test_another_task_is_refused(folder: Any) -> None:
     task = tiny_task()
     flipped = [dataclasses.replace(e, label=1 - e.label) for e in task.splits["test"]]
     other = dataclasses.replace(task, splits={**task.splits, "test": flipped})
+    with pytest.raises(SettingError, match="was not made on this task: tiny .16 in train"):
+        report(folder, base=tiny_base("bert"), task=other)
+    (folder / "study.json").unlink()
     with pytest.raises(SettingError, match="was not measured on the test split of task 'tiny'"):
         report(folder, base=tiny_base("bert"), task=other)
 

@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,9 +14,12 @@ import pytest
 from optuna.trial import TrialState
 
 from disk import base_folder, howfine, howfine_started, outcome, plan_file, runs, task_folder
+from howfine import queue
 from howfine import study as study_module
 from howfine.answer import groups, recommend
+from howfine.errors import SettingError, TrainingError
 from howfine.ledger import Ledger, pack_predictions, unpack_predictions
+from howfine.report import report
 from howfine.study import Plan, runs_of, study
 from tiny import tiny_base, tiny_task
 
@@ -69,6 +73,59 @@ def test_a_lost_delta_is_made_again(finished, tmp_path):
     assert (tmp_path / "copy" / records[0]["file"]).exists()
 
 
+def test_a_lost_delta_is_made_again_though_the_database_has_its_run(finished, tmp_path):
+    folder, records = finished
+    shutil.copytree(folder, tmp_path / "copy")
+    for record in records:  # of a study that was copied, place and all
+        (tmp_path / "copy" / record["file"]).unlink()
+    kept = study(tiny_base("bert"), tiny_task(), SMALL, out=tmp_path / "copy", keep=False)
+    assert [r["key"] for r in kept] == [r["key"] for r in records]
+    unkept = study(tiny_base("bert"), tiny_task(), SMALL, out=tmp_path / "new", keep=False)
+    assert not any((tmp_path / "new" / record["file"]).exists() for record in unkept)
+    again = study(tiny_base("bert"), tiny_task(), SMALL, out=tmp_path / "new")
+    assert all((tmp_path / "new" / record["file"]).exists() for record in again)
+    assert [(r["key"], r["bytes"]) for r in again] == [(r["key"], r["bytes"]) for r in records]
+
+
+def test_workers_of_two_places_share_what_each_has_made(finished, tmp_path, monkeypatch):
+    """Machines without a common folder: the other one has the other's files."""
+    shared = f"sqlite:///{tmp_path / 'shared.db'}"
+    records = study(tiny_base("bert"), tiny_task(), SMALL, out=tmp_path / "one", storage=shared)
+    monkeypatch.setattr(study_module, "run_once", lambda *_: pytest.fail("repeated a run"))
+    assert records == study(
+        tiny_base("bert"), tiny_task(), SMALL, out=tmp_path / "two", storage=shared
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"seeds": ()}, "seeds: found .*, expected one at least"),
+        ({"seeds": (1, 1)}, "each once"),
+        ({"seeds": (-1,)}, "found -1, expected whole numbers from 0"),
+        ({"margin": -0.1}, "margin: found -0.1, expected a share"),
+        ({"margin": float("nan")}, "margin: found nan"),
+        ({"knobs": {"bitfi": {"epochs": [1]}}}, "Did you mean 'bitfit'"),
+        ({"knobs": {"bitfit": {"epochs": []}}}, "bitfit, epochs: found no values"),
+    ],
+)
+def test_a_plan_that_makes_no_sense_is_refused(change, sentence):
+    with pytest.raises(SettingError, match=sentence):
+        replace(SMALL, **change)
+
+
+def test_a_report_refuses_another_task_than_the_studys(finished):
+    """A subset made in Python has the whole task's name: its sizes would be wrong."""
+    folder, _ = finished
+    task = tiny_task()
+    more = {**task.splits, "train": [*task.splits["train"], task.splits["train"][0]]}
+    with pytest.raises(SettingError, match=r"not made on this task.*17 in train.*report\("):
+        report(folder, base=tiny_base("bert"), task=replace(task, splits=more))
+    with pytest.raises(SettingError, match="not made on this base"):
+        report(folder, base=tiny_base("bert", seed=1), task=task)
+    assert report(folder, base=tiny_base("bert"), task=task)["task"]["sizes"]["train"] == 16
+
+
 def test_keys_name_base_task_settings_and_seed():
     keys = {run.key for run in runs_of(SMALL, tiny_base("bert"), tiny_task())}
     assert keys.isdisjoint(r.key for r in runs_of(SMALL, tiny_base("bert", seed=1), tiny_task()))
@@ -78,8 +135,6 @@ def test_keys_name_base_task_settings_and_seed():
 
 
 def test_a_run_that_fails_is_recorded_and_the_others_go_on(tmp_path, monkeypatch):
-    from howfine.errors import TrainingError
-
     real = study_module.run_once
 
     def failing(run, *rest):
@@ -104,6 +159,53 @@ def test_a_run_that_diverges_at_its_last_step_is_recorded_too(tmp_path):
     assert any("error" in record for record in records)
 
 
+def fail_running(study):
+    """Do what another worker does to a trial whose heartbeat has stopped."""
+    (trial,) = study.get_trials(states=[TrialState.RUNNING])
+    study._storage.set_trial_state_values(trial._trial_id, TrialState.FAIL)
+
+
+def test_a_run_given_up_for_dead_that_fails_is_run_again(tmp_path, monkeypatch):
+    done = []
+    real = study_module.run_once
+
+    def overtaken(run, *rest):
+        done.append(run.key)
+        if len(done) == 1:
+            fail_running(workers[0].queue.study)
+            raise TrainingError("the loss became nan")
+        return real(run, *rest)
+
+    workers = []
+    join = study_module._Worker.join
+    monkeypatch.setattr(
+        study_module._Worker, "join", lambda self, bar: (workers.append(self), join(self, bar))
+    )
+    monkeypatch.setattr(study_module, "run_once", overtaken)
+    records = study(tiny_base("bert"), tiny_task(), SMALL, out=tmp_path)
+    assert done.count(done[0]) == 2
+    assert not any("error" in record for record in records)
+
+
+def test_what_a_run_raises_by_mistake_ends_the_study(tmp_path, monkeypatch):
+    def broken(*_):
+        raise ValueError("a mistake of ours")
+
+    monkeypatch.setattr(study_module, "run_once", broken)
+    with pytest.raises(ValueError, match="a mistake of ours"):
+        study(tiny_base("bert"), tiny_task(), SMALL, out=tmp_path)
+
+
+def test_a_run_whose_worker_died_before_its_first_heartbeat_is_taken_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(queue, "GRACE_SECONDS", 1)
+    keys = [run.key for run in runs_of(SMALL, tiny_base("bert"), tiny_task())]
+    dead = queue.Queue(f"sqlite:///{tmp_path / 'study.db'}", keys, "elsewhere", lambda _: True)
+    dead.waiting()
+    with pytest.warns(UserWarning, match="Heartbeat"):
+        dead.study.ask()  # killed between taking a trial and the first sign of life
+    assert len(study(tiny_base("bert"), tiny_task(), SMALL, out=tmp_path)) == len(keys)
+
+
 def test_a_run_given_up_for_dead_that_ends_after_all_is_kept_and_not_repeated(
     finished, tmp_path, monkeypatch
 ):
@@ -113,9 +215,7 @@ def test_a_run_given_up_for_dead_that_ends_after_all_is_kept_and_not_repeated(
 
     def overtaken(run, *rest):
         if not done:
-            worker = workers[0].study
-            (trial,) = worker.get_trials(states=[TrialState.RUNNING])
-            worker._storage.set_trial_state_values(trial._trial_id, TrialState.FAIL)
+            fail_running(workers[0].queue.study)
         done.append(run.key)
         return real(run, *rest)
 
@@ -168,6 +268,21 @@ def test_the_answer_is_the_smallest_file_within_the_margin_on_dev():
     assert halved["good"]["step_ratio"] == 2.0  # the same time for half the examples
     assert by_name["head"]["probability"] == 0.0
     assert 0.2 < by_name["good"]["probability"] < 0.8
+
+
+def test_a_group_that_lacks_a_seed_is_not_the_answer():
+    targets = np.ones(200, dtype=int)
+    right = (np.arange(200) < 180).astype(int)
+    records = [
+        *(record("big", "ceiling", s, 1000, 0.90, right) for s in (0, 1)),
+        record("shaky", "candidate", 0, 10, 0.95, right),
+        {"error": "the loss became nan", **record("shaky", "candidate", 1, 10, 0.95, right)},
+        *(record("sound", "candidate", s, 100, 0.90, right) for s in (0, 1)),
+    ]
+    found = groups(records, targets, 0.01)
+    assert {g["recipe"]: g["missing"] for g in found} == {"big": [], "shaky": [1], "sound": []}
+    assert recommend(found, records, 0.01)["recipe"] == "sound"
+    assert recommend(groups(records[1:], targets, 0.01), records, 0.01)["recipe"] == "sound"
 
 
 @pytest.mark.parametrize("values", [np.array([0, 3, 2, 1]), np.array([0.5, -1.25], np.float32)])

@@ -17,8 +17,9 @@ from howfine.recipe import Training
 def groups(records: Sequence[Record], targets: np.ndarray, margin: float) -> list[dict[str, Any]]:
     """Runs that differ only by seed, as one row: means, interval over examples and seeds.
 
-    `probability` is the paired bootstrap's share of draws (test examples jointly, seeds of each)
-    in which the group's test score is within the margin of the ceiling's.
+    `missing` are seeds of the study that the group has no finished run of. `probability` is the
+    paired bootstrap's share of draws (test examples jointly, seeds of each) in which the group's
+    test score is within the margin of the ceiling's.
     """
     done = [record for record in records if "error" not in record]
     together: dict[str, list[Record]] = {}
@@ -29,7 +30,9 @@ def groups(records: Sequence[Record], targets: np.ndarray, margin: float) -> lis
     reference = [unpack_predictions(record["predictions"]) for record in ceiling]
     step = _seconds_an_example(ceiling)
     found = [_group(rows, reference, step, targets, margin) for rows in together.values()]
+    seeds = {record["seed"] for record in records}
     for group in found:
+        group["missing"] = sorted(seeds - set(group["seeds"]))
         if group["role"] == "ceiling":  # it is itself; drawing its seeds twice would doubt it
             group["probability"] = 1.0
     return found
@@ -83,11 +86,14 @@ def recommend(
 ) -> dict[str, Any]:
     """The group of fewest bytes whose mean dev score is within the margin of the ceiling's.
 
-    Its file is the seed with the best dev score; test takes no part in the choice.
+    A group that lacks a seed is left out: a training that diverges on some seeds does not do the
+    task, and a mean over those that went well would hide it. The file is the seed with the best
+    dev score; test takes no part in the choice.
     """
     ceiling = next(group for group in found if group["role"] == "ceiling")
     least = ceiling["dev_score"] - margin * abs(ceiling["dev_score"])
-    fitting = [group for group in found if group["dev_score"] >= least]
+    whole = [group for group in found if group is ceiling or not group["missing"]]
+    fitting = [group for group in whole if group["dev_score"] >= least]
     winner = min(fitting, key=lambda group: (group["bytes"], -group["dev_score"]))
     by_key = {record["key"]: record for record in records}
     best = max((by_key[key] for key in winner["keys"]), key=lambda record: record["dev_score"])

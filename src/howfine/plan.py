@@ -33,10 +33,32 @@ class Plan:
     seeds: tuple[int, ...] = (0, 1, 2)
     # Share of the ceiling's score that may be lost.
     margin: float = 0.01
-    # Settings that every recipe gets where it has them, such as {"epochs": 2}.
+    # Settings that every recipe gets, such as {"epochs": 2}.
     settings: dict[str, Any] | None = None
-    # Test the knobs only of these settings; None for the recipe's own.
+    # Knobs of a recipe in place of its own: for each setting, its values.
     knobs: dict[str, dict[str, list[Any]]] | None = None
+
+    def __post_init__(self) -> None:
+        if not self.seeds or len(set(self.seeds)) < len(self.seeds):
+            raise SettingError(
+                f"plan seeds: found {list(self.seeds)}, expected one at least, each once"
+            )
+        if odd := [seed for seed in self.seeds if not 0 <= seed < 2**32]:
+            raise SettingError(f"plan seeds: found {odd[0]}, expected whole numbers from 0")
+        if not 0 <= self.margin < 1:
+            raise SettingError(
+                f"plan margin: found {self.margin}, expected a share of the ceiling's score, from "
+                "0 to below 1"
+            )
+        for name, knob in (self.knobs or {}).items():
+            if name not in self.recipes:
+                hint = near(name, self.recipes)
+                raise SettingError(f"plan knobs: {name!r} is none of the plan's recipes. {hint}")
+            if empty := [setting for setting, values in knob.items() if not values]:
+                raise SettingError(
+                    f"plan knobs, {name}, {empty[0]}: found no values, expected one at least; "
+                    "leave the setting out to keep the recipe's"
+                )
 
     @classmethod
     def load(cls, name: str | Path = "default") -> Plan:

@@ -232,7 +232,7 @@ def _mapping(raw: Any, where: str) -> dict[str, Any]:
 def _knob(raw: Any, where: str) -> dict[str, tuple[Any, ...]]:
     knob = _mapping(raw, where)
     for key, values in knob.items():
-        if not isinstance(values, list):
+        if not isinstance(values, list) or not values:
             raise SettingError(f"{where}, {key}: expected a list of values, found {values!r}")
     return {key: tuple(values) for key, values in knob.items()}
 

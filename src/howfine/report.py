@@ -6,6 +6,7 @@ were made with, for a report asked for without a base and a task:
 
     base        name of the base, as Base.load takes it; kind its kind, if that isn't "body"
     task        name, or the arguments of Task.load, with those of Task.subset as "subset"
+    made_on     fingerprints of base and task
     margin      share of the ceiling's score that may be lost
     command     the command that made the study
     keys        keys of the plan's runs; runs of other plans in the same folder are left out
@@ -27,15 +28,14 @@ from typing import Any, TypedDict
 import numpy as np
 import torch
 
-from howfine import answer, report_page, wording
+from howfine import answer, report_page, stored, wording
 from howfine.base import Base
 from howfine.compare import delta_distance
 from howfine.container import write_atomically
 from howfine.delta import SUFFIX, Delta
 from howfine.distance import Distance, table
-from howfine.errors import SettingError, StorageError
-from howfine.ledger import Ledger, Record, unpack_predictions
-from howfine.metrics import METRICS
+from howfine.errors import StorageError
+from howfine.ledger import Record
 from howfine.task import Task
 
 MARGIN = 0.01
@@ -80,11 +80,7 @@ def report(
     the base and the task raises.
     """
     folder = Path(folder)
-    study = _read_json(folder / "study.json")
-    records = _records(folder, study.get("keys"))
-    base = _base(base, study, folder)
-    task = _task(task, study, folder)
-    _check_measured_on(task, records)
+    study, records, base, task = stored.read(folder, base, task)
     facts = {
         "name": base.name,
         "sha256": base.fingerprint,
@@ -201,68 +197,6 @@ def _cpu() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    """A JSON object; empty where there is no file."""
-    if not path.is_file():
-        return {}
-    try:
-        found = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise SettingError(
-            f"{path} is not JSON ({error}); run the study again, which writes it anew"
-        ) from error
-    if not isinstance(found, dict):
-        raise SettingError(f"{path} holds no JSON object; run the study again")
-    return found
-
-
-def _records(folder: Path, keys: Sequence[str] | None) -> list[Record]:
-    found = Ledger(folder / "runs.jsonl").records()
-    if not found:
-        raise SettingError(
-            f"{folder} has no runs to report: expected a study's folder with runs.jsonl; "
-            f"make one with `howfine study --out {folder}`"
-        )
-    return list(found.values()) if keys is None else [found[key] for key in keys if key in found]
-
-
-def _base(base: Base | str | None, study: dict[str, Any], folder: Path) -> Base:
-    if isinstance(base, Base):
-        return base
-    if base is None and "base" not in study:
-        raise SettingError(f"{folder / 'study.json'} names no base; give one: report(…, base=…)")
-    return Base.load(base or study["base"], kind=study.get("kind", "body"))
-
-
-def _task(task: Task | str | None, study: dict[str, Any], folder: Path) -> Task:
-    if isinstance(task, Task):
-        return task
-    if task is None and "task" not in study:
-        raise SettingError(f"{folder / 'study.json'} names no task; give one: report(…, task=…)")
-    stated: Any = study["task"] if task is None else task
-    options: dict[str, Any] = {"name_or_path": stated} if isinstance(stated, str) else {**stated}
-    subset = options.pop("subset", {})
-    return Task.load(**options).subset(**subset)
-
-
-def _check_measured_on(task: Task, records: Sequence[Record]) -> None:
-    """Refuse a task on which the stored predictions don't score what they scored."""
-    targets = np.asarray([example.label for example in task.splits["test"]])
-    for record in records:
-        if "error" in record:
-            continue
-        found = unpack_predictions(record["predictions"])
-        fits = record["metric"] == task.metric and found.shape == targets.shape
-        score = METRICS[task.metric].function(found, targets) if fits else math.nan
-        # Predictions of a regression are stored in float32.
-        if not math.isclose(score, record["score"], rel_tol=1e-5, abs_tol=1e-6):
-            raise SettingError(
-                f"run {record['key']} was not measured on the test split of task {task.name!r} "
-                f"({record['metric']} {record['score']:.4f} on {len(found)} examples; here "
-                f"{task.metric} {score:.4f} on {len(targets)}); give the study's own task"
-            )
-
-
 def _ceiling_distances(
     folder: Path, records: Sequence[Record], base: Base
 ) -> list[Distance] | None:
@@ -282,7 +216,7 @@ def _ceiling_distances(
 def _hand_over(folder: Path, records: Sequence[Record], result: Report) -> None:
     """Copy the recommended delta to the top of the folder, in place of an earlier report's."""
     name, key = result["recommended"]["file"], result["recommended"]["key"]
-    earlier = _read_json(folder / "report.json").get("recommended", {}).get("file")
+    earlier = stored.read_json(folder / "report.json").get("recommended", {}).get("file")
     if earlier and earlier != name and earlier == Path(earlier).name and earlier.endswith(SUFFIX):
         (folder / earlier).unlink(missing_ok=True)
     if name is None:

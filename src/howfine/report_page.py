@@ -155,8 +155,14 @@ def _group_row(group: Mapping[str, Any], ceiling: Mapping[str, Any], metric: str
         Cell(f"× {group['step_ratio']:.2f}", group["step_ratio"]),
         Cell(wording.human(group["peak_bytes"]), group["peak_bytes"]),
         Cell(probability, 2.0 if reference else group["probability"]),
-        Cell(str(len(group["seeds"])), len(group["seeds"])),
+        Cell(_seeds_said(group), len(group["seeds"])),
     ]
+
+
+def _seeds_said(group: Mapping[str, Any]) -> str:
+    """How many seeds there are, and of how many where some are missing."""
+    found = len(group["seeds"])
+    return f"{found} of {found + len(group['missing'])}" if group["missing"] else str(found)
 
 
 def runs_table(result: Mapping[str, Any]) -> Table:

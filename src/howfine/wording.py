@@ -163,6 +163,22 @@ def _none_smaller(result: Mapping[str, Any], ceiling: Mapping[str, Any]) -> str:
     return f"{came} {within} (closest: {near['recipe']}, {scores})"
 
 
+def _lacking(result: Mapping[str, Any]) -> list[str]:
+    """Groups without a finished run of every seed, which no answer is taken from."""
+    said = [
+        f"{' '.join(filter(None, (group['recipe'], settings_said(group['settings']))))} "
+        f"({len(group['seeds'])} of {counted(len(group['seeds'] + group['missing']), 'seed')})"
+        for group in result["groups"]
+        if group["missing"]
+    ]
+    if not said:
+        return []
+    found = f"Without a finished run of every seed, and so not in the choice: {'; '.join(said)}."
+    if ceiling_of(result["groups"])["missing"]:
+        found += " The ceiling is one of them: the answer is held against the seeds it has."
+    return [found]
+
+
 def caveats(result: Mapping[str, Any]) -> list[str]:
     """What a reader of the sentence must know besides: chance, failures, lost files."""
     found = []
@@ -183,6 +199,7 @@ def caveats(result: Mapping[str, Any]) -> list[str]:
             "Where there is a single seed, the interval holds the luck of the test examples but "
             "not that of training."
         )
+    found += _lacking(result)
     failed = sum("error" in run for run in result["runs"])
     if failed:
         found.append(f"Failed, and in no number here: {counted(failed, 'run')}; see the end.")

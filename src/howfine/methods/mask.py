@@ -244,9 +244,10 @@ class Mask(Method):
 
     def learning_rate(self, steps: int) -> float:
         # Adam moves a score by the rate a step at most, half of it on average under linear decay:
-        # over the training, five times the way to a flip. Much less flips nothing.
+        # over the training, five times the way to a flip. Much less flips nothing. In a short
+        # training a tenth of the way a step is the most: with more, noise alone flips everything.
         reach = 0.1 if self._pattern() else VARIANTS[self.variant].reach
-        return 10 * reach / steps
+        return min(10 / steps, 0.1) * reach
 
     def unpack(self, base: Base, tensors: Tensors) -> Change:
         known = set(base.choose(self.where))

@@ -1,0 +1,97 @@
+"""The training loop: a base, a head and a change put together and run on transformers' Trainer."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+
+import torch
+from transformers import set_seed
+
+from howfine.base import Base
+from howfine.cost import PeakMemory
+from howfine.delta import Delta
+from howfine.errors import SettingError
+from howfine.probe import GradientProbe
+from howfine.readout import Wired
+from howfine.recipe import Recipe
+from howfine.task import Task
+from howfine.trainer import Parts, trainer_of
+
+
+class Fit:
+    """One training: base, head and change put together, run, and packed.
+
+    A context manager: on leaving, the base is what it was, however the training ended. Raises
+    SettingError for settings of the training that don't go together or that transformers refuses.
+    """
+
+    def __init__(
+        self, base: Base, task: Task, recipe: Recipe, seed: int, folder: Path, progress: bool
+    ) -> None:
+        set_seed(seed)
+        self.memory = PeakMemory(base.device)
+        head = recipe.readout.attach(base, task.labels)
+        model = Wired(base, recipe.readout, head)
+        probe = GradientProbe(model, base, task.splits["train"], recipe.training.batch_size)
+        with ExitStack() as undo:
+            undo.callback(base.towers.eval)
+            change = undo.enter_context(recipe.method.attach(base, probe))
+            if recipe.training.gradient_checkpointing:
+                undo.callback(_checkpoint_activations(base))
+            self.trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+            self.parts = Parts(base, task, recipe, model, head, change)
+            self.trainer = trainer_of(self.parts, seed, folder, progress)
+            self._undo = undo.pop_all()
+        self.seconds, self.peak_bytes = 0.0, 0
+
+    def __enter__(self) -> Fit:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._undo.close()
+
+    def train(self, checkpoint: Path | None) -> None:
+        """Run the training loop, from a checkpoint on if given; NaN ends it with TrainingError."""
+        self.trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        self.seconds = self.trainer.clock.seconds()
+        self.peak_bytes = self.memory.growth()
+
+    def pack(self) -> Delta:
+        """What training left, as a delta. Raises TrainingError where it is not finite."""
+        made = self.parts
+        made.model.eval()
+        for name, parameter in made.model.named_parameters():
+            if parameter.requires_grad and not bool(torch.isfinite(parameter).all()):
+                raise self.trainer.diverged(f"{name} holds NaN or infinity")
+        return Delta.pack(
+            made.base,
+            made.recipe.method,
+            made.change,
+            made.recipe.readout,
+            made.head,
+            made.task.labels,
+            made.recipe.store,
+        )
+
+
+def _checkpoint_activations(base: Base) -> Callable[[], None]:
+    """Recompute activations of the tower in the backward pass; returns the undo."""
+    # The old names are the ones that every supported transformers has; newer ones warn of them.
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        try:
+            base.tower.gradient_checkpointing_enable({"use_reentrant": False})
+        except ValueError as error:
+            raise SettingError(
+                f"gradient_checkpointing: {error} Train {base.name} without it"
+            ) from error
+
+    def undo() -> None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            base.tower.gradient_checkpointing_disable()
+
+    return undo

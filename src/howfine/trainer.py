@@ -1,0 +1,260 @@
+"""transformers' Trainer as a fit needs it: a rate for each part, a penalty, an order, a clock."""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from contextlib import redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import get_int_from_env
+from torch import Tensor
+from transformers import (
+    EarlyStoppingCallback,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+
+from howfine.base import Base
+from howfine.change import Change
+from howfine.errors import SettingError, TrainingError
+from howfine.metrics import METRICS
+from howfine.readout import Head, Wired
+from howfine.recipe import Recipe
+from howfine.sampler import ByLength
+from howfine.task import Example, Task
+
+# Where torchrun, MPICH and Open MPI tell each process how many there are.
+_WORLD_SIZES = ["WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE"]
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a training puts together."""
+
+    base: Base
+    task: Task
+    recipe: Recipe
+    model: Wired
+    head: Head
+    change: Change
+
+
+def trainer_of(parts: Parts, seed: int, folder: Path, progress: bool) -> PartsTrainer:
+    """The Trainer of a fit. Raises SettingError for what it or transformers refuses of settings."""
+    recipe, device = parts.recipe, parts.base.device
+    training = recipe.training
+    if training.patience and not training.evaluations:
+        raise SettingError(
+            f"recipe {recipe.name}: patience {training.patience} counts evaluations, but there "
+            "are none; set evaluations to how often a training is evaluated, such as 10"
+        )
+    if training.precision == "fp16" and device.type == "cpu":
+        raise SettingError(
+            f"recipe {recipe.name}: precision fp16 would train in fp32 on a CPU; use bf16"
+        )
+    try:
+        if device.type == "cuda":  # Trainer takes the current one
+            torch.cuda.set_device(device)
+        arguments = _arguments(parts, seed, folder, progress)
+        # One process trains on one device; with several, Trainer would copy the model to all.
+        arguments._n_gpu = min(arguments.n_gpu, 1)
+        return PartsTrainer(parts, arguments)
+    except (ValueError, RuntimeError, ImportError) as error:
+        raise SettingError(
+            f"recipe {recipe.name}, training: {str(error).strip().splitlines()[0]}"
+        ) from error
+
+
+class PartsTrainer(Trainer):
+    """transformers' Trainer with the method's penalty, rates per part, and a NaN that ends it."""
+
+    def __init__(self, parts: Parts, arguments: TrainingArguments) -> None:
+        self.parts = parts
+        splits, training = parts.task.splits, parts.recipe.training
+        self.clock = _Clock()
+        callbacks: list[TrainerCallback] = [self.clock]
+        if training.patience:
+            callbacks.append(_Patience(training.patience))
+        super().__init__(
+            model=parts.model,
+            args=arguments,
+            train_dataset=list(splits["train"]),
+            eval_dataset=list(splits["dev"]),
+            data_collator=self._collate,
+            compute_metrics=self._metrics,
+            callbacks=callbacks,
+        )
+        self.remove_callback(PrinterCallback)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Trainer's, kept off standard output, which is the user's: the progress bar writes it."""
+        logs["seconds"] = round(self.clock.seconds(), 3)
+        with redirect_stdout(sys.stderr):
+            super().log(logs, start_time)
+
+    def _collate(self, examples: list[Example]) -> dict[str, Any]:
+        return self.parts.recipe.readout.collate(self.parts.base, examples).as_kwargs()
+
+    def _metrics(self, outcome: Any) -> dict[str, float]:
+        predictions = self.parts.recipe.readout.predict(torch.as_tensor(outcome.predictions))
+        metric = METRICS[self.parts.task.metric]
+        return {"score": float(metric.function(predictions.numpy(), outcome.label_ids))}
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        if not self.parts.recipe.training.group_by_length:
+            return super()._get_train_sampler(train_dataset)
+        rows = self.parts.task.splits["train"]
+        per_step = self.args.train_batch_size * self.args.gradient_accumulation_steps
+        return ByLength(
+            per_step * self.args.world_size,
+            [sum(map(len, example.texts)) for example in rows],
+            self.args.seed,
+        )
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """Checkpoints hold the trainable parameters alone; that nothing else is in them is right.
+
+        Raises TrainingError for a checkpoint of other trainable parameters.
+        """
+        lacking = set(load_result.missing_keys) & set(self.parts.model.state_dict())
+        if odd := sorted(lacking | set(load_result.unexpected_keys)):
+            raise TrainingError(
+                f"the checkpoint in {self.args.output_dir} is of another recipe: it differs in "
+                f"{len(odd)} parameters, such as {odd[0]}; name another folder with --work"
+            )
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """Groups of the method, then the head with its own rate; no decay on biases and norms."""
+        if self.optimizer is None:
+            kind, options = self.get_optimizer_cls_and_kwargs(self.args)
+            self.optimizer = kind(_groups(self.parts, self.args.learning_rate), **options)
+        return self.optimizer
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """The readout's loss plus the method's penalty. Raises TrainingError unless finite."""
+        outputs = model(**inputs)
+        loss: Tensor = outputs["loss"]
+        if model.training:
+            progress = self.state.global_step / max(1, self.state.max_steps)
+            loss = loss + self.parts.recipe.method.penalty(self.parts.change, progress).to(
+                loss.device
+            )
+            if not torch.isfinite(loss):
+                raise self.diverged(f"the loss became {loss.item()}")
+        return (loss, outputs) if return_outputs else loss
+
+    def diverged(self, what: str) -> TrainingError:
+        """The error for `what` is not finite, with the step and the rate."""
+        return TrainingError(
+            f"{what} at step {self.state.global_step} of {self.state.max_steps} (recipe "
+            f"{self.parts.recipe.name}, learning_rate {self.args.learning_rate}); nothing was "
+            "written. Lower --learning-rate, or use precision fp32"
+        )
+
+
+class _Patience(EarlyStoppingCallback):
+    """transformers' early stopping, which else forgets at a resume how long it has waited."""
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Count the evaluations since the best one, of those in a checkpoint's log."""
+        scores = [row["eval_score"] for row in state.log_history if "eval_score" in row]
+        if scores:
+            self.early_stopping_patience_counter = len(scores) - 1 - scores.index(max(scores))
+
+
+class _Clock(TrainerCallback):
+    """Seconds of training, those before a resume included: a checkpoint's log has them."""
+
+    def __init__(self) -> None:
+        self.start = time.perf_counter()
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Start, as early as the training was long when its checkpoint was saved."""
+        before = state.log_history[-1]["seconds"] if state.log_history else 0.0
+        self.start = time.perf_counter() - before
+
+    def seconds(self) -> float:
+        """Since the start."""
+        return time.perf_counter() - self.start
+
+
+def _groups(parts: Parts, learning_rate: float) -> list[dict[str, Any]]:
+    """Optimiser groups: the method's and the head's, each split by decay."""
+    training = parts.recipe.training
+    rates = (training.readout_learning_rate, training.learning_rate, 1e-3)
+    head: dict[str, Any] = {"params": list(parts.head.parameters())}
+    head["lr"] = next(rate for rate in rates if rate is not None)
+    groups = []
+    for group in [*parts.recipe.method.groups(parts.change), head]:
+        lr = group.get("lr", learning_rate * group.get("lr_scale", 1.0))
+        decay = group.get("weight_decay", training.weight_decay)
+        matrices = [p for p in group["params"] if p.ndim > 1]
+        vectors = [p for p in group["params"] if p.ndim <= 1]
+        groups += [
+            {"params": matrices, "lr": lr, "weight_decay": decay},
+            {"params": vectors, "lr": lr, "weight_decay": 0.0},
+        ]
+    return [group for group in groups if group["params"]]
+
+
+# long: one call, one line an argument
+def _arguments(parts: Parts, seed: int, folder: Path, progress: bool) -> TrainingArguments:
+    """transformers' arguments for a recipe's training settings."""
+    training, rows = parts.recipe.training, len(parts.task.splits["train"])
+    processes = get_int_from_env(_WORLD_SIZES, 1)
+    per_step = training.batch_size * training.gradient_accumulation * processes
+    steps = training.max_steps or math.ceil(rows / per_step) * training.epochs
+    every = max(1, int(steps // training.evaluations)) if training.evaluations else 0
+    rate = training.learning_rate
+    if rate is None:
+        rate = parts.recipe.method.learning_rate(math.ceil(steps))
+    return TrainingArguments(
+        output_dir=str(folder),
+        num_train_epochs=training.epochs,
+        max_steps=training.max_steps or -1,
+        per_device_train_batch_size=training.batch_size,
+        per_device_eval_batch_size=2 * training.batch_size,
+        gradient_accumulation_steps=training.gradient_accumulation,
+        learning_rate=rate,
+        weight_decay=training.weight_decay,
+        warmup_steps=training.warmup,
+        lr_scheduler_type=training.schedule,
+        max_grad_norm=training.max_grad_norm,
+        bf16=training.precision == "bf16",
+        fp16=training.precision == "fp16",
+        seed=seed,
+        data_seed=seed,
+        eval_strategy="steps" if every else "no",
+        eval_steps=every or None,
+        save_strategy="steps" if every else "no",
+        save_steps=every or 500,
+        save_total_limit=1,
+        load_best_model_at_end=bool(every),
+        metric_for_best_model="score" if every else None,
+        greater_is_better=True,
+        logging_strategy="steps",
+        logging_steps=50,
+        logging_nan_inf_filter=False,
+        log_level_replica="error",
+        report_to=training.report_to,
+        disable_tqdm=not progress,
+        remove_unused_columns=False,
+        label_names=["targets"],
+        use_cpu=parts.base.device.type == "cpu",
+        dataloader_pin_memory=parts.base.device.type != "cpu",
+    )
