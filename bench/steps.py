@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from howfine.adamw import AdamW
 from howfine.base import Base
 from howfine.cost import PeakMemory
 from howfine.method import Method, method
@@ -85,7 +86,7 @@ class Work:
 
 
 def _adamw(parameters: list[nn.Parameter], head: nn.Module) -> torch.optim.Optimizer:
-    return torch.optim.AdamW([*parameters, *head.parameters()], lr=1e-4, fused=True)
+    return AdamW([*parameters, *head.parameters()], lr=1e-4, fused=True)
 
 
 def times(rounds: int) -> dict[str, list[float]]:

@@ -18,7 +18,7 @@ SRC = Path(howfine.__file__).parent
 
 # Each row may import from the rows above it, and within itself as long as no circle arises.
 ROOMS = [
-    ("errors", "batch", "gates"),
+    ("errors", "batch", "gates", "adamw"),
     ("plugins", "fingerprint", "anatomy", "codec", "container", "metrics", "checkpoint"),
     ("task", "tasks", "tasks.*", "base", "pretrained"),
     ("surgery", "change"),

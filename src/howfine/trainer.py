@@ -23,6 +23,7 @@ from transformers import (
     TrainingArguments,
 )
 
+from howfine.adamw import AdamW
 from howfine.base import Base
 from howfine.change import Change
 from howfine.errors import SettingError, TrainingError
@@ -135,8 +136,8 @@ class PartsTrainer(Trainer):
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """Groups of the method, then the head with its own rate; no decay on biases and norms."""
         if self.optimizer is None:
-            kind, options = self.get_optimizer_cls_and_kwargs(self.args)
-            self.optimizer = kind(_groups(self.parts, self.args.learning_rate), **options)
+            _, options = self.get_optimizer_cls_and_kwargs(self.args)
+            self.optimizer = AdamW(_groups(self.parts, self.args.learning_rate), **options)
         return self.optimizer
 
     def compute_loss(

@@ -140,7 +140,7 @@ class Mask(Method):
     scope: Literal["matrix", "global"] = "matrix"
     # What is dropped at once: entry, row, column, head, or a pattern such as 2:4.
     granularity: str = "entry"
-    # Number format of the scores (bfloat16 halves their memory).
+    # Number format of the scores; bfloat16 halves their memory, and wants howfine.adamw.AdamW.
     scores: Literal["float32", "bfloat16"] = "float32"
 
     def __post_init__(self) -> None:
@@ -245,9 +245,9 @@ class Mask(Method):
     def learning_rate(self, steps: int) -> float:
         # Adam moves a score by the rate a step at most, half of it on average under linear decay:
         # over the training, five times the way to a flip. Much less flips nothing. In a short
-        # training a tenth of the way a step is the most: with more, noise alone flips everything.
+        # training a fifth of the way a step is the most: with more, noise alone flips everything.
         reach = 0.1 if self._pattern() else VARIANTS[self.variant].reach
-        return min(10 / steps, 0.1) * reach
+        return min(10 / steps, 0.2) * reach
 
     def unpack(self, base: Base, tensors: Tensors) -> Change:
         known = set(base.choose(self.where))
