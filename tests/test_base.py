@@ -1,5 +1,7 @@
 """Loading bases: embedded, folders, what a checkpoint lacks, fingerprints, and clear refusals."""
 
+import hashlib
+import os
 import shutil
 from types import SimpleNamespace
 
@@ -13,8 +15,11 @@ from howfine import fingerprint as fp
 from howfine.anatomy import anatomy_of
 from howfine.base import Base
 from howfine.errors import BaseNotFound, SettingError, UnknownArchitecture
+from howfine.evaluate import evaluate, predict
 from howfine.method import method
 from howfine.readout import Wired, readout
+from howfine.task import Example
+from howfine.tune import tune
 from tiny import LABELS, TINY, tiny_base, tiny_task, tiny_tokenizer, tiny_tower
 
 
@@ -188,3 +193,36 @@ def test_frozen_blocks_below_the_change_compute_what_they_compute_in_evaluation(
     with method("select", train=("all@0",)).attach(base):
         wired.train()
         assert not torch.equal(wired(**batch.as_kwargs())["logits"], expected)
+
+
+def test_a_file_put_back_with_its_old_time_is_hashed_again(tmp_path):
+    file = tmp_path / "weights"
+    file.write_bytes(b"one")
+    before = file.stat()
+    first = fp.of_file(file)
+    file.write_bytes(b"two")
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert fp.of_file(file) == hashlib.sha256(b"two").hexdigest() != first
+
+
+@pytest.mark.parametrize("name", ["roberta", "mpnet", "bert"])
+def test_the_longest_text_that_is_read_fits_the_position_table(name):
+    base = tiny_base(name)
+    batch = readout("classifier", max_length=10**6).collate(
+        base, [Example(("w1 " * 500,), 0)], labelled=False
+    )
+    with torch.no_grad():
+        base.tower(**batch.inputs)
+    padding = 0 if name == "bert" else 1 + base.tower.embeddings.position_embeddings.padding_idx
+    assert batch.inputs["input_ids"].shape[1] == 64 - padding
+
+
+def test_using_a_delta_draws_nothing_of_the_callers_random_numbers(tmp_path):
+    base, task = tiny_base("bert"), tiny_task()
+    tune(base, task, "head-only", max_steps=1, out=tmp_path / "delta")
+    torch.manual_seed(5)
+    evaluate(tmp_path / "delta", base, task)
+    predict(tmp_path / "delta", ["w1 w2"], base)
+    drawn = torch.rand(1)
+    torch.manual_seed(5)
+    assert torch.equal(drawn, torch.rand(1))

@@ -24,7 +24,7 @@ from transformers import AutoModel, AutoTokenizer
 
 from console import Said, howfine_here, settle
 from disk import base_folder, howfine, plan_file, task_folder
-from howfine import container
+from howfine import container, pretrained
 from howfine.base import Base
 from howfine.delta import Delta
 from howfine.method import methods
@@ -218,6 +218,27 @@ def test_merge_is_a_plain_checkpoint(inputs: Inputs, tmp_path: Path) -> None:
     assert [about["labels"][i] for i in by_hand.argmax(-1)] == [a["label"] for a in answers]
 
 
+def test_merge_keeps_what_the_base_states_and_nothing_of_the_last_batch(
+    inputs: Inputs, tmp_path: Path
+) -> None:
+    """No pooler where there was none, the stated pooling, a tokenizer that cuts nothing off."""
+    from transformers import BertConfig, BertForMaskedLM
+
+    from tiny import TINY, tiny_tokenizer
+
+    BertForMaskedLM(BertConfig(**TINY["bert"][1])).save_pretrained(tmp_path / "mlm")
+    tiny_tokenizer().save_pretrained(tmp_path / "mlm")
+    pretrained.state_pooling(tmp_path / "mlm", "mean", 32)
+    made = ("--base", tmp_path / "mlm", "--task", inputs.task, "--out", tmp_path / "delta")
+    assert howfine_here("tune", "--recipe", "head-only", *made, *QUICK).code == 0
+    assert howfine_here("merge", tmp_path / "delta", tmp_path / "merged").code == 0
+    base, merged = Base.load(str(tmp_path / "mlm")), Base.load(str(tmp_path / "merged"))
+    assert not any("pooler" in name for name in load_file(tmp_path / "merged/model.safetensors"))
+    assert (merged.pooling, merged.fingerprint) == ("mean", base.fingerprint)
+    stored = json.loads((tmp_path / "merged/tokenizer.json").read_text())
+    assert stored["truncation"] is stored["padding"] is None
+
+
 def test_merge_of_an_encoder_keeps_its_decoder(inputs: Inputs, tmp_path: Path) -> None:
     """Of an encoder-decoder the base is the encoder; the merged folder is the whole again."""
     from transformers import T5Config, T5Model
@@ -277,7 +298,8 @@ def test_version() -> None:
 
 @pytest.mark.skipif(find_spec("howfine.report") is None, reason="the report is not written yet")
 def test_study_and_report(inputs: Inputs, tmp_path: Path) -> None:
-    plan = plan_file(tmp_path, recipes=[], seeds=[0], settings={"max_steps": 2, "batch_size": 8})
+    small = {"recipes": [], "knobs": {}, "seeds": [0]}
+    plan = plan_file(tmp_path, **small, settings={"max_steps": 2, "batch_size": 8})
     made = ("--base", inputs.base, "--task", inputs.task, "--plan", plan, "--out", tmp_path / "out")
     result = howfine_here("study", *made, "--json").json
     assert (tmp_path / "out" / result["recommended"]["file"]).is_file()

@@ -612,6 +612,8 @@ def test_mask_granularity_head_of_a_fused_matrix() -> None:
         ({"initial_sparsity": -0.1}, "from 0"),
         ({"granularity": "3:5"}, "3:5.*multiple of 5"),
         ({"granularity": "5:4"}, "5:4"),
+        ({"where": ("all",), "granularity": "column"}, "expected a matrix; select matrices only"),
+        ({"where": ("bias",), "granularity": "2:4"}, "expected a matrix"),
         ({"where": ("matrces",)}, "Did you mean 'matrices'"),
         ({"where": ("K@7",)}, "7.*2 layers"),
     ],

@@ -164,12 +164,13 @@ def test_the_sentence_says_all_that_was_found(result: Report) -> None:
 @pytest.mark.parametrize(
     ("probability", "said"),
     [
-        (1.0, r"is 1\.00 \([^)]*\)\."),
+        (1.0, r"is > 0\.99 \([^)]*\)\."),
         (0.9995, r"is > 0\.99 \([^)]*\)\."),
         (0.95, r"is 0\.95 \([^)]*\)\."),
         (0.94, r"is 0\.94 \([^)]*\), likely, though 400 test examples can't prove it\."),
         (0.5, r"is 0\.50 \([^)]*\), so 400 test examples can't say either way\."),
         (0.1, r"is 0\.10 .*so it probably is not, though 400 test examples can't prove that\."),
+        (0.0, r"is < 0\.01 .*does not hold on test\."),
         (0.002, r"is < 0\.01 \([^)]*\): chosen on dev, it does not hold on test\."),
     ],
 )

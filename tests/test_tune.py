@@ -664,6 +664,17 @@ def test_attach_trains_in_a_loop_of_ones_own(name: str, settings: dict[str, Any]
         assert not torch.equal(Loop(other.tower).outputs(), outputs)
 
 
+@pytest.mark.parametrize("name", ["t5", "bart"])
+def test_attach_to_an_encoder_decoder_names_its_stacks(name: str) -> None:
+    prefix, settings = TINY[name]
+    config = getattr(transformers, f"{prefix}Config")(**settings)
+    model = getattr(transformers, f"{prefix}ForConditionalGeneration")(config)
+    with pytest.raises(SettingError, match=r"has no layers at .*model\.get_encoder"):
+        howfine.attach(model, "mask")
+    with howfine.attach(model.get_encoder(), "mask") as attached:
+        assert len(attached.change.trainable) == 12
+
+
 def test_attach_hashes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("howfine.fingerprint.of_tensors", lambda _: pytest.fail("hashed"))
     with howfine.attach(tiny_tower("bert"), "mask") as attached:

@@ -73,10 +73,13 @@ class Anatomy:
         for selector in selectors:
             named = [path for path in paths if self._names(selector, path, depth)]
             if not named and selector != "none":
-                present = {part for _, part in map(self.place, paths)} | {"all", "none"}
+                part = selector.partition("@")[0]
+                present = {own for _, own in map(self.place, paths)} | {"all", "none"}
+                if not present.isdisjoint(self.letters):
+                    present.add("matrices")
                 raise SettingError(
                     f"selector {selector!r} names nothing in this base ({depth} layers). "
-                    + near(selector.partition("@")[0], present | {"matrices"})
+                    + near(part, present - {part})
                 )
             chosen.update(named)
         return [path for path in paths if path in chosen]

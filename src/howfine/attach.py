@@ -80,6 +80,7 @@ def attach(
     try:
         body = model.base_model if isinstance(model, PreTrainedModel) else model
         base = Base(getattr(model.config, "_name_or_path", "") or type(model).__name__, body)
+        _check_blocks(model, base)
         change = method.attach(base, probe)
         _refuse_ties(model, body, base, change)
     except BaseException:
@@ -89,6 +90,18 @@ def attach(
     _set_modes(modes)
     change.finally_do(restore)
     return Attached(base, method, change)
+
+
+def _check_blocks(model: nn.Module, base: Base) -> None:
+    """An encoder-decoder has two stacks, whose layers have the same numbers."""
+    pattern = base.anatomy.block
+    depth = base.anatomy.depth(path.removeprefix(f"{base.tower_name}.") for path in base.paths())
+    if not depth:
+        raise SettingError(
+            f"{type(model).__name__} has no layers at {pattern.format('0')!r}, where those of a "
+            f"{base.config.model_type} stack are; attach to the stack itself, such as "
+            "model.get_encoder()"
+        )
 
 
 def _refuse_ties(model: nn.Module, body: nn.Module, base: Base, change: Change) -> None:

@@ -90,8 +90,13 @@ class Base:
         self.has_pooler = bool(self.anatomy.pooler) and not any(
             name.startswith(self.anatomy.pooler) for name in missing
         )
-        stated = pretrained.stated_pooling(source) or self.anatomy.pooling
-        self.pooling = "cls" if stated == "pooler" and not self.has_pooler else stated
+        self.pooling = pretrained.stated_pooling(source) or self.default_pooling
+
+    @property
+    def default_pooling(self) -> str:
+        """How the architecture's own head reads, where nothing else is stated."""
+        own = self.anatomy.pooling
+        return "cls" if own == "pooler" and not self.has_pooler else own
 
     @property
     def fingerprint(self) -> str:

@@ -1,4 +1,7 @@
-"""SHA-256 fingerprints: of files (cached by size and time) and of a model's tensors."""
+"""SHA-256 fingerprints: of files (cached by their state on disk) and of a model's tensors.
+
+What a model computes hangs on its config too, which no fingerprint here holds.
+"""
 
 from __future__ import annotations
 
@@ -33,9 +36,8 @@ def of_tensors(tensors: Mapping[str, Tensor]) -> str:
 
 
 def of_file(path: Path) -> str:
-    """SHA-256 of a file's bytes, cached under the file's size and modification time."""
-    state = path.stat()
-    key = f"{path.resolve()}|{state.st_size}|{state.st_mtime_ns}"
+    """SHA-256 of a file's bytes, cached under the file's state: see `_state`."""
+    key = f"{path.resolve()}|{_state(path)}"
     cache = _cache_file()
     known = _read_cache(cache)
     if key not in known:
@@ -57,11 +59,20 @@ def remember(folder: str, kind: str, fingerprint: str) -> None:
 
 
 def _folder_key(folder: str, kind: str) -> str:
-    """Path, kind, and name, size and modification time of every file."""
+    """Path, kind, and name and state of every file."""
     path = Path(folder).resolve()
-    states = [(file.name, file.stat()) for file in sorted(path.iterdir()) if file.is_file()]
-    files = ";".join(f"{name}:{state.st_size}:{state.st_mtime_ns}" for name, state in states)
+    found = (file for file in sorted(path.iterdir()) if file.is_file())
+    files = ";".join(f"{file.name}:{_state(file)}" for file in found)
     return f"{path}|{kind}|{hashlib.sha256(files.encode()).hexdigest()[:16]}"
+
+
+def _state(path: Path) -> str:
+    """Size, inode, and times of the last change to a file's bytes and to anything of it.
+
+    The modification time alone can be set to what it was (cp -p, rsync, tar); the other one can't.
+    """
+    found = path.stat()
+    return f"{found.st_size}:{found.st_mtime_ns}:{found.st_ctime_ns}:{found.st_ino}"
 
 
 def _cache_file() -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from collections.abc import Iterator
@@ -13,10 +14,10 @@ import torch
 import transformers
 from safetensors import SafetensorError
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 from transformers.utils import logging
 
-from howfine import fingerprint
+from howfine import fingerprint, pretrained
 from howfine.base import Base
 from howfine.delta import Delta
 from howfine.errors import BaseNotFound, StorageError, WrongBase
@@ -42,13 +43,16 @@ def merge(delta: Delta | str | Path, out: str | Path, base: Base | None = None) 
     partial = out.with_name(f".{out.name}.partial")
     try:
         with delta.applied(base) as model, _no_bars():
-            _whole(base).save_pretrained(partial)
+            whole = _whole(base)
+            whole.save_pretrained(partial, state_dict=_own_tensors(base, whole))
             save_file(
                 {name: value.contiguous() for name, value in model.head.state_dict().items()},
                 partial / HEAD_FILE,
             )
         if base.tokenizer is not None:
-            base.tokenizer.save_pretrained(partial)
+            _as_loaded(base.tokenizer).save_pretrained(partial)
+        if base.pooling != base.default_pooling:
+            pretrained.state_pooling(partial, base.pooling, base.hidden_size)
         header = delta.header()
         stated = {"readout": header["readout"], "labels": header["labels"]}
         (partial / HEAD_CONFIG).write_text(json.dumps(stated, indent=2) + "\n")
@@ -86,6 +90,25 @@ def _whole(base: Base) -> Any:
         )
     encoder.load_state_dict(base.tower.state_dict())
     return model
+
+
+def _own_tensors(base: Base, whole: Any) -> dict[str, Tensor]:
+    """What is saved, but for a pooler of zeros that stands in for one the base never had."""
+    pooler = "" if base.has_pooler else base.anatomy.pooler
+    return {
+        path: value
+        for path, value in whole.state_dict().items()
+        if not pooler or not path.startswith(pooler)
+    }
+
+
+def _as_loaded(tokenizer: Any) -> Any:
+    """A copy without the padding and truncation of the last batch, which fast tokenizers keep."""
+    tokenizer = copy.deepcopy(tokenizer)
+    if fast := getattr(tokenizer, "backend_tokenizer", None):
+        fast.no_padding()
+        fast.no_truncation()
+    return tokenizer
 
 
 @contextmanager

@@ -28,6 +28,10 @@ KINDS = {
 }
 
 
+# Keys of a sentence-transformers pooling config, of those that are read here.
+_POOLING = {"pooling_mode_cls_token": "cls", "pooling_mode_mean_tokens": "mean"}
+
+
 @contextmanager
 def _quiet_transformers() -> Iterator[None]:
     """Silence load reports about the head weights a body has no use for, and their bars."""
@@ -126,5 +130,15 @@ def stated_pooling(source: str) -> str | None:
     if not path.is_file():
         return None
     stated = json.loads(path.read_text())
-    modes = {"pooling_mode_cls_token": "cls", "pooling_mode_mean_tokens": "mean"}
-    return next((mode for key, mode in modes.items() if stated.get(key)), None)
+    return next((mode for key, mode in _POOLING.items() if stated.get(key)), None)
+
+
+def state_pooling(folder: Path, pooling: str, width: int) -> None:
+    """Write what `stated_pooling` reads, for a pooling that sentence-transformers knows."""
+    if pooling not in _POOLING.values():
+        return
+    stated = {"word_embedding_dimension": width}
+    stated |= {key: mode == pooling for key, mode in _POOLING.items()}
+    path = folder / "1_Pooling"
+    path.mkdir()
+    (path / "config.json").write_text(json.dumps(stated, indent=2) + "\n")

@@ -11,6 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from howfine import plugins
@@ -71,7 +72,8 @@ class Readout(ABC):
 
     def unpack(self, base: Base, labels: Labels, tensors: Tensors) -> Head:
         """A head with stored tensors. Raises DamagedDelta where they don't fit."""
-        head = self.attach(base, labels)
+        with torch.random.fork_rng(devices=[]):  # what it draws is overwritten
+            head = self.attach(base, labels)
         found = {name: tuple(value.shape) for name, value in tensors.items()}
         expected = {name: tuple(value.shape) for name, value in head.state_dict().items()}
         if found != expected:

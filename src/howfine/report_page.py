@@ -121,7 +121,9 @@ def _cards(result: Mapping[str, Any]) -> list[tuple[str, str, str]]:
         ),
         (
             f"P(within {wording.margin_said(result['margin'])})",
-            wording.probability_said(chosen["probability"]),
+            "reference"
+            if chosen["key"] in ceiling["keys"]
+            else wording.probability_said(chosen["probability"]),
             f"of the ceiling's {score_said(metric, ceiling['score'])}",
         ),
     ]

@@ -73,10 +73,10 @@ def share_said(share: float) -> str:
 
 
 def probability_said(probability: float) -> str:
-    """Two decimals, never rounded to a certainty that draws can't give."""
-    if 0 < probability < 0.01:
+    """Two decimals; never a certainty, which draws can't give."""
+    if probability < 0.01:
         return "< 0.01"
-    return "> 0.99" if 0.99 < probability < 1 else f"{probability:.2f}"
+    return "> 0.99" if probability > 0.99 else f"{probability:.2f}"
 
 
 def settings_said(settings: Mapping[str, Any]) -> str:

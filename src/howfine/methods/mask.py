@@ -190,6 +190,12 @@ class Mask(Method):
         """Mean |θ| of every unit that has a score: the score tensor's shape."""
         weight = base.parameter(path).detach().float().abs()
         unit: Any = "n:m" if self._pattern() else self.granularity
+        if unit != "entry" and weight.ndim != 2:
+            raise SettingError(
+                f"mask granularity {self.granularity!r}: {path} has the shape "
+                f"{tuple(weight.shape)}, expected a matrix; select matrices only, such as "
+                "where=matrices"
+            )
         heads = base.heads_of(path) if unit == "head" else 0
         shape = gates.gate_shape(tuple(weight.shape), unit, base.anatomy.linear_axes, heads)
         for axis, size in enumerate(shape):

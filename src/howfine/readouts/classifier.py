@@ -98,6 +98,10 @@ def _fill_empty(encoded: Any, tokenizer: Any) -> None:
 def _room(base: Base) -> int:
     """Tokens that fit the base: its tokenizer's word, and its position table."""
     positions = getattr(base.config, "max_position_embeddings", None) or 2**31
+    for name, table in base.tower.named_modules():
+        # RoBERTa and its kin count positions from the one after the padding's.
+        if name.endswith("position_embeddings") and getattr(table, "padding_idx", None) is not None:
+            positions = table.num_embeddings - table.padding_idx - 1
     return min(positions, base.tokenizer.model_max_length)
 
 
