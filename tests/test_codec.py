@@ -17,7 +17,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from howfine import codec
 from howfine.codec import (
     PRECISIONS,
     Coded,
@@ -27,6 +26,8 @@ from howfine.codec import (
     encode_places,
     encode_values,
 )
+from howfine.codec import gaps as gaps_module
+from howfine.codec import places as places_module
 from howfine.errors import DamagedDelta, SettingError
 
 COUNT = 40 * 70
@@ -172,15 +173,15 @@ def test_rank_numbers_all_sets_in_colexicographic_order() -> None:
         coded = Coded("rank", (), bytes([6, number]))
         assert torch.equal(decode_places(coded, 9), mask)
         assert torch.equal(decode_places(replace(coded, payload=bytes([7, number])), 9), ~mask)
-        assert codec._encode_rank(np.array(places), 9, 3) == coded.payload
+        assert places_module._encode_rank(np.array(places), 9, 3) == coded.payload
 
 
 @pytest.mark.parametrize("kept", [2, 3])
 def test_tokens_partition_the_gaps(kept: int) -> None:
     gaps = [*range(300), 2**20 - 1, 2**20, 2**36 + 12345]
-    starts, widths = codec._alphabet(max(gaps) + 1, kept)
+    starts, widths = gaps_module._alphabet(max(gaps) + 1, kept)
     for gap in gaps:
-        token, width, raw = (int(x[0]) for x in codec._tokens(np.array([gap]), kept))
+        token, width, raw = (int(x[0]) for x in gaps_module._tokens(np.array([gap]), kept))
         assert width == widths[token] == max(gap.bit_length() - kept - 1, 0)
         assert gap == starts[token] + raw
     assert [int(s) for s in starts[1:]] == [
@@ -227,7 +228,7 @@ def test_filed_masks_are_read_for_ever(
 
 def test_filed_gaps_are_written_alike() -> None:
     mask = congruential(600, [10]).numpy()
-    found = codec._encode_gaps(np.flatnonzero(mask), 600, int(mask.sum()))
+    found = gaps_module.encode_gaps(np.flatnonzero(mask), 600, int(mask.sum()))
     assert found.hex() == FILED[1][3]
 
 
@@ -236,9 +237,9 @@ def test_geometric_law(count: int, few: int) -> None:
     """Against (1 - p)^start - (1 - p)^end in floats, within 2^-20."""
     weights: list[np.ndarray[Any, Any]] = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(codec, "_model", weights.append)
-        codec._geometric(count, few)
-    starts = [float(s) for s in codec._alphabet(count, 3)[0]] + [math.inf]
+        patch.setattr(gaps_module, "_model", weights.append)
+        gaps_module._geometric(count, few)
+    starts = [float(s) for s in gaps_module._alphabet(count, 3)[0]] + [math.inf]
     tails = [math.exp(start * math.log1p(-few / count)) for start in starts]
     expected = [high - low for high, low in itertools.pairwise(tails)]
     assert (weights[0] / 2**36).tolist() == pytest.approx(expected, abs=2**-20)
@@ -255,8 +256,8 @@ def test_the_law_given_to_the_coder_is_all_integers(weights: list[int]) -> None:
                 shares.append(given)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(codec, "stream", Stream)
-        codec._model(np.array(weights))
+        patch.setattr(gaps_module, "stream", Stream)
+        gaps_module._model(np.array(weights))
     assert shares[0].tolist() == [float(int(share)) for share in shares[0]]
     assert sum(shares[0].tolist()) == 2**24 - len(shares[0])
     near = [2**24 * w / sum(weights) for w in weights] + [0]
@@ -522,7 +523,7 @@ def test_more_entries_than_memory_are_damage(monkeypatch: pytest.MonkeyPatch) ->
     def full(count: int, entry: bool) -> None:
         raise MemoryError
 
-    monkeypatch.setattr(codec.np, "full", full)
+    monkeypatch.setattr(gaps_module.np, "full", full)
     with pytest.raises(DamagedDelta, match="1000 entries, expected what this machine's memory"):
         decode_places(Coded("none", (), b""), 1000)
 

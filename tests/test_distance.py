@@ -17,9 +17,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from howfine.align import align
 from howfine.anatomy import anatomy_of
 from howfine.checkpoint import Checkpoint, MemorySource
-from howfine.distance import Distance, Sums, align, distance, measure, summary, table
+from howfine.distance import Distance, Sums, distance, measure, summary, table
 from howfine.errors import BaseError, BaseNotFound, SettingError
 
 place = anatomy_of(SimpleNamespace(model_type="bert")).place

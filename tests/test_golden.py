@@ -13,6 +13,8 @@ from golden.make import HERE, PATTERNS, decoded, golden_base, logits
 from hostile.make import FIXTURES, FORMS
 from howfine import codec, errors
 from howfine.base import Base
+from howfine.codec import places
+from howfine.codec.coded import PLACES
 from howfine.cost import parts
 from howfine.delta import SUFFIX, Delta
 from howfine.method import Method, methods
@@ -64,7 +66,7 @@ def test_every_coding_and_method_is_kept() -> None:
     deltas = [Delta.load(path) for path in FILES]
     kept = {stream.coded.coding for delta in deltas for stream in delta.streams}
     assert kept == {*PATTERNS, *codec.PRECISIONS}
-    assert set(codec._PLACES) == set(PATTERNS)
+    assert set(places._DECODERS) == set(PLACES) == set(PATTERNS)
     names = {name_of("methods", Method, delta.method) for delta in deltas}
     assert names == set(methods())
 

@@ -19,14 +19,14 @@ SRC = Path(howfine.__file__).parent
 # Each row may import from the rows above it, and within itself as long as no circle arises.
 ROOMS = [
     ("errors", "batch", "gates", "adamw"),
-    ("plugins", "fingerprint", "anatomy", "codec", "container", "metrics", "checkpoint"),
+    ("plugins", "fingerprint", "anatomy", "codec", "codec.*", "container", "metrics", "checkpoint"),
     ("task", "tasks", "tasks.*", "base", "pretrained"),
     ("surgery", "change"),
     ("method", "readout"),
     ("whole", "probe"),
     ("methods", "methods.*", "readouts", "readouts.*"),
     ("delta", "recipe"),
-    ("cost", "distance", "compare", "sampler"),
+    ("cost", "align", "distance", "compare", "sampler"),
     ("tune", "loop", "trainer", "evaluate", "merge", "attach"),
     ("ledger", "answer", "plan", "stored"),
     ("queue", "study"),

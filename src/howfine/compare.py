@@ -8,9 +8,10 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 from howfine import container
+from howfine.align import Place
 from howfine.anatomy import Anatomy, anatomy_of
 from howfine.checkpoint import Checkpoint, MemorySource, Source
-from howfine.distance import Distance, Place, distance
+from howfine.distance import Distance, distance
 from howfine.errors import BaseNotFound
 
 if TYPE_CHECKING:  # torch is imported only where a base is: streaming needs none of it
