@@ -159,28 +159,34 @@ def test_a_run_that_diverges_at_its_last_step_is_recorded_too(tmp_path):
     assert any("error" in record for record in records)
 
 
-def fail_running(study):
-    """Do what another worker does to a trial whose heartbeat has stopped."""
-    (trial,) = study.get_trials(states=[TrialState.RUNNING])
-    study._storage.set_trial_state_values(trial._trial_id, TrialState.FAIL)
+@pytest.fixture
+def give_up(monkeypatch):
+    """What another worker does to the running trial when its heartbeat has stopped."""
+    workers = []
+    join = study_module._Worker.join
+    monkeypatch.setattr(
+        study_module._Worker, "join", lambda self, bar: (workers.append(self), join(self, bar))
+    )
+
+    def fail_running():
+        study = workers[0].queue.study
+        (trial,) = study.get_trials(states=[TrialState.RUNNING])
+        study._storage.set_trial_state_values(trial._trial_id, TrialState.FAIL)
+
+    return fail_running
 
 
-def test_a_run_given_up_for_dead_that_fails_is_run_again(tmp_path, monkeypatch):
+def test_a_run_given_up_for_dead_that_fails_is_run_again(tmp_path, monkeypatch, give_up):
     done = []
     real = study_module.run_once
 
     def overtaken(run, *rest):
         done.append(run.key)
         if len(done) == 1:
-            fail_running(workers[0].queue.study)
+            give_up()
             raise TrainingError("the loss became nan")
         return real(run, *rest)
 
-    workers = []
-    join = study_module._Worker.join
-    monkeypatch.setattr(
-        study_module._Worker, "join", lambda self, bar: (workers.append(self), join(self, bar))
-    )
     monkeypatch.setattr(study_module, "run_once", overtaken)
     records = study(tiny_base("bert"), tiny_task(), SMALL, out=tmp_path)
     assert done.count(done[0]) == 2
@@ -207,7 +213,7 @@ def test_a_run_whose_worker_died_before_its_first_heartbeat_is_taken_again(tmp_p
 
 
 def test_a_run_given_up_for_dead_that_ends_after_all_is_kept_and_not_repeated(
-    finished, tmp_path, monkeypatch
+    finished, tmp_path, monkeypatch, give_up
 ):
     """A worker that stood still longer than the grace period: its trial was failed by another."""
     done = []
@@ -215,15 +221,10 @@ def test_a_run_given_up_for_dead_that_ends_after_all_is_kept_and_not_repeated(
 
     def overtaken(run, *rest):
         if not done:
-            fail_running(workers[0].queue.study)
+            give_up()
         done.append(run.key)
         return real(run, *rest)
 
-    workers = []
-    join = study_module._Worker.join
-    monkeypatch.setattr(
-        study_module._Worker, "join", lambda self, bar: (workers.append(self), join(self, bar))
-    )
     monkeypatch.setattr(study_module, "run_once", overtaken)
     records = study(tiny_base("bert"), tiny_task(), SMALL, out=tmp_path)
     planned = [run.key for run in runs_of(SMALL, tiny_base("bert"), tiny_task())]
