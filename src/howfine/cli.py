@@ -267,7 +267,7 @@ def demo(
     as_json: options.AsJson = False,
 ) -> None:
     """A small study on the embedded base and task: a few minutes on two cores."""
-    found = options.stated_task("rotten-tomatoes", None, None, None, train=800, dev=300)
+    found = options.stated_task("rotten-tomatoes", None, None, None, train=720, dev=300)
     options.study("minilm", found, "demo", out, None, "cpu", "float32", as_json)
 
 
