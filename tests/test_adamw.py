@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from howfine.adamw import AdamW, stochastic
+from howfine.errors import SettingError
 
 
 def trained(
@@ -44,6 +45,44 @@ def test_a_second_moment_forgets() -> None:
     exact = moved(torch.optim.AdamW, torch.float32)
     assert moved(torch.optim.AdamW, torch.bfloat16) != pytest.approx(exact, rel=0.5)
     assert moved(AdamW, torch.bfloat16) == pytest.approx(exact, rel=0.05)
+
+
+@pytest.mark.parametrize("beta", [0.9, 0.99, 0.999])
+def test_a_first_moment_follows(beta: float) -> None:
+    """Where it is rounded to the nearest, one of 0.99 stops short of its mean."""
+    value = nn.Parameter(torch.zeros(2000, dtype=torch.bfloat16))
+    optimizer = AdamW([value], lr=1e-3, betas=(beta, 0.999))
+    exact = 0.0
+    for step in range(1500):
+        gradient = 1.0 if step < 50 else 0.5
+        value.grad = torch.full_like(value, gradient)
+        optimizer.step()
+        exact += (1 - beta) * (gradient - exact)
+    mean = float(optimizer.state[value]["exp_avg"].float().mean())
+    assert mean == pytest.approx(exact, rel=0.01)
+
+
+def test_a_gradient_scaler_leaves_out_a_step_that_overflows() -> None:
+    value = nn.Parameter(torch.ones(4, dtype=torch.bfloat16))
+    optimizer = AdamW([value], lr=0.1, fused=True)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    for gradient in (torch.inf, 4.0):
+        scaler.scale(torch.zeros(()))  # what makes its scale
+        value.grad = torch.full_like(value, gradient)
+        scaler.step(optimizer)
+        scaler.update()
+        assert torch.isfinite(value).all()
+        assert (value == 1).all() == (gradient == torch.inf)
+    # What was stepped with is the gradient, not its multiple.
+    assert float(optimizer.state[value]["exp_avg"].float().mean()) < 1.0
+
+
+@pytest.mark.parametrize("option", ["maximize", "amsgrad"])
+def test_what_it_does_not_know_is_refused(option: str) -> None:
+    value = nn.Parameter(torch.ones(4, dtype=torch.bfloat16))
+    with pytest.raises(SettingError, match=f"{option} is not made for bfloat16"):
+        AdamW([value], **{option: True})
+    AdamW([nn.Parameter(torch.ones(4))], **{option: True})
 
 
 def test_rounding_is_to_a_neighbour_and_right_on_average() -> None:

@@ -1,6 +1,7 @@
 """Loading bases: embedded, folders, what a checkpoint lacks, fingerprints, and clear refusals."""
 
 import hashlib
+import json
 import os
 import shutil
 from types import SimpleNamespace
@@ -8,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import BertConfig, BertForMaskedLM
+from transformers import BertConfig, BertForMaskedLM, T5Config, T5EncoderModel, T5Model
 
 from disk import base_folder
 from howfine import fingerprint as fp
@@ -16,6 +17,7 @@ from howfine.anatomy import anatomy_of
 from howfine.base import Base
 from howfine.errors import BaseNotFound, SettingError, UnknownArchitecture
 from howfine.evaluate import evaluate, predict
+from howfine.merge import merge
 from howfine.method import method
 from howfine.readout import Wired, readout
 from howfine.task import Example
@@ -101,18 +103,32 @@ def test_a_checkpoint_of_other_sizes_is_refused(tmp_path):
     config = BertConfig.from_pretrained(path)
     config.intermediate_size += 1
     config.save_pretrained(path)
-    with pytest.raises(BaseNotFound, match="can't be loaded as AutoModel"):
+    sentence = r"holds encoder\..* of shape \(.*64.*\), expected \(.*65.*\) by its config"
+    with pytest.raises(BaseNotFound, match=sentence):
         Base.load(str(path))
 
 
 def test_an_encoder_decoder_is_its_encoder(tmp_path):
-    from transformers import T5Config, T5Model
-
     T5Model(T5Config(**TINY["t5"][1])).save_pretrained(tmp_path / "t5")
     tiny_tokenizer(pair=False).save_pretrained(tmp_path / "t5")
     base = Base.load(str(tmp_path / "t5"))
     assert not any("decoder" in path for path in base.paths())
     assert base.choose(("Q@0",)) == ["text.block.0.layer.0.SelfAttention.q.weight"]
+
+
+@pytest.mark.parametrize("flag", [False, True])
+def test_an_encoder_saved_without_its_decoder_loads_and_merges(flag, tmp_path):
+    """transformers saves it with is_encoder_decoder false; older checkpoints say true."""
+    path = tmp_path / "encoder"
+    T5EncoderModel(T5Config(**TINY["t5"][1])).save_pretrained(path)
+    tiny_tokenizer(pair=False).save_pretrained(path)
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps({**config, "is_encoder_decoder": flag}))
+    base = Base.load(str(path))
+    tune(base, tiny_task(), "head-only", max_steps=1, out=tmp_path / "delta")
+    merge(tmp_path / "delta", tmp_path / "merged", base)
+    assert Base.load(str(tmp_path / "merged")).fingerprint == base.fingerprint
+    assert not any("decoder" in name for name in load_file(tmp_path / "merged/model.safetensors"))
 
 
 def test_a_gpt2_without_padding_token_gets_one(tmp_path):

@@ -87,6 +87,34 @@ def test_a_lost_delta_is_made_again_though_the_database_has_its_run(finished, tm
     assert [(r["key"], r["bytes"]) for r in again] == [(r["key"], r["bytes"]) for r in records]
 
 
+def test_a_moved_study_knows_that_a_delta_is_lost(finished, tmp_path):
+    folder, records = finished
+    shutil.copytree(folder, tmp_path / "here")
+    (tmp_path / "here").rename(tmp_path / "there")
+    lost = tmp_path / "there" / records[-1]["file"]
+    lost.unlink()
+    study(tiny_base("bert"), tiny_task(), SMALL, out=tmp_path / "there")
+    assert lost.exists()
+
+
+def test_two_workers_free_the_same_dead_trial(tmp_path, monkeypatch):
+    monkeypatch.setattr(queue, "GRACE_SECONDS", 1)
+    keys = [run.key for run in runs_of(SMALL, tiny_base("bert"), tiny_task())]
+    url = f"sqlite:///{tmp_path / 'study.db'}"
+    one, two = (queue.Queue(url, keys, "here", lambda _: True) for _ in range(2))
+    one.waiting()
+    with pytest.warns(UserWarning, match="Heartbeat"):
+        taken = one.study.ask()
+    one.free_the_dead()  # from now on it is seen as taken and not begun
+    two.free_the_dead()
+    seen = two._by_state(TrialState.RUNNING)
+    monkeypatch.setattr(two, "_by_state", lambda _: seen)  # as it was when both looked
+    time.sleep(1.1)
+    one.free_the_dead()
+    two.free_the_dead()
+    assert one.study.get_trials()[taken.number].state == TrialState.FAIL
+
+
 def test_workers_of_two_places_share_what_each_has_made(finished, tmp_path, monkeypatch):
     """Machines without a common folder: the other one has the other's files."""
     shared = f"sqlite:///{tmp_path / 'shared.db'}"
@@ -103,6 +131,10 @@ def test_workers_of_two_places_share_what_each_has_made(finished, tmp_path, monk
         ({"seeds": ()}, "seeds: found .*, expected one at least"),
         ({"seeds": (1, 1)}, "each once"),
         ({"seeds": (-1,)}, "found -1, expected whole numbers from 0"),
+        ({"seeds": (0.5,)}, "found 0.5, expected whole numbers"),
+        ({"seeds": ("1",)}, "found '1', expected whole numbers"),
+        ({"margin": "0.01"}, "margin: found '0.01'"),
+        ({"knobs": {"bitfit": ["epochs"]}}, "bitfit: found .*expected values for each setting"),
         ({"margin": -0.1}, "margin: found -0.1, expected a share"),
         ({"margin": float("nan")}, "margin: found nan"),
         ({"knobs": {"bitfi": {"epochs": [1]}}}, "Did you mean 'bitfit'"),

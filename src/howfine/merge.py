@@ -5,8 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +13,6 @@ import transformers
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers.utils import logging
 
 from howfine import fingerprint, pretrained
 from howfine.base import Base
@@ -42,7 +39,7 @@ def merge(delta: Delta | str | Path, out: str | Path, base: Base | None = None) 
         raise StorageError(f"{out} exists already; choose another folder or remove it first")
     partial = out.with_name(f".{out.name}.partial")
     try:
-        with delta.applied(base) as model, _no_bars():
+        with delta.applied(base) as model, pretrained.quiet_transformers():
             whole = _whole(base)
             whole.save_pretrained(partial, state_dict=_own_tensors(base, whole))
             save_file(
@@ -77,8 +74,13 @@ def _whole(base: Base) -> Any:
     if base.kind != "body" or isinstance(base.tower, whole):
         return base.tower
     try:
-        model = transformers.AutoModel.from_pretrained(base.name, dtype=torch.float32)
-    except (OSError, ValueError) as error:
+        model, info = transformers.AutoModel.from_pretrained(
+            base.name, dtype=torch.float32, output_loading_info=True
+        )
+        if info["missing_keys"]:  # the encoder is all there is
+            kind: Any = transformers.MODEL_FOR_TEXT_ENCODING_MAPPING[type(base.config)]
+            model = kind.from_pretrained(base.name, dtype=torch.float32)
+    except (OSError, ValueError, KeyError) as error:
         raise BaseNotFound(
             f"the base {base.name} is an encoder, and the decoder that belongs to it can't be "
             f"loaded: {str(error).strip().splitlines()[0]} Load the base by a name that can be had"
@@ -109,15 +111,3 @@ def _as_loaded(tokenizer: Any) -> Any:
         fast.no_padding()
         fast.no_truncation()
     return tokenizer
-
-
-@contextmanager
-def _no_bars() -> Iterator[None]:
-    """A folder of one file needs no progress bar."""
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()

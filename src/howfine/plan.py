@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -43,21 +44,26 @@ class Plan:
             raise SettingError(
                 f"plan seeds: found {list(self.seeds)}, expected one at least, each once"
             )
-        if odd := [seed for seed in self.seeds if not 0 <= seed < 2**32]:
-            raise SettingError(f"plan seeds: found {odd[0]}, expected whole numbers from 0")
-        if not 0 <= self.margin < 1:
+        if odd := [seed for seed in self.seeds if type(seed) is not int or not 0 <= seed < 2**32]:
+            raise SettingError(f"plan seeds: found {odd[0]!r}, expected whole numbers from 0")
+        if not isinstance(self.margin, int | float) or not 0 <= self.margin < 1:
             raise SettingError(
-                f"plan margin: found {self.margin}, expected a share of the ceiling's score, from "
-                "0 to below 1"
+                f"plan margin: found {self.margin!r}, expected a share of the ceiling's score, "
+                "from 0 to below 1"
             )
         for name, knob in (self.knobs or {}).items():
             if name not in self.recipes:
                 hint = near(name, self.recipes)
                 raise SettingError(f"plan knobs: {name!r} is none of the plan's recipes. {hint}")
+            if not isinstance(knob, Mapping):
+                raise SettingError(
+                    f"plan knobs, {name}: found {knob!r}, expected values for each setting, such "
+                    "as {'epochs': [1, 2]}"
+                )
             if empty := [setting for setting, values in knob.items() if not values]:
                 raise SettingError(
                     f"plan knobs, {name}, {empty[0]}: found no values, expected one at least; "
-                    "leave the setting out to keep the recipe's"
+                    "leave the setting out for the recipe's own value"
                 )
 
     @classmethod

@@ -33,7 +33,7 @@ _POOLING = {"pooling_mode_cls_token": "cls", "pooling_mode_mean_tokens": "mean"}
 
 
 @contextmanager
-def _quiet_transformers() -> Iterator[None]:
+def quiet_transformers() -> Iterator[None]:
     """Silence load reports about the head weights a body has no use for, and their bars."""
     from transformers.utils import logging
 
@@ -61,17 +61,17 @@ def read(source: str, kind: str, revision: str | None) -> tuple[nn.Module, Any, 
     gguf = sorted(Path(source).glob("*.gguf")) if Path(source).is_dir() else []
     if gguf:
         options["gguf_file"] = gguf[0].name
+    named = dict(options)
     try:
-        with _quiet_transformers():
+        with quiet_transformers():
             auto = getattr(transformers, KINDS[kind])
-            # Float32 holds every half-precision checkpoint exactly.
-            model, info = auto.from_pretrained(
-                source, dtype=torch.float32, output_loading_info=True, **options
-            )
+            # Float32 holds every half-precision checkpoint exactly. Other sizes are told below.
+            options |= {"dtype": torch.float32, "ignore_mismatched_sizes": True}
+            model, info = auto.from_pretrained(source, output_loading_info=True, **options)
             tokenizer = None
             if model.main_input_name != "pixel_values":
-                tokenizer = transformers.AutoTokenizer.from_pretrained(source, **options)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+                tokenizer = transformers.AutoTokenizer.from_pretrained(source, **named)
+    except (OSError, ValueError, SafetensorError) as error:
         # One line of transformers' own several.
         reason = str(error).strip().splitlines()[0]
         raise BaseNotFound(
@@ -79,10 +79,16 @@ def read(source: str, kind: str, revision: str | None) -> tuple[nn.Module, Any, 
             "folder with config.json and weights, or a Hugging Face name (which needs the network "
             "or a filled cache)."
         ) from error
+    for path, found, expected in sorted(info["mismatched_keys"]):
+        raise BaseNotFound(
+            f"base {source!r} holds {path} of shape {tuple(found)}, expected {tuple(expected)} by "
+            "its config.json; give one whose config and weights belong together"
+        )
     known = dict(model.named_parameters(remove_duplicate=False))
     lost = {id(known[path]) for path in info["missing_keys"] if path in known}
-    if kind == "body" and model.config.is_encoder_decoder:
-        model = model.get_encoder()  # whatever the decoder lacks
+    parts = dict(model.named_children())
+    if kind == "body" and {"encoder", "decoder"} <= parts.keys():
+        model = parts["encoder"]  # whatever the decoder lacks
     missing = [path for path, value in model.named_parameters() if id(value) in lost]
     _zero_pooler(model, missing, source, kind)
     if tokenizer is not None and tokenizer.pad_token is None:

@@ -6,14 +6,14 @@ by its heartbeat that it lives; what a dead one had taken is put up again.
 
 from __future__ import annotations
 
-import datetime
 import hashlib
+import itertools
 import json
 import logging
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import optuna
@@ -42,6 +42,7 @@ class Queue:
         self, url: str, keys: Iterable[str], place: str, has_file: Callable[[Record], bool]
     ) -> None:
         self.keys, self.place, self.has_file = list(keys), place, has_file
+        self._unbegun: dict[int, float] = {}  # trial -> when it was first seen taken and not begun
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         # A plan has a queue of its own: several may share a database.
         digest = hashlib.sha256(json.dumps(sorted(self.keys)).encode()).hexdigest()[:12]
@@ -83,13 +84,17 @@ class Queue:
         """Fail what dead workers had taken, so that it is put up again."""
         with _hushed():
             optuna.storages.fail_stale_trials(self.study)
-        # Who was killed before the first heartbeat is not among the stale ones.
-        oldest = datetime.datetime.now() - datetime.timedelta(seconds=GRACE_SECONDS)
-        for trials in self._by_state(TrialState.RUNNING).values():
-            for trial in trials:
-                started = trial.datetime_start
-                if "begun" not in trial.user_attrs and started is not None and started < oldest:
-                    self._storage.set_trial_state_values(trial._trial_id, TrialState.FAIL)
+        # Who was killed before the first heartbeat is not among the stale ones. How long ago is
+        # measured here: clocks of two machines differ.
+        now = time.monotonic()
+        running = itertools.chain.from_iterable(self._by_state(TrialState.RUNNING).values())
+        ids = [trial._trial_id for trial in running if "begun" not in trial.user_attrs]
+        self._unbegun = {number: self._unbegun.get(number, now) for number in ids}
+        for number, seen in self._unbegun.items():
+            if now - seen > GRACE_SECONDS:
+                # Another worker may fail it at the same time.
+                with suppress(optuna.exceptions.UpdateFinishedTrialError):
+                    self._storage.set_trial_state_values(number, TrialState.FAIL)
 
     def waiting(self) -> list[str]:
         """Keys of runs to take; puts up what is neither settled nor taken."""
@@ -110,7 +115,8 @@ class Queue:
         except (ValueError, optuna.exceptions.OptunaError):
             # Its trial can't be told any more: this process stood still (a laptop's lid) for
             # longer than the grace period. Whatever the work itself raised goes on its way.
-            if not attempt.ended or not self.study.get_trials()[attempt.number].state.is_finished():
+            told = attempt.number >= 0 and not attempt.working
+            if not told or not self.study.get_trials()[attempt.number].state.is_finished():
                 raise
             if attempt.record and attempt.record["key"] not in self.finished():
                 self.add(attempt.record)
@@ -124,7 +130,7 @@ class Queue:
         running = self._by_state(TrialState.RUNNING).get(key, [])
         if (
             key not in self.keys
-            or key in self.finished()
+            or key in self.settled()
             or any(other.number < trial.number for other in running)
         ):
             raise optuna.TrialPruned
@@ -143,20 +149,21 @@ class _Attempt:
 
     def __init__(self, queue: Queue, work: Callable[[str], Record]) -> None:
         self.queue, self.work = queue, work
-        self.number, self.ended = -1, False
+        self.number, self.working = -1, False
         self.record: Record | None = None
 
     def __call__(self, trial: optuna.Trial) -> tuple[float, float]:
         self.number = trial.number
         key = self.queue.begin(trial)
+        self.working = True
         try:
             self.record = self.work(key)
         except _LASTING as error:
-            self.ended = True
+            self.working = False
             log.warning("run %s failed: %s", key, error)
             trial.set_user_attr("error", str(error))
             raise optuna.TrialPruned from error
-        self.ended = True
+        self.working = False
         trial.set_user_attr("place", self.queue.place)
         trial.set_user_attr("record", self.record)
         return self.record["dev_score"], self.record["bytes"]

@@ -9,9 +9,10 @@ worker's run is picked up. Choices are made on dev; test is only reported.
 from __future__ import annotations
 
 import json
-import platform
 import time
+import uuid
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -82,8 +83,7 @@ class _Worker:
         self.runs = {run.key: run for run in runs}
         self.ledger = Ledger(folder / "runs.jsonl")
         url = storage or f"sqlite:///{(folder / 'study.db').resolve()}"
-        place = f"{platform.node()}:{folder.resolve()}"
-        self.queue = Queue(url, self.runs, place, self._has_file)
+        self.queue = Queue(url, self.runs, _place(folder), self._has_file)
         done = self.queue.settled()
         for key, record in self.ledger.records().items():  # the database may be a new one
             fits = key in self.runs and key not in done and "error" not in record
@@ -123,6 +123,14 @@ class _Worker:
         others = [record for key, record in found.items() if key not in self.runs]
         self.ledger.replace([*mine, *others])
         return mine
+
+
+def _place(folder: Path) -> str:
+    """An identity of the folder that it keeps when it is moved, also to another machine."""
+    path = folder / "place"
+    with suppress(FileExistsError), path.open("x") as file:
+        file.write(uuid.uuid4().hex)
+    return path.read_text()
 
 
 def run_once(run: Run, base: Base, task: Task, folder: Path, keep: bool) -> Record:

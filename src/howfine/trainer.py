@@ -186,7 +186,7 @@ class _Clock(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
         """Start, as early as the training was long when its checkpoint was saved."""
-        before = state.log_history[-1]["seconds"] if state.log_history else 0.0
+        before = state.log_history[-1].get("seconds", 0.0) if state.log_history else 0.0
         self.start = time.perf_counter() - before
 
     def seconds(self) -> float:
