@@ -12,7 +12,6 @@ import json
 import time
 import uuid
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -43,10 +42,10 @@ def study(
 ) -> list[Record]:
     """Run what a plan still lacks and return all its records, in the plan's order.
 
-    `out` gets `runs.jsonl` and, with `keep`, `deltas/`. `storage` is an Optuna database URL,
-    SQLite in `out` by default. Calling it again, after a kill or beside another worker, repeats
-    no finished run. `facts` are what `study.json` says beside the plan: how to load the task
-    again ("task"), the command.
+    `out` gets `study.json`, `runs.jsonl`, `place` (a name for the folder, whatever its path) and,
+    with `keep`, `deltas/`. `storage` is an Optuna database URL, SQLite in `out` by default. Calling
+    it again, after a kill or beside another worker, repeats no finished run. `facts` are what
+    `study.json` says beside the plan: how to load the task again ("task"), the command.
     """
     plan = plan if isinstance(plan, Plan) else Plan.load(plan)
     base = Base.load(base) if isinstance(base, str) else base
@@ -128,8 +127,8 @@ class _Worker:
 def _place(folder: Path) -> str:
     """An identity of the folder that it keeps when it is moved, also to another machine."""
     path = folder / "place"
-    with suppress(FileExistsError), path.open("x") as file:
-        file.write(uuid.uuid4().hex)
+    if not path.exists():
+        write_atomically(path, uuid.uuid4().hex.encode())
     return path.read_text()
 
 
