@@ -20,14 +20,22 @@ from howfine.errors import SettingError
 Granularity = Literal["entry", "row", "column", "head", "n:m"]
 
 
+# Entries sampled at a time: half a megabyte of floats. An even number: they come in pairs.
+_CHUNK = 1 << 17
+
 Slope = Literal["identity", "sigmoid", "sign"]  # what the backward pass multiplies by
 
 
-def _slope(gradient: Tensor, scores: Tensor, slope: Slope) -> Tensor:
-    """`gradient` times 1, σ'(score) or sign(score), in the fewest passes over memory."""
+def _slope(gradient: Tensor, scores: Tensor, slope: Slope, own: bool = False) -> Tensor:
+    """`gradient` times 1, σ'(score) or sign(score), in the fewest passes over memory.
+
+    With `own` nobody else holds the gradient, and it may be written over.
+    """
     gradient = gradient.to(scores.dtype)
     if slope == "sigmoid":
-        return torch.ops.aten.sigmoid_backward(gradient, torch.sigmoid(scores))
+        into = gradient if own else torch.empty_like(gradient)
+        share = torch.sigmoid(scores)
+        return torch.ops.aten.sigmoid_backward.grad_input(gradient, share, grad_input=into)
     return gradient * torch.sign(scores) if slope == "sign" else gradient
 
 
@@ -66,7 +74,7 @@ class _Masked(torch.autograd.Function):
         weight, scores, hard = ctx.saved_tensors
         to_weight = drop(gradient, hard) if ctx.needs_input_grad[0] else None
         to_gate = _gather(gradient * weight, tuple(scores.shape))
-        return to_weight, _slope(to_gate, scores, ctx.slope), None, None
+        return to_weight, _slope(to_gate, scores, ctx.slope, own=True), None, None
 
 
 def masked(weight: Tensor, scores: Tensor, hard: Tensor, slope: Slope = "identity") -> Tensor:
@@ -101,25 +109,30 @@ def threshold(scores: Tensor, at: float = 0.0) -> Tensor:
 
 
 def sample(logits: Tensor) -> Tensor:
-    """Boolean draws of Bernoulli(σ(logit)), to 2⁻²³, repeatable by torch's own seed. Any shape."""
-    chance = torch.sigmoid(logits.detach().float())
-    if logits.device.type != "cpu":
-        return torch.rand_like(chance) < chance
-    return _noise(logits.shape) < chance.add_(1)
+    """Boolean draws of Bernoulli(σ(logit)), to 2⁻²³, repeatable by torch's own seed. Any shape.
 
-
-def _noise(shape: torch.Size) -> Tensor:
-    """Floats uniform in [1, 2), of 23 random bits each, from a stream that torch's generator seeds.
-
-    torch.rand makes one number at a time on one thread, which is a twelfth of a training step with
-    masks; here a fast generator fills 64 bits at once, which become two floats in place.
+    On a CPU, memory traffic is what it costs: it goes by chunks that stay in a core's cache.
     """
-    count = shape.numel()
-    stream = np.random.Generator(np.random.SFC64(int(torch.randint(2**63 - 1, ()))))
-    words = stream.integers(-(2**63), 2**63, size=(count + 1) // 2, dtype=np.int64)
+    if logits.device.type != "cpu":
+        chance = torch.sigmoid(logits.detach().float())
+        return torch.rand_like(chance) < chance
+    flat = logits.detach().reshape(-1)
+    # Seeded by torch's generator, which itself makes one number at a time on one thread.
+    stream = np.random.SFC64(int(torch.randint(2**63 - 1, ())))
+    hard = torch.empty(flat.shape, dtype=torch.bool)
+    for start in range(0, len(flat), _CHUNK):
+        part = flat[start : start + _CHUNK]
+        chance = torch.sigmoid(part.float()).add_(1)
+        torch.lt(_noise(stream, len(part)), chance, out=hard[start : start + _CHUNK])
+    return hard.view(logits.shape)
+
+
+def _noise(stream: np.random.SFC64, count: int) -> Tensor:
+    """Floats (count,) uniform in [1, 2), of 23 random bits each, two from 64 bits of the stream."""
+    words = stream.random_raw((count + 1) // 2).view(np.int64)
     bits = torch.from_numpy(words).bitwise_and_(0x007FFFFF_007FFFFF)  # the two mantissas
     bits.bitwise_or_(0x3F800000_3F800000)  # sign and exponent of a float from 1 to 2
-    return bits.view(torch.float32)[:count].view(shape)
+    return bits.view(torch.float32)[:count]
 
 
 def bernoulli(logits: Tensor, noise: Tensor, through_sigmoid: bool = True) -> Tensor:
