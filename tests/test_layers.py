@@ -25,6 +25,7 @@ ROOMS = [
     ("method", "readout"),
     ("whole", "probe"),
     ("methods", "methods.*", "readouts", "readouts.*"),
+    ("streams",),
     ("delta", "recipe"),
     ("cost", "align", "distance", "compare", "sampler"),
     ("tune", "loop", "trainer", "evaluate", "merge", "attach"),

@@ -104,6 +104,10 @@ def parts(path: str | Path) -> list[Part]:
         bound = None if kept is None else combinatorial_bits(stream.count, kept) / 8
         size = len(stream.coded.payload)
         found.append(Part(stream.name, stream.coded.coding, stream.count, kept, size, bound))
+        if stream.values is not None:
+            size = len(stream.values.payload)
+            name = f"{stream.name}, values"
+            found.append(Part(name, stream.values.coding, kept or 0, None, size, None))
     index = len(groups[container.INDEX])
     header = path.stat().st_size - index - sum(part.bytes for part in found)
     return [

@@ -14,59 +14,18 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from howfine import container, plugins
+from howfine import container, plugins, streams
 from howfine.base import Base
 from howfine.change import Change
-from howfine.codec import (
-    PRECISIONS,
-    Coded,
-    decode_places,
-    decode_values,
-    encode_places,
-    encode_values,
-)
+from howfine.codec import PRECISIONS
 from howfine.errors import DamagedDelta, SettingError, WrongBase, near
 from howfine.method import Method, Tensors, methods
 from howfine.readout import Head, Labels, Readout, Wired, readouts
+from howfine.streams import Stream
 
 SUFFIX = ".delta.safetensors"
-# Places of one stream that are counted without a base to check them against.
-MOST_PLACES = 2**31
 # What the header's score lists, in this order.
 SCORE = ("metric", "value", "interval", "on", "n")
-
-
-@dataclass(frozen=True)
-class Stream:
-    """One coded tensor: its name, its shape, and whether it is a difference from the base."""
-
-    name: str  # "method/<path>" or "readout/<name>"
-    shape: tuple[int, ...]
-    coded: Coded
-    difference: bool = False
-
-    @property
-    def count(self) -> int:
-        """Number of entries."""
-        product = 1
-        for size in self.shape:
-            product *= size
-        return product
-
-    def kept(self) -> int | None:
-        """Places set, for a set of places; None for values."""
-        if self.coded.coding in PRECISIONS:
-            return None
-        if self.coded.coding in ("none", "all"):
-            return self.count if self.coded.coding == "all" else 0
-        if self.count > MOST_PLACES:
-            raise DamagedDelta(
-                f"stream {self.name!r} declares {self.count:,} places, more than any matrix has"
-            )
-        return int(decode_places(self.coded, self.count).count_nonzero())
 
 
 @dataclass(frozen=True)
@@ -95,21 +54,14 @@ class Delta:
     ) -> Delta:
         """Pack a change and a head. `store` is the precision of stored values.
 
-        Below fp32, a whole tensor of the base is stored as its difference from the base: the
-        difference is small, so its rounding is too.
+        Below fp32, what replaces values of the base is stored as the difference from them.
         """
         if store not in PRECISIONS:
             raise SettingError(f"store {store!r} is unknown. {near(store, PRECISIONS)}")
         readout = readout.settled(base)
-        streams = [
-            _encode(f"method/{path}", tensor, store, base)
-            for path, tensor in method.pack(base, change).items()
-        ]
-        # A head is a handful of numbers: sign or int8 would cost more score than bytes.
-        head_store = store if store in ("fp32", "bf16") else "fp16"
-        streams += [
-            _encode(f"readout/{name}", tensor, head_store, None)
-            for name, tensor in readout.pack(head).items()
+        found = [
+            *streams.encode("method", method.pack(base, change), store, base),
+            *streams.encode("readout", readout.pack(head), store, base),
         ]
         return cls(
             base_name=base.name,
@@ -117,7 +69,7 @@ class Delta:
             method=method,
             readout=readout,
             labels=labels,
-            streams=tuple(streams),
+            streams=tuple(found),
             base_kind=base.kind,
         )
 
@@ -138,12 +90,7 @@ class Delta:
         """(method's tensors, readout's tensors), decoded. Raises DamagedDelta, WrongBase."""
         self.check_base(base)
         self._check_sizes(base)
-        out: dict[str, Tensors] = {"method": {}, "readout": {}}
-        for stream in self.streams:
-            owner, _, name = stream.name.partition("/")
-            if owner not in out:
-                raise DamagedDelta(f"stream {stream.name!r} belongs to neither method nor readout")
-            out[owner][name] = _decode(stream, base, name)
+        out = streams.decode(self.streams, base)
         return out["method"], out["readout"]
 
     def _check_sizes(self, base: Base) -> None:
@@ -166,7 +113,7 @@ class Delta:
 
     def save(self, path: str | Path) -> int:
         """Write atomically; returns the file's bytes. Raises StorageError, leaving no half file."""
-        return container.write(Path(path), self.header(), _groups(self.streams))
+        return container.write(Path(path), self.header(), streams.groups(self.streams))
 
     @classmethod
     def load(cls, path: str | Path) -> Delta:
@@ -217,65 +164,7 @@ class Delta:
             method=plugins.build("method", methods(), method_name, method_settings),
             readout=plugins.build("readout", readouts(), readout_name, readout_settings),
             labels=tuple(map(str, header["labels"])),
-            streams=tuple(_streams(groups)),
+            streams=tuple(streams.parse(groups)),
             score=dict(zip(SCORE, header["score"], strict=True)) if "score" in header else {},
             base_kind=str(header.get("kind", "body")),
         )
-
-
-def _encode(name: str, tensor: Tensor, store: str, base: Base | None) -> Stream:
-    shape = tuple(tensor.shape)
-    if tensor.dtype == torch.bool:
-        return Stream(name, shape, encode_places(tensor))
-    path = name.partition("/")[2]
-    original = base.parameter(path) if base is not None and path in base.paths() else None
-    if store == "fp32" or original is None or original.shape != tensor.shape:
-        return Stream(name, shape, encode_values(tensor, store))
-    difference = tensor.float() - original.detach().float()
-    return Stream(name, shape, encode_values(difference, store), difference=True)
-
-
-def _decode(stream: Stream, base: Base, path: str) -> Tensor:
-    if stream.coded.coding in PRECISIONS:
-        tensor = decode_values(stream.coded, stream.count).view(stream.shape)
-        if stream.difference:
-            if path not in set(base.paths()) or base.parameter(path).shape != stream.shape:
-                raise DamagedDelta(f"the delta changes {path!r}, which {base.name} has not")
-            tensor = base.parameter(path).detach().float().cpu() + tensor
-        return tensor
-    return decode_places(stream.coded, stream.count).view(stream.shape)
-
-
-def _groups(streams: tuple[Stream, ...]) -> dict[str, bytes]:
-    """Payloads joined by kind, and the index that takes them apart again."""
-    joined: dict[str, list[bytes]] = {}
-    rows: list[list[Any]] = []
-    for stream in streams:
-        coded = stream.coded
-        group = coded.coding if coded.coding in PRECISIONS else container.PLACES
-        joined.setdefault(group, []).append(coded.payload)
-        row: list[Any] = [stream.name, list(stream.shape), coded.coding, len(coded.payload)]
-        rows.append([*row, int(stream.difference), *coded.params])
-    groups = {group: b"".join(parts) for group, parts in joined.items()}
-    groups[container.INDEX] = container.pack_index(rows)
-    return groups
-
-
-def _streams(groups: dict[str, bytes]) -> Iterator[Stream]:
-    """The inverse of `_groups`; every payload byte must be used exactly once."""
-    position = dict.fromkeys(groups, 0)
-    for name, shape, coding, length, difference, *params in container.unpack_index(groups):
-        group = coding if coding in PRECISIONS else container.PLACES
-        start = position[group]
-        sizes = [*shape, length]
-        if not all(isinstance(size, int) and 0 <= size < 2**48 for size in sizes) or (
-            start + length > len(groups[group])
-        ):
-            raise ValueError(f"stream {name!r} lies outside its group")
-        position[group] = start + length
-        payload = groups[group][start : start + length]
-        coded = Coded(str(coding), tuple(params), payload)
-        yield Stream(str(name), tuple(shape), coded, bool(difference))
-    position[container.INDEX] = len(groups[container.INDEX])
-    if any(position[group] != len(data) for group, data in groups.items()):
-        raise ValueError("some bytes belong to no stream")

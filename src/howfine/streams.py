@@ -1,0 +1,274 @@
+"""Streams: what a delta file is made of, and how tensors become streams and tensors again.
+
+A tensor of values is one stream, a set of places (a bool tensor) another. Changed entries of the
+base's tensors (sparse tensors) share one: the places among all entries of those tensors, in the
+base's order, and the values at them. Joined, a place costs log2 of all entries over those changed,
+and no tensor a row of the index.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from howfine import container
+from howfine.base import Base
+from howfine.codec import (
+    PRECISIONS,
+    Coded,
+    decode_places,
+    decode_values,
+    encode_places,
+    encode_values,
+)
+from howfine.errors import DamagedDelta
+from howfine.method import Tensors
+
+# Places of one stream that are counted without a base to check them against.
+MOST_PLACES = 2**31
+# Stands for a path where a stream is of several tensors; behind it, which ones.
+JOINED = "*"
+
+
+@dataclass(frozen=True)
+class Stream:
+    """One coded tensor, or the changed entries of several."""
+
+    # "method/<path>", "readout/<name>", or "method/*<set of tensors>" for joined entries, the set
+    # being a hexadecimal number with bit i for the base's i-th path.
+    name: str
+    shape: tuple[int, ...]
+    coded: Coded
+    # Whether the values are to be added to the base's.
+    difference: bool = False
+    # Values at the places, for changed entries.
+    values: Coded | None = None
+
+    @property
+    def count(self) -> int:
+        """Number of entries."""
+        return math.prod(self.shape)
+
+    @property
+    def size(self) -> int:
+        """Bytes of the payload, values included."""
+        return len(self.coded.payload) + (len(self.values.payload) if self.values else 0)
+
+    def kept(self) -> int | None:
+        """Places set, for a set of places; None for values."""
+        if self.coded.coding in PRECISIONS:
+            return None
+        if self.coded.coding in ("none", "all"):
+            return self.count if self.coded.coding == "all" else 0
+        if self.count > MOST_PLACES:
+            raise DamagedDelta(
+                f"stream {self.name!r} declares {self.count:,} places, more than any matrix has"
+            )
+        return int(decode_places(self.coded, self.count).count_nonzero())
+
+
+def encode(owner: str, tensors: Mapping[str, Tensor], store: str, base: Base) -> list[Stream]:
+    """Streams of what a method or a readout packed; values in the precision `store`.
+
+    Below fp32 what replaces values of the base is stored as the difference from them: it is small,
+    so its rounding is too.
+    """
+    streams = [
+        _encoded(f"{owner}/{name}", tensor, store, base)
+        for name, tensor in tensors.items()
+        if not tensor.is_sparse
+    ]
+    entries = {name: tensor for name, tensor in tensors.items() if tensor.is_sparse}
+    return [*streams, *_joined(owner, entries, store, base)]
+
+
+def _encoded(name: str, tensor: Tensor, store: str, base: Base) -> Stream:
+    shape = tuple(tensor.shape)
+    if tensor.dtype == torch.bool:
+        return Stream(name, shape, encode_places(tensor))
+    owner, _, path = name.partition("/")
+    original = base.parameter(path) if owner == "method" and path in base.paths() else None
+    if store == "fp32" or original is None or original.shape != tensor.shape:
+        return Stream(name, shape, encode_values(tensor, store))
+    difference = tensor.float() - original.detach().float()
+    return Stream(name, shape, encode_values(difference, store), difference=True)
+
+
+def _joined(owner: str, entries: Mapping[str, Tensor], store: str, base: Base) -> Iterator[Stream]:
+    """One stream for the changed entries of all tensors, none where nothing changed."""
+    members = [path for path in base.paths() if path in entries and entries[path]._nnz()]
+    if not members:
+        return
+    places, values, originals = [], [], []
+    for path in members:
+        index, found = flat_entries(entries[path])
+        original = base.parameter(path).detach().flatten()
+        place = torch.zeros(original.numel(), dtype=torch.bool)
+        place[index.cpu()] = True
+        places.append(place)
+        values.append(found.float().cpu())
+        originals.append(original[index.to(original.device)].float().cpu())
+    together, found = torch.cat(places), torch.cat(values)
+    if store != "fp32":
+        found = found - torch.cat(originals)
+    name = f"{owner}/{JOINED}{_as_number(members, base):x}"
+    yield Stream(
+        name,
+        (len(together),),
+        encode_places(together),
+        difference=store != "fp32",
+        values=encode_values(found, store),
+    )
+
+
+def flat_entries(tensor: Tensor) -> tuple[Tensor, Tensor]:
+    """(row-major indices ascending, values) of a sparse tensor, (k,) each."""
+    tensor = tensor.coalesce()
+    index = torch.zeros(tensor._nnz(), dtype=torch.long, device=tensor.device)
+    for axis, size in enumerate(tensor.shape):
+        index = index * size + tensor.indices()[axis]
+    return index, tensor.values()
+
+
+def sparse(index: Tensor, values: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """A sparse tensor of `shape` from row-major indices ascending and values, (k,) each."""
+    where = torch.stack(torch.unravel_index(index, shape))
+    return torch.sparse_coo_tensor(where, values, shape, is_coalesced=True, check_invariants=False)
+
+
+def _as_number(members: list[str], base: Base) -> int:
+    chosen = set(members)
+    return sum(1 << bit for bit, path in enumerate(base.paths()) if path in chosen)
+
+
+def decode(streams: tuple[Stream, ...], base: Base) -> dict[str, Tensors]:
+    """Tensors by owner ("method", "readout") and name.
+
+    Raises DamagedDelta for streams that don't fit the base.
+    """
+    out: dict[str, Tensors] = {"method": {}, "readout": {}}
+    for stream in streams:
+        owner, _, name = stream.name.partition("/")
+        if owner not in out:
+            raise DamagedDelta(f"stream {stream.name!r} belongs to neither method nor readout")
+        if stream.values is not None:
+            out[owner] |= _taken_apart(stream, name, stream.values, base)
+        else:
+            out[owner][name] = _decoded(stream, base, name)
+    return out
+
+
+def _decoded(stream: Stream, base: Base, path: str) -> Tensor:
+    if stream.coded.coding in PRECISIONS:
+        tensor = decode_values(stream.coded, stream.count).view(stream.shape)
+        if stream.difference:
+            if path not in set(base.paths()) or base.parameter(path).shape != stream.shape:
+                raise DamagedDelta(f"the delta changes {path!r}, which {base.name} has not")
+            tensor = base.parameter(path).detach().float().cpu() + tensor
+        return tensor
+    return decode_places(stream.coded, stream.count).view(stream.shape)
+
+
+def _taken_apart(stream: Stream, name: str, coded: Coded, base: Base) -> Tensors:
+    members = members_of(stream, base.paths())
+    sizes = [base.parameter(path).numel() for path in members]
+    if not members or not name.startswith(JOINED) or stream.shape != (sum(sizes),):
+        raise DamagedDelta(
+            f"stream {stream.name!r} of {stream.count:,} entries does not fit the base "
+            f"{base.name}; the file is damaged, or made for another model"
+        )
+    places = decode_places(stream.coded, stream.count).split(sizes)
+    indices = [place.nonzero().flatten() for place in places]
+    counts = [len(index) for index in indices]
+    values = decode_values(coded, sum(counts)).split(counts)
+    found = {}
+    for path, index, value in zip(members, indices, values, strict=True):
+        parameter = base.parameter(path)
+        if stream.difference:
+            original = parameter.detach().flatten()[index.to(parameter.device)]
+            value = original.float().cpu() + value
+        found[path] = sparse(index, value, tuple(parameter.shape))
+    return found
+
+
+def members_of(stream: Stream, paths: list[str]) -> list[str]:
+    """The paths, of a base's `paths`, whose entries a joined stream holds.
+
+    Raises DamagedDelta for a set of others.
+    """
+    digits = stream.name.partition("/")[2].removeprefix(JOINED)
+    number = int(digits, 16) if digits and set(digits) <= set("0123456789abcdef") else 0
+    if number.bit_length() > len(paths):
+        raise DamagedDelta(
+            f"stream {stream.name!r} names tensor {number.bit_length()}, of a base that has "
+            f"{len(paths)}; the file is damaged, or made for another model"
+        )
+    return [path for bit, path in enumerate(paths) if number >> bit & 1]
+
+
+def groups(streams: tuple[Stream, ...]) -> dict[str, bytes]:
+    """Payloads joined by kind, and the index that takes them apart again."""
+    joined: dict[str, list[bytes]] = {}
+    rows: list[list[Any]] = []
+    for stream in streams:
+        rows.append([stream.name, list(stream.shape), *_row(stream.coded, stream, joined)])
+        if stream.values is not None:  # an empty name: at the places of the row before
+            rows.append(["", [], *_row(stream.values, stream, joined)])
+    made = {group: b"".join(parts) for group, parts in joined.items()}
+    made[container.INDEX] = container.pack_index(rows)
+    return made
+
+
+def _row(coded: Coded, stream: Stream, joined: dict[str, list[bytes]]) -> list[Any]:
+    joined.setdefault(_group(coded), []).append(coded.payload)
+    return [coded.coding, len(coded.payload), int(stream.difference), *coded.params]
+
+
+def _group(coded: Coded) -> str:
+    return coded.coding if coded.coding in PRECISIONS else container.PLACES
+
+
+def parse(groups: dict[str, bytes]) -> Iterator[Stream]:
+    """The inverse of `groups`; every payload byte must be used exactly once.
+
+    Raises ValueError or TypeError for an index that does not fit.
+    """
+    position = dict.fromkeys(groups, 0)
+
+    def coded(coding: Any, length: Any, params: list[Any]) -> Coded:
+        made = Coded(str(coding), tuple(params), b"")
+        group = _group(made)
+        start = position[group]
+        if not _is_size(length) or start + length > len(groups[group]):
+            raise ValueError("a stream lies outside its group")
+        position[group] = start + length
+        return Coded(made.coding, made.params, groups[group][start : start + length])
+
+    waiting: Stream | None = None
+    for name, shape, coding, length, difference, *params in container.unpack_index(groups):
+        if not all(map(_is_size, shape)):
+            raise ValueError(f"stream {name!r} has no shape")
+        found = coded(coding, length, params)
+        if name == "":
+            if waiting is None or waiting.coded.coding in PRECISIONS or shape:
+                raise ValueError("values without places")
+            yield Stream(waiting.name, waiting.shape, waiting.coded, bool(difference), found)
+            waiting = None
+            continue
+        if waiting is not None:
+            yield waiting
+        waiting = Stream(str(name), tuple(shape), found, bool(difference))
+    if waiting is not None:
+        yield waiting
+    position[container.INDEX] = len(groups[container.INDEX])
+    if any(position[group] != len(data) for group, data in groups.items()):
+        raise ValueError("some bytes belong to no stream")
+
+
+def _is_size(size: Any) -> bool:
+    return isinstance(size, int) and 0 <= size < 2**48
