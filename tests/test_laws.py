@@ -23,10 +23,10 @@ from tiny import (
     LABELS,
     READOUT,
     Fitted,
-    TinyProbe,
     fit_a_little,
     logits_of,
     loss_of,
+    probe_for,
     tiny_base,
     tiny_task,
     weight_at,
@@ -247,7 +247,7 @@ def test_moves(name: str, base_name: str) -> None:
     fitted.change.remove()
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        with chosen.attach(base, TinyProbe(READOUT)):
+        with chosen.attach(base, probe_for(chosen, READOUT, base)):
             before = fitted.logits()
     assert torch.isfinite(after).all()
     assert (after - before).abs().max() > 1e-3

@@ -27,7 +27,7 @@ ROOMS = [
     ("methods", "methods.*", "readouts", "readouts.*"),
     ("streams",),
     ("delta", "recipe"),
-    ("cost", "align", "distance", "compare", "sampler"),
+    ("start", "cost", "align", "distance", "compare", "sampler"),
     ("tune", "loop", "trainer", "evaluate", "merge", "attach"),
     ("ledger", "answer", "plan", "stored"),
     ("queue", "study"),

@@ -8,7 +8,7 @@ padding that leaks then shows in the outputs.
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +21,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from howfine.base import Base
 from howfine.change import Change
 from howfine.delta import Delta
-from howfine.method import Method
+from howfine.method import Gradient, Method
+from howfine.probe import GradientProbe
 from howfine.readout import Head, Readout, Wired, readout
 from howfine.task import Example, Task
 
@@ -182,26 +183,42 @@ def tiny_task(pair: bool = False) -> Task:
 
 
 class TinyProbe:
-    """Mean |∂loss/∂θ| per entry over two batches of the tiny task: see `howfine.method.Probe`."""
+    """The tiny task as seen through a readout, in two batches: see `howfine.method.Probe`.
 
-    def __init__(self, readout: Readout) -> None:
+    With a base, there is a start: its weights, each moved a little.
+    """
+
+    def __init__(self, readout: Readout, base: Base | None = None) -> None:
         self.readout = readout
+        self.start = tuned_weights(base) if base else {}
 
-    def gradients(self, base: Base, paths: list[str]) -> dict[str, Tensor]:
+    def gradients(
+        self,
+        base: Base,
+        paths: list[str],
+        of: Gradient = "magnitude",
+        at: Mapping[str, Tensor] | None = None,
+    ) -> dict[str, Tensor]:
         with torch.random.fork_rng():
             torch.manual_seed(0)
-            wired = Wired(base, self.readout, self.readout.attach(base, LABELS)).eval()
-        parameters = [base.parameter(path).requires_grad_(True) for path in paths]
-        sums = [torch.zeros_like(parameter) for parameter in parameters]
-        examples = tiny_task().splits["train"]
-        for half in (examples[:8], examples[8:]):
-            loss = wired(**self.readout.collate(base, half).as_kwargs())["loss"]
-            found = torch.autograd.grad(loss, parameters, allow_unused=True)
-            for total, gradient in zip(sums, found, strict=True):
-                total += 0 if gradient is None else gradient.abs() / 2
-        for parameter in parameters:
-            parameter.requires_grad_(False)
-        return dict(zip(paths, sums, strict=True))
+            wired = Wired(base, self.readout, self.readout.attach(base, LABELS))
+        probe = GradientProbe(wired, base, tiny_task().splits["train"], 8)
+        return probe.gradients(base, paths, of, at)
+
+
+def tuned_weights(base: Base) -> dict[str, Tensor]:
+    """What fine-tuning might have made of every parameter of a base; the same each time."""
+    generator = torch.Generator().manual_seed(1)
+    return {
+        path: base.parameter(path).detach()
+        + 0.1 * torch.randn(base.parameter(path).shape, generator=generator)
+        for path in base.paths()
+    }
+
+
+def probe_for(chosen: Method, read: Readout, base: Base) -> TinyProbe:
+    """A probe, with a start where the method needs one."""
+    return TinyProbe(read, base if chosen.start == "needed" else None)
 
 
 def owner_of(base: Base, path: str) -> tuple[nn.Module, str]:
@@ -248,7 +265,7 @@ class Fitted:
 
 def wire(base: Base, chosen: Method, read: Readout = READOUT) -> Fitted:
     """The method and a readout put on a base, untrained."""
-    change = chosen.attach(base, TinyProbe(read))
+    change = chosen.attach(base, probe_for(chosen, read, base))
     head = read.attach(base, LABELS)
     return Fitted(base, chosen, change, head, Wired(base, read, head))
 

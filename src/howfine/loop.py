@@ -17,6 +17,7 @@ from howfine.errors import SettingError
 from howfine.probe import GradientProbe
 from howfine.readout import Wired
 from howfine.recipe import Recipe
+from howfine.start import Start
 from howfine.task import Task
 from howfine.trainer import Parts, trainer_of
 
@@ -29,17 +30,29 @@ class Fit:
     """
 
     def __init__(
-        self, base: Base, task: Task, recipe: Recipe, seed: int, folder: Path, progress: bool
+        self,
+        base: Base,
+        task: Task,
+        recipe: Recipe,
+        seed: int,
+        folder: Path,
+        progress: bool,
+        start: Start | None = None,
     ) -> None:
         set_seed(seed)
         self.memory = PeakMemory(base.device)
+        start = start or Start({})
         head = recipe.readout.attach(base, task.labels)
-        model = Wired(base, recipe.readout, head)
-        probe = GradientProbe(model, base, task.splits["train"], recipe.training.batch_size)
+        if start.head is not None:
+            head.load_state_dict(start.head.state_dict())
+        training = recipe.training
+        model = Wired(base, recipe.readout, head, dropout=not training.eval_mode)
+        rows = task.splits["train"]
+        probe = GradientProbe(model, base, rows, training.batch_size, start.weights)
         with ExitStack() as undo:
             undo.callback(base.towers.eval)
             change = undo.enter_context(recipe.method.attach(base, probe))
-            if recipe.training.gradient_checkpointing:
+            if training.gradient_checkpointing:
                 undo.callback(_checkpoint_activations(base))
             self.trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
             self.parts = Parts(base, task, recipe, model, head, change)

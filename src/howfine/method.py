@@ -8,7 +8,8 @@ the docs check, the study and the cost table find it by being there.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any, ClassVar, Protocol
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -20,11 +21,31 @@ from howfine.change import Change
 Tensors = dict[str, Tensor]
 
 
+Gradient = Literal["magnitude", "square", "mean"]
+
+
 class Probe(Protocol):
     """A task as seen through a readout: what a method may ask about the data."""
 
-    def gradients(self, base: Base, paths: list[str]) -> dict[str, Tensor]:
-        """Mean |∂loss/∂θ| per entry at the current base, over a few batches, for these paths."""
+    @property
+    def start(self) -> Mapping[str, Tensor]:
+        """Weights to start from, by path, where they differ from the base's.
+
+        Those of the phase before, or of another checkpoint.
+        """
+        ...
+
+    def gradients(
+        self,
+        base: Base,
+        paths: list[str],
+        of: Gradient = "magnitude",
+        at: Mapping[str, Tensor] | None = None,
+    ) -> dict[str, Tensor]:
+        """Mean |∂loss/∂θ|, (∂loss/∂θ)² or ∂loss/∂θ per entry over a few batches.
+
+        Taken at the base, or where its weights are those of `at`.
+        """
         ...
 
 
@@ -36,6 +57,8 @@ class Method(ABC):
 
     # Whether attaching alone leaves the outputs as they were.
     starts_at_base: ClassVar[bool] = True
+    # Whether a fit starts from the weights of an earlier phase or another checkpoint (Probe.start).
+    start: ClassVar[Literal["none", "optional", "needed"]] = "none"
 
     def __init_subclass__(cls) -> None:
         if cls.__bases__ != (Method,):
@@ -47,7 +70,11 @@ class Method(ABC):
 
     @abstractmethod
     def pack(self, base: Base, change: Change) -> Tensors:
-        """The fewest tensors that say it all; bool tensors are sets of places."""
+        """The fewest tensors that say it all.
+
+        A bool tensor is a set of places; a sparse tensor at a path of the base holds the new values
+        of some of its entries. Whatever is no change (equal to the base's) may be left out.
+        """
 
     @abstractmethod
     def unpack(self, base: Base, tensors: Tensors) -> Change:
@@ -58,7 +85,11 @@ class Method(ABC):
         return torch.zeros(())
 
     def groups(self, change: Change) -> list[dict[str, Any]]:
-        """Optimiser groups: `params` and, where they want their own, `lr_scale`, `weight_decay`."""
+        """Optimiser groups: `params` and, where they want their own, the settings of a rate.
+
+        `lr` or `lr_scale` (times the training's), `weight_decay`, `constant` (a rate that no
+        schedule touches), `clip` (a name: groups of one name are clipped by their own joint norm).
+        """
         return [{"params": list(change.trainable.values())}]
 
     def learning_rate(self, steps: int) -> float:

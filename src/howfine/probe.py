@@ -2,31 +2,62 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from howfine import surgery
 from howfine.base import Base
 from howfine.batch import to_device
+from howfine.method import Gradient, as_parameter
 from howfine.readout import Wired
 from howfine.task import Example
 
 PROBE_BATCHES = 16
+
+_SIZES: dict[Gradient, Callable[[Tensor], Tensor]] = {
+    "magnitude": torch.abs,
+    "square": torch.square,
+    "mean": lambda gradient: gradient,
+}
 
 
 class GradientProbe:
     """Answers a method's questions about the data: see `howfine.method.Probe`."""
 
     def __init__(
-        self, model: Wired, base: Base, examples: Sequence[Example], batch_size: int
+        self,
+        model: Wired,
+        base: Base,
+        examples: Sequence[Example],
+        batch_size: int,
+        start: Mapping[str, Tensor] | None = None,
     ) -> None:
         self.model, self.base = model, base
         self.examples, self.batch_size = examples, batch_size
+        self.start = dict(start or {})
 
-    def gradients(self, base: Base, paths: list[str]) -> dict[str, Tensor]:
-        """Mean |∂loss/∂θ| per entry over a few batches, dropout off, at the current base."""
-        parameters = {path: base.parameter(path) for path in paths}
+    def gradients(
+        self,
+        base: Base,
+        paths: list[str],
+        of: Gradient = "magnitude",
+        at: Mapping[str, Tensor] | None = None,
+    ) -> dict[str, Tensor]:
+        """Of the loss, per entry, over a few batches, dropout off: see `howfine.method.Probe`."""
+        with ExitStack() as undo:
+            parameters = {path: base.parameter(path) for path in paths}
+            for path, weight in (at or {}).items():
+                value = as_parameter(weight, base.parameter(path))
+                undo.callback(surgery.replace(base.towers, path, value))
+                if path in parameters:
+                    parameters[path] = value
+            return self._mean(parameters, of)
+
+    def _mean(self, parameters: dict[str, nn.Parameter], of: Gradient) -> dict[str, Tensor]:
+        base, size = self.base, _SIZES[of]
         sums = {path: torch.zeros_like(p, dtype=torch.float32) for path, p in parameters.items()}
         was_training = self.model.training
         self.model.eval()
@@ -44,7 +75,7 @@ class GradientProbe:
                 found = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
                 for path, gradient in zip(parameters, found, strict=True):
                     if gradient is not None:  # a pooler that the readout never reads
-                        sums[path] += gradient.float().abs() / len(rows)
+                        sums[path] += size(gradient.float()) / len(rows)
         finally:
             for parameter in parameters.values():
                 parameter.requires_grad_(False)

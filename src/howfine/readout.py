@@ -91,8 +91,9 @@ class Wired(nn.Module):
     # Trainer then divides the loss by the accumulation steps itself.
     accepts_loss_kwargs = False
 
-    def __init__(self, base: Base, readout: Readout, head: Head) -> None:
+    def __init__(self, base: Base, readout: Readout, head: Head, dropout: bool = True) -> None:
         super().__init__()
+        self._dropout = dropout
         self._base = base
         self.towers = base.towers
         self.head = head.to(base.device)
@@ -101,8 +102,12 @@ class Wired(nn.Module):
     def train(self, mode: bool = True) -> Wired:
         """As in torch, but frozen blocks below the change stay in evaluation mode: `Base.train`."""
         super().train(mode)
-        if mode:
+        if mode and self._dropout:
             self._base.train()
+        elif mode:
+            for module in self.modules():  # what trains knows it; all else computes as in use
+                own = module.parameters(recurse=False)
+                module.training = any(parameter.requires_grad for parameter in own)
         return self
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]

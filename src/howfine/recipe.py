@@ -53,6 +53,10 @@ class Training:
     group_by_length: bool = True
     # Recompute activations in the backward pass (saves memory, costs time).
     gradient_checkpointing: bool = False
+    # adamw, or sgd without momentum.
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    # Train in evaluation mode: no dropout, in the base nor in the head.
+    eval_mode: bool = False
     # Where to log: none, tensorboard, trackio, … as transformers' report_to.
     report_to: str = "none"
 
@@ -90,8 +94,15 @@ class Recipe:
     store: str = "fp32"
     # Settings a study varies, with the values it tries: the size knob.
     knob: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    # What the fit starts from: the phase before it, or a delta file or checkpoint folder.
+    start: Recipe | str | None = None
 
     def __post_init__(self) -> None:
+        if self.start is not None and self.method.start == "none":
+            raise SettingError(
+                f"recipe {self.name}: its method begins at the base and takes no 'start'; leave "
+                "it out"
+            )
         if self.store not in PRECISIONS:
             near_one = near(str(self.store), PRECISIONS)
             raise SettingError(f"recipe {self.name}, store {self.store!r} is unknown. {near_one}")
@@ -118,7 +129,7 @@ class Recipe:
     @classmethod
     def parse(cls, name: str, raw: Any) -> Recipe:
         """A recipe from a YAML file's content; unknown keys are errors with the near name."""
-        known = ("about", "method", "readout", "training", "store", "knob")
+        known = ("about", "method", "readout", "training", "store", "knob", "start")
         if not isinstance(raw, dict) or "method" not in raw:
             raise SettingError(f"recipe {name}: expected a mapping with a 'method'; see docs")
         for key in raw:
@@ -141,6 +152,7 @@ class Recipe:
             ),
             store=str(raw.get("store", "fp32")),
             knob=_knob(raw.get("knob"), f"recipe {name}, knob"),
+            start=_start(raw.get("start"), name, readout),
         )
 
     def override(self, /, **settings: Any) -> Recipe:
@@ -150,8 +162,15 @@ class Recipe:
         """
         parts: dict[str, dict[str, Any]] = {}
         for key, value in settings.items():
-            parts.setdefault(self._home(key), {})[key] = value
+            part, name = self._home(key)
+            parts.setdefault(part, {})[name] = value
         found = self
+        if isinstance(self.start, Recipe):
+            # Phases share a readout; what else an earlier one is told begins with "start".
+            before = parts.pop("start", {}) | parts.get("readout", {})
+            found = dataclasses.replace(found, start=self.start.override(**before))
+        if "start" in parts:
+            found = dataclasses.replace(found, start=str(parts.pop("start")["start"]))
         for part, changed in parts.items():
             if part == "store":
                 found = dataclasses.replace(found, **changed)
@@ -162,14 +181,21 @@ class Recipe:
             found = dataclasses.replace(found, **{part: made})
         return found
 
-    def _home(self, key: str) -> str:
-        """The part of a recipe that a setting belongs to; "store" is its own."""
+    def _home(self, key: str) -> tuple[str, str]:
+        """The part of a recipe that a setting belongs to, and its name there.
+
+        "store" and "start" are their own; "start_epochs" are the epochs of the phase before.
+        """
         known = {"store": "store"}
+        if isinstance(self.start, Recipe) and key.startswith("start_"):
+            return "start", key.removeprefix("start_")
+        if self.method.start != "none" and not isinstance(self.start, Recipe):
+            known["start"] = "start"
         for part in ("readout", "method", "training"):
             known |= dict.fromkeys((f.name for f in dataclasses.fields(getattr(self, part))), part)
         if key not in known:
             raise SettingError(f"recipe {self.name} has no setting {key!r}. {near(key, known)}")
-        return known[key]
+        return known[key], key
 
     def as_dict(self) -> dict[str, Any]:
         """The record a study stores: settings that differ from their defaults."""
@@ -181,7 +207,14 @@ class Recipe:
             "readout": {readout_name: plugins.settings_of(self.readout)},
             "training": plugins.settings_of(self.training),
             "store": self.store,
+            **({} if self.start is None else {"start": self._start_as_dict()}),
         }
+
+    def _start_as_dict(self) -> Any:
+        if isinstance(self.start, Recipe):
+            record = self.start.as_dict()
+            return {key: value for key, value in record.items() if key != "recipe"}
+        return self.start
 
 
 def recipes() -> list[str]:
@@ -208,6 +241,14 @@ def _shipped() -> dict[str, str]:
         for item in folder.iterdir()
         if item.name.endswith(".yaml")
     }
+
+
+def _start(raw: Any, name: str, readout: Readout) -> Recipe | str | None:
+    """The phase before, inline or a recipe's name, with the same readout; or a path."""
+    if raw is None or (isinstance(raw, str) and raw not in recipes()):
+        return raw
+    found = Recipe.load(raw) if isinstance(raw, str) else Recipe.parse(f"{name}, start", raw)
+    return dataclasses.replace(found, readout=readout, knob={})
 
 
 def _one(raw: Any, where: str) -> tuple[str, dict[str, Any]]:

@@ -135,7 +135,8 @@ def _place(folder: Path) -> str:
 def run_once(run: Run, base: Base, task: Task, folder: Path, keep: bool) -> Record:
     """One run: fit, store, load again, score on dev and test."""
     path = folder / "deltas" / f"{run.key}{SUFFIX}"
-    tuned = tune(base, task, run.recipe, out=path, seed=run.seed)
+    starts = folder / "starts"  # a phase that several runs begin with is fitted once
+    tuned = tune(base, task, run.recipe, out=path, seed=run.seed, starts=starts)
     test = evaluate(tuned.delta, base, task, split="test")
     record = {
         **_identity(run),
@@ -164,5 +165,5 @@ def _identity(run: Run) -> Record:
         "role": run.role,
         "settings": dict(run.settings),
         "seed": run.seed,
-        "record": {name: record[name] for name in ("method", "readout", "training", "store")},
+        "record": {name: value for name, value in record.items() if name != "recipe"},
     }

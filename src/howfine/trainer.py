@@ -136,9 +136,35 @@ class PartsTrainer(Trainer):
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """Groups of the method, then the head with its own rate; no decay on biases and norms."""
         if self.optimizer is None:
-            _, options = self.get_optimizer_cls_and_kwargs(self.args)
-            self.optimizer = AdamW(_groups(self.parts, self.args.learning_rate), **options)
+            groups = _groups(self.parts, self.args.learning_rate)
+            if self.parts.recipe.training.optimizer == "sgd":
+                self.optimizer = torch.optim.SGD(groups)
+            else:
+                _, options = self.get_optimizer_cls_and_kwargs(self.args)
+                self.optimizer = AdamW(groups, **options)
         return self.optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """Trainer's, but for groups whose rate is constant."""
+        scheduler: Any = super().create_scheduler(num_training_steps, optimizer)
+        for number, group in enumerate(scheduler.optimizer.param_groups):
+            if group.get("constant"):
+                scheduler.lr_lambdas[number] = _always
+                group["lr"] = group["initial_lr"]
+        return scheduler
+
+    def _clip_grad_norm(self, model: Any) -> Any:
+        """Trainer's over all groups but those that are clipped by a norm of their own."""
+        apart: dict[str, list[Tensor]] = {}
+        assert self.optimizer is not None
+        for group in self.optimizer.param_groups:
+            apart.setdefault(group.get("clip", ""), []).extend(group["params"])
+        if len(apart) == 1:
+            return super()._clip_grad_norm(model)
+        norm = self.accelerator.clip_grad_norm_(apart.pop(""), self.args.max_grad_norm)
+        for parameters in apart.values():
+            torch.nn.utils.clip_grad_norm_(parameters, self.args.max_grad_norm)
+        return norm
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
@@ -194,6 +220,10 @@ class _Clock(TrainerCallback):
         return time.perf_counter() - self.start
 
 
+def _always(step: int) -> float:
+    return 1.0
+
+
 def _groups(parts: Parts, learning_rate: float) -> list[dict[str, Any]]:
     """Optimiser groups: the method's and the head's, each split by decay."""
     training = parts.recipe.training
@@ -206,9 +236,10 @@ def _groups(parts: Parts, learning_rate: float) -> list[dict[str, Any]]:
         decay = group.get("weight_decay", training.weight_decay)
         matrices = [p for p in group["params"] if p.ndim > 1]
         vectors = [p for p in group["params"] if p.ndim <= 1]
+        own = {"constant": group.get("constant", False), "clip": group.get("clip", "")}
         groups += [
-            {"params": matrices, "lr": lr, "weight_decay": decay},
-            {"params": vectors, "lr": lr, "weight_decay": 0.0},
+            {"params": matrices, "lr": lr, "weight_decay": decay, **own},
+            {"params": vectors, "lr": lr, "weight_decay": 0.0, **own},
         ]
     return [group for group in groups if group["params"]]
 

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
+import shutil
 import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
 
+from howfine import start as start_of
 from howfine.base import Base
 from howfine.container import write_atomically
 from howfine.delta import SUFFIX, Delta
@@ -20,6 +24,7 @@ from howfine.errors import SettingError, StorageError, near
 from howfine.evaluate import Score, evaluate
 from howfine.loop import Fit
 from howfine.recipe import Recipe
+from howfine.start import Start
 from howfine.task import Task
 
 
@@ -52,14 +57,16 @@ def tune(
     split: str = "dev",
     work: str | Path | None = None,
     resume: bool = False,
+    starts: str | Path | None = None,
     progress: bool = False,
     **settings: Any,
 ) -> Tuned:
     """Fit a recipe and store the delta at `out`; the score is of the file, loaded again.
 
     `settings` override the recipe's. `work` keeps the training checkpoints, of which there are as
-    many as `evaluations`; with `resume` the newest of them is picked up. Raises TrainingError where
-    the loss or what was trained stops being finite, StorageError where a file can't be written,
+    many as `evaluations`; with `resume` the newest of them is picked up. `starts` keeps the deltas
+    of earlier phases, for other trainings that begin with the same. Raises TrainingError where the
+    loss or what was trained stops being finite, StorageError where a file can't be written,
     SettingError for settings that don't fit together.
     """
     recipe = (Recipe.load(recipe) if isinstance(recipe, str) else recipe).override(**settings)
@@ -73,22 +80,81 @@ def tune(
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(work or scratch)
         checkpoint = _claim(folder, _record(base, task, recipe, seed), resume)
-        with Fit(base, task, recipe, seed, folder, progress) as fit:
+        with (
+            _phases_before(base, task, recipe, seed, _starts(starts, work, out)) as before,
+            Fit(base, task, recipe, seed, folder, progress, before.start) as fit,
+        ):
             packed = _trained(fit, checkpoint, folder)
     main = fit.trainer.is_world_process_zero()
     score = _store(packed, out, base, task, split) if main else None
     fit.trainer.accelerator.wait_for_everyone()
     delta = Delta.load(out)
-    return Tuned(
-        delta=delta,
-        path=out,
-        bytes=out.stat().st_size,
-        score=score or evaluate(delta, base, task, split=split),
-        seconds=fit.seconds,
-        steps=fit.trainer.state.global_step,
-        peak_bytes=fit.peak_bytes,
-        trainable=fit.trainable,
-    )
+    cost = {"peak_bytes": fit.peak_bytes, "trainable": fit.trainable}
+    cost["steps"] = before.steps + fit.trainer.state.global_step
+    score = score or evaluate(delta, base, task, split=split)
+    return Tuned(delta, out, out.stat().st_size, score, before.seconds + fit.seconds, **cost)
+
+
+@dataclass(frozen=True)
+class _Before:
+    """What the phases before the last one gave, and what they cost."""
+
+    start: Start | None = None
+    seconds: float = 0.0
+    steps: int = 0
+
+
+def _starts(starts: str | Path | None, work: str | Path | None, out: Path) -> tuple[Path, bool]:
+    """Where deltas of earlier phases go, and whether they stay there."""
+    if starts or work:
+        return Path(starts or f"{work}/starts"), True
+    return out.with_name(f".{out.name}.starts"), False
+
+
+@contextmanager
+def _phases_before(
+    base: Base, task: Task, recipe: Recipe, seed: int, kept: tuple[Path, bool]
+) -> Iterator[_Before]:
+    """What the last phase starts from; its files go when it is done, unless they are to stay."""
+    folder, stay = kept
+    try:
+        yield _before(base, task, recipe, seed, folder)
+    finally:
+        if not stay:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _before(base: Base, task: Task, recipe: Recipe, seed: int, kept: Path) -> _Before:
+    """Fit the phase before, as far as `kept` has not its delta, and start from that file."""
+    first = recipe.start
+    if first is None:
+        return _Before()
+    if isinstance(first, str):
+        return _Before(start_of.of_file(first, base, recipe.readout, task.labels))
+    record = json.dumps(_record(base, task, first, seed) | {"recipe": ""}, sort_keys=True)
+    path = kept / f"{hashlib.sha256(record.encode()).hexdigest()[:16]}{SUFFIX}"
+    costs = path.with_suffix(".json")
+    if not costs.exists():
+        _fit_phase(base, task, first, seed, path, costs)
+    spent = json.loads(costs.read_text())
+    start = start_of.of_delta(Delta.load(path), base, recipe.readout, task.labels)
+    return _Before(start, spent["seconds"], spent["steps"])
+
+
+def _fit_phase(base: Base, task: Task, first: Recipe, seed: int, path: Path, costs: Path) -> None:
+    """A phase as a file, and beside it what it and those before it cost."""
+    earlier = _before(base, task, first, seed, path.parent)
+    with (
+        tempfile.TemporaryDirectory() as scratch,
+        Fit(base, task, first, seed, Path(scratch), False, earlier.start) as fit,
+    ):
+        packed = _trained(fit, None, Path(scratch))
+    steps = earlier.steps + fit.trainer.state.global_step
+    if fit.trainer.is_world_process_zero():
+        packed.save(path)
+        spent = {"seconds": earlier.seconds + fit.seconds, "steps": steps}
+        write_atomically(costs, json.dumps(spent).encode())
+    fit.trainer.accelerator.wait_for_everyone()
 
 
 def _check(task: Task, split: str, seed: int, out: Path) -> None:
