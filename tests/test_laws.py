@@ -16,6 +16,7 @@ from howfine import cost, surgery
 from howfine.base import Base
 from howfine.codec import PRECISIONS
 from howfine.delta import SUFFIX, Delta
+from howfine.entries import flat_entries
 from howfine.errors import SettingError, WrongBase
 from howfine.method import examples, method, methods
 from howfine.readout import Wired
@@ -360,7 +361,7 @@ def test_stored_precision(
     for stored, found in zip(delta.tensors(fresh), loaded.tensors(fresh), strict=True):
         assert stored.keys() == found.keys()
         for key, value in stored.items():
-            assert torch.equal(value, found[key]), key
+            assert torch.equal(dense(value), dense(found[key])), key
     with delta.applied(fresh) as wired:
         stored_logits = logits_of(wired, fresh)
     with loaded.applied(fresh) as wired:
@@ -374,8 +375,13 @@ def check_rounding(fitted: Fitted, loaded: Delta, fresh: Base, store: str) -> No
     found, _ = loaded.tensors(fresh)
     assert found.keys() == trained.keys()
     known = dict(fresh.towers.named_parameters())
+    together = [dense(v) - known[p].detach() for p, v in trained.items() if v.is_sparse]
+    joint = max((float(moved[moved.abs() < 1e6].abs().max()) for moved in together), default=0.0)
     for path, value in trained.items():
         assert found[path].shape == value.shape
+        if value.is_sparse:  # one scale for all of them
+            check_entries(value, found[path], known[path].detach(), joint, store)
+            continue
         if value.dtype == torch.bool or store == "fp32":
             assert torch.equal(found[path], value), path
             continue
@@ -387,6 +393,34 @@ def check_rounding(fitted: Fitted, loaded: Delta, fresh: Base, store: str) -> No
         else:
             bound = PRECISION[store] * moved.abs().max() + 2**-23 * value.abs().max()
             assert (found[path] - value).abs().max() <= bound, path
+
+
+def dense(tensor: Tensor) -> Tensor:
+    """A tensor as it is; a sparse one with a number that no weight has where it says nothing."""
+    if not tensor.is_sparse:
+        return tensor
+    index, values = flat_entries(tensor)
+    made = torch.full((tensor.numel(),), 1e9)
+    made[index] = values
+    return made.view(tensor.shape)
+
+
+def check_entries(
+    value: Tensor, found: Tensor, original: Tensor, largest: float, store: str
+) -> None:
+    """The same places; values rounded by what `store` promises, the scale being one for all."""
+    (index, trained), (again, stored) = flat_entries(value), flat_entries(found)
+    assert torch.equal(index, again)
+    if store == "fp32":
+        assert torch.equal(trained, stored)
+        return
+    before = original.flatten()[index]
+    if store == "sign":
+        moved = trained - before
+        assert ((stored - before > 0) == (moved > 0))[moved.abs() > 1e-6].all()
+    elif store in PRECISION:
+        bound = PRECISION[store] * largest + 2**-23 * trained.abs().max()
+        assert (stored - trained).abs().max() <= bound
 
 
 # --- the wrong base ------------------------------------------------------------------------------

@@ -18,12 +18,12 @@ SRC = Path(howfine.__file__).parent
 
 # Each row may import from the rows above it, and within itself as long as no circle arises.
 ROOMS = [
-    ("errors", "batch", "gates", "adamw"),
+    ("errors", "batch", "gates", "sampled", "adamw"),
     ("plugins", "fingerprint", "anatomy", "codec", "codec.*", "container", "metrics", "checkpoint"),
     ("task", "tasks", "tasks.*", "base", "pretrained"),
     ("surgery", "change"),
     ("method", "readout"),
-    ("whole", "probe"),
+    ("whole", "entries", "probe"),
     ("methods", "methods.*", "readouts", "readouts.*"),
     ("streams",),
     ("delta", "recipe"),

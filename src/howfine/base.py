@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from howfine import fingerprint as fp
 from howfine import pretrained
@@ -45,6 +45,8 @@ class Base:
         # The pretrained parameters themselves, by path: whatever a change puts in their places,
         # these are what it is measured against.
         self._parameters = dict(self.towers.named_parameters())
+        # Changes that are written into the parameters' own memory at the moment.
+        self.switches: list[Any] = []
         self.pooling = self.anatomy.pooling
         self.has_pooler = bool(self.anatomy.pooler)
         self._fingerprint = fingerprint
@@ -102,7 +104,8 @@ class Base:
     def fingerprint(self) -> str:
         """SHA-256 of the pretrained parameters, taken when first asked for."""
         if self._fingerprint is None:
-            self._fingerprint = fp.of_tensors(self._parameters)
+            originals = {path: self.original(path) for path in self._parameters}
+            self._fingerprint = fp.of_tensors(originals)
         return self._fingerprint
 
     @property
@@ -164,8 +167,21 @@ class Base:
         return f"{self.tower_name}.{inner}"
 
     def parameter(self, path: str) -> nn.Parameter:
-        """The pretrained parameter at a path, also while a change is on."""
+        """The pretrained parameter at a path, also while a change is on.
+
+        Entries of it may be overwritten then: `original` has the values.
+        """
         return self._parameters[path]
+
+    def original(self, path: str) -> Tensor:
+        """The pretrained values at a path, also while entries of it are overwritten in place."""
+        value = self._parameters[path].detach()
+        entries = [switch.entries[path] for switch in self.switches if path in switch.entries]
+        if entries:
+            value = value.clone()
+        for entry in entries:
+            value.view(-1)[entry.index] = entry.old
+        return value
 
     def train(self) -> None:
         """Training mode, but evaluation mode for what lies below the lowest trainable parameter.

@@ -26,6 +26,7 @@ from howfine.codec import (
     encode_places,
     encode_values,
 )
+from howfine.entries import flat_entries, sparse
 from howfine.errors import DamagedDelta
 from howfine.method import Tensors
 
@@ -95,7 +96,7 @@ def _encoded(name: str, tensor: Tensor, store: str, base: Base) -> Stream:
     original = base.parameter(path) if owner == "method" and path in base.paths() else None
     if store == "fp32" or original is None or original.shape != tensor.shape:
         return Stream(name, shape, encode_values(tensor, store))
-    difference = tensor.float() - original.detach().float()
+    difference = tensor.float() - base.original(path).float()
     return Stream(name, shape, encode_values(difference, store), difference=True)
 
 
@@ -107,7 +108,7 @@ def _joined(owner: str, entries: Mapping[str, Tensor], store: str, base: Base) -
     places, values, originals = [], [], []
     for path in members:
         index, found = flat_entries(entries[path])
-        original = base.parameter(path).detach().flatten()
+        original = base.original(path).flatten()
         place = torch.zeros(original.numel(), dtype=torch.bool)
         place[index.cpu()] = True
         places.append(place)
@@ -124,21 +125,6 @@ def _joined(owner: str, entries: Mapping[str, Tensor], store: str, base: Base) -
         difference=store != "fp32",
         values=encode_values(found, store),
     )
-
-
-def flat_entries(tensor: Tensor) -> tuple[Tensor, Tensor]:
-    """(row-major indices ascending, values) of a sparse tensor, (k,) each."""
-    tensor = tensor.coalesce()
-    index = torch.zeros(tensor._nnz(), dtype=torch.long, device=tensor.device)
-    for axis, size in enumerate(tensor.shape):
-        index = index * size + tensor.indices()[axis]
-    return index, tensor.values()
-
-
-def sparse(index: Tensor, values: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """A sparse tensor of `shape` from row-major indices ascending and values, (k,) each."""
-    where = torch.stack(torch.unravel_index(index, shape))
-    return torch.sparse_coo_tensor(where, values, shape, is_coalesced=True, check_invariants=False)
 
 
 def _as_number(members: list[str], base: Base) -> int:
@@ -169,7 +155,7 @@ def _decoded(stream: Stream, base: Base, path: str) -> Tensor:
         if stream.difference:
             if path not in set(base.paths()) or base.parameter(path).shape != stream.shape:
                 raise DamagedDelta(f"the delta changes {path!r}, which {base.name} has not")
-            tensor = base.parameter(path).detach().float().cpu() + tensor
+            tensor = base.original(path).float().cpu() + tensor
         return tensor
     return decode_places(stream.coded, stream.count).view(stream.shape)
 
@@ -188,11 +174,10 @@ def _taken_apart(stream: Stream, name: str, coded: Coded, base: Base) -> Tensors
     values = decode_values(coded, sum(counts)).split(counts)
     found = {}
     for path, index, value in zip(members, indices, values, strict=True):
-        parameter = base.parameter(path)
+        original = base.original(path)
         if stream.difference:
-            original = parameter.detach().flatten()[index.to(parameter.device)]
-            value = original.float().cpu() + value
-        found[path] = sparse(index, value, tuple(parameter.shape))
+            value = original.flatten()[index.to(original.device)].float().cpu() + value
+        found[path] = sparse(index, value, tuple(original.shape))
     return found
 
 

@@ -1,0 +1,247 @@
+"""Train k chosen entries of the base and nothing else: θ + w at the places, θ elsewhere.
+
+The places are drawn at random (Sung et al. 2021's control), or are those that moved most in an
+earlier training (movement; diff pruning's non-adaptive baseline, Guo et al. 2021), have the largest
+gradient, Fisher information E[(∂L/∂θ)²] (FISH mask, Sung et al. 2021, eq. 4) or saliency |θ·∂L/∂θ|,
+or are those of an earlier delta, such as the support that a learned gate found (diff pruning,
+stage 3). With `regrow`, some of an earlier delta's places are given up for others, as in RigL
+(Evci et al. 2020), once a phase.
+
+Optimiser state and gradients exist for k numbers: see `howfine.sampled`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from howfine import entries, sampled, surgery
+from howfine.base import Base
+from howfine.change import Change, Undo, all_or_nothing
+from howfine.errors import SettingError
+from howfine.method import Method, Probe, Tensors
+
+
+class _Overlay(nn.Module):
+    """A weight with its trained entries in place; `values` are shared by all weights."""
+
+    def __init__(self, weight: Tensor, index: Tensor, values: nn.Parameter, at: slice) -> None:
+        super().__init__()
+        self.values = values
+        self.at = at
+        self.index = index
+        self.original = weight.detach().flatten()[index].float()
+        self.shape = tuple(weight.shape)
+
+    def now(self) -> Tensor:
+        """The entries' values as trained so far, (k,)."""
+        return self.original + self.values[self.at]
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return sampled.Put.apply(weight, self.index, self.now())
+
+
+class _Copy:
+    """A weight's own copy, whose trained entries are brought up to date before each use."""
+
+    def __init__(self, overlay: _Overlay, weight: Tensor) -> None:
+        self.overlay = overlay
+        self.weight = weight.detach().clone()
+        columns = overlay.shape[1]
+        index = overlay.index
+        shape = (overlay.shape[0], columns)
+        self.sampling = sampled.Sampling(shape, index // columns, index % columns)
+
+    def refreshed(self) -> Tensor:
+        """The weight as it is to be read now. Written past autograd: it is saved by value."""
+        self.weight.data.view(-1)[self.overlay.index] = (
+            self.overlay.now().detach().to(self.weight.dtype)
+        )
+        return self.weight
+
+
+def _linear(module: nn.Module, copy: _Copy) -> Callable[..., Tensor]:
+    transposed = isinstance(module, Conv1D)
+
+    def forward(x: Tensor) -> Tensor:
+        weight, values = copy.refreshed(), copy.overlay.values[copy.overlay.at]
+        return sampled.Linear.apply(x, values, weight, module.bias, copy.sampling, transposed)
+
+    return forward
+
+
+def _embedding(module: nn.Embedding, copy: _Copy) -> Callable[..., Tensor]:
+    padding = -1 if module.padding_idx is None else module.padding_idx
+
+    def forward(ids: Tensor) -> Tensor:
+        weight, values = copy.refreshed(), copy.overlay.values[copy.overlay.at]
+        return sampled.Embedding.apply(ids, values, weight, copy.sampling, padding)
+
+    return forward
+
+
+@dataclass(frozen=True)
+class Sparse(Method):
+    """Which entries train, how many, and how they are chosen."""
+
+    start: ClassVar[Any] = "optional"
+
+    # Which tensors the entries are taken from, as selectors (see `howfine.anatomy`).
+    where: tuple[str, ...] = ("matrices",)
+    # Share of those tensors' entries that train.
+    density: float = 0.001
+    # How they are chosen: random, gradient, fisher, saliency; movement or start need a start.
+    by: Literal["random", "gradient", "fisher", "saliency", "movement", "start"] = "gradient"
+    # The share of every tensor by itself, or of all of them together.
+    scope: Literal["global", "tensor"] = "global"
+    # Share of the start's places that is given up (the least moved) for others chosen by `by`.
+    regrow: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.density < 1:
+            raise SettingError(
+                f"sparse density: found {self.density}, expected a share above 0 and below 1; to "
+                "train everything or nothing use the methods for that"
+            )
+        if not 0 <= self.regrow < 1:
+            raise SettingError(f"sparse regrow: found {self.regrow}, expected 0 to below 1")
+
+    def attach(self, base: Base, probe: Probe | None = None) -> Change:
+        begun = dict(probe.start) if probe is not None else {}
+        paths = base.choose(self.where)
+        chosen = self._chosen(base, paths, probe)
+        chosen = {path: index for path, index in chosen.items() if len(index)}
+        values = nn.Parameter(torch.cat([_moved(base, begun, *item) for item in chosen.items()]))
+        overlays, at = {}, 0
+        with all_or_nothing() as undo:
+            for path, index in chosen.items():
+                weight = base.parameter(path)
+                index = index.to(weight.device)
+                overlay = _Overlay(weight, index, values, slice(at, at + len(index)))
+                overlays[path] = overlay
+                at += len(index)
+                undo += _put_on(base, path, overlay)
+            return Change({"values": values}, undo, parts=overlays)
+
+    def _chosen(self, base: Base, paths: list[str], probe: Probe | None) -> dict[str, Tensor]:
+        """Row-major indices of the entries that train, by path."""
+        begun = {} if probe is None else {p: w for p, w in probe.start.items() if p in set(paths)}
+        if not begun and (self.by in ("movement", "start") or self.regrow):
+            raise SettingError(
+                f"sparse by={self.by!r}, regrow={self.regrow} takes its places from an earlier "
+                "training: name it as the recipe's start (another phase, a delta file or a "
+                "checkpoint that differs from the base there)"
+            )
+        if self.by == "start" or self.regrow:
+            moved = {p: (w - base.original(p)).abs() for p, w in begun.items()}
+            held = {path: size.flatten().nonzero().flatten() for path, size in moved.items()}
+            if self.regrow:
+                return self._regrown(base, paths, probe, moved, held)
+            return held
+        scores = self._scores(base, paths, probe)
+        if self.scope == "global":
+            count = round(self.density * sum(score.numel() for score in scores.values()))
+            return entries.strongest(scores, max(1, count))
+        return {
+            path: entries.strongest({path: score}, max(1, round(self.density * score.numel())))[
+                path
+            ]
+            for path, score in scores.items()
+        }
+
+    def _regrown(
+        self,
+        base: Base,
+        paths: list[str],
+        probe: Probe | None,
+        moved: dict[str, Tensor],
+        held: dict[str, Tensor],
+    ) -> dict[str, Tensor]:
+        """The start's places without the least moved, and as many others by score."""
+        count = sum(map(len, held.values()))
+        given_up = round(self.regrow * count)
+        kept = entries.strongest(moved, count - given_up)
+        if not given_up:
+            return kept
+        scores = self._scores(base, paths, probe)
+        for path, index in held.items():
+            scores[path] = scores[path].flatten().clone()
+            scores[path][index] = -1.0  # what was held does not come back at once
+        grown = entries.strongest(scores, given_up)
+        none = torch.zeros(0, dtype=torch.long)
+        both = {p: torch.cat([kept.get(p, none).cpu(), grown[p]]) for p in scores}
+        return {path: index.sort().values for path, index in both.items()}
+
+    def _scores(self, base: Base, paths: list[str], probe: Probe | None) -> dict[str, Tensor]:
+        """How much each entry is wanted; higher is more."""
+        if self.by == "random":
+            return {path: torch.rand(base.parameter(path).shape) for path in paths}
+        if probe is None:
+            raise SettingError(
+                f"sparse by={self.by!r} measures gradients, which needs a task: call it through "
+                "tune, pass a probe to attach, or choose by='random'"
+            )
+        if self.by in ("movement", "start"):
+            zero = torch.zeros(())
+            return {
+                p: (probe.start[p] - base.original(p)).abs()
+                if p in probe.start
+                else zero.expand(base.parameter(p).shape)
+                for p in paths
+            }
+        found = probe.gradients(base, paths, _GRADIENT[self.by], probe.start)
+        if self.by == "saliency":
+            found = {p: g.abs() * base.original(p).abs() for p, g in found.items()}
+        return found if self.by != "gradient" else {p: g.abs() for p, g in found.items()}
+
+    def pack(self, base: Base, change: Change) -> Tensors:
+        return {
+            path: entries.changed(
+                base.original(path), overlay.index, overlay.now().detach().to(base.dtype)
+            )
+            for path, overlay in change.parts.items()
+        }
+
+    def groups(self, change: Change) -> list[dict[str, Any]]:
+        # Decay would pull the weights towards the base's, unevenly: Adam has scaled their steps.
+        return [{"params": list(change.trainable.values()), "weight_decay": 0.0}]
+
+    def learning_rate(self, steps: int) -> float:
+        return 3e-3
+
+    def unpack(self, base: Base, tensors: Tensors) -> Change:
+        return entries.unpack(base, tensors)
+
+
+_GRADIENT: dict[str, Any] = {"gradient": "mean", "fisher": "square", "saliency": "mean"}
+
+
+def _moved(base: Base, begun: Tensors, path: str, index: Tensor) -> Tensor:
+    """Where training starts, (k,): how far the start's entries are from the base's."""
+    index = index.to(base.parameter(path).device)
+    if path not in begun:
+        return torch.zeros(len(index), device=index.device)
+    return (begun[path].float() - base.original(path).float()).flatten()[index]
+
+
+def _put_on(base: Base, path: str, overlay: _Overlay) -> list[Undo]:
+    """Let every reader of the weight see the trained entries; linear layers by the short way."""
+    weight, homes = base.parameter(path), surgery.homes(base.towers, path)
+    module, name = homes[0]
+    kind = type(module)  # exactly: a subclass may compute something else
+    undo = [surgery.reweight(base.towers, path, overlay)]
+    if len(homes) > 1 or name != "weight":
+        return undo
+    if kind in (nn.Linear, Conv1D):
+        undo.append(surgery.rewire(module, _linear(module, _Copy(overlay, weight))))
+    elif isinstance(module, nn.Embedding) and kind is nn.Embedding and module.max_norm is None:
+        undo.append(surgery.rewire(module, _embedding(module, _Copy(overlay, weight))))
+    return undo
+
+
+EXAMPLE = Sparse(density=0.05)
