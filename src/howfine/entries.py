@@ -88,8 +88,8 @@ class Switch:
                 shared = torch.isin(self.entries[path].index, other.entries[path].index)
                 if shared.any():
                     raise SettingError(
-                        f"{int(shared.sum()):,} entries of {path} are changed by another delta "
-                        "that is on; take it off first, or join the two with howfine compose"
+                        f"entries in use by another delta: {int(shared.sum()):,} of {path}; take "
+                        "that one off first, or join the two with howfine compose"
                     )
         for entry in self.entries.values():
             entry.flat.index_put_((entry.index,), entry.new)

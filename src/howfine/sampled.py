@@ -8,6 +8,8 @@ holds the changed entries: what is computed does not depend on whether something
 
 from __future__ import annotations
 
+import functools
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,6 +48,7 @@ class Sampling:
             return (left[:, rows].t() @ right[:, columns])[at_row, at_column]
         if len(self.row) > WHOLE * self.shape[0] * self.shape[1]:
             return (left.t() @ right)[self.row, self.column]
+        _hear_out_torch()
         wanted = torch.sparse_csr_tensor(
             self._pointers,  # type: ignore[attr-defined]
             self.column,
@@ -54,6 +57,14 @@ class Sampling:
             check_invariants=False,
         )
         return torch.sparse.sampled_addmm(wanted, left.t(), right, beta=0.0).values()
+
+
+@functools.cache
+def _hear_out_torch() -> None:
+    """torch says once a process that CSR tensors are in beta; users can do nothing about it."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        torch.zeros(1, 1).to_sparse_csr()
 
 
 class Linear(torch.autograd.Function):

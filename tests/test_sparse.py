@@ -1,0 +1,369 @@
+"""Sparse changes: gradients at chosen entries, the choice itself, and switching in place."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers.pytorch_utils import Conv1D
+
+from howfine import entries, sampled
+from howfine.base import Base
+from howfine.delta import SUFFIX, Delta
+from howfine.entries import flat_entries
+from howfine.errors import DamagedDelta, SettingError
+from howfine.method import method
+from howfine.recipe import Recipe
+from howfine.tune import tune
+from tiny import (
+    READOUT,
+    TinyProbe,
+    fit_a_little,
+    tiny_base,
+    tiny_task,
+    tuned_weights,
+    weight_at,
+    wire,
+)
+
+
+def draw(count: int, k: int, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randperm(count, generator=generator)[:k].sort().values
+
+
+# One share for each way of taking the product: used rows and columns, sampled, whole.
+@pytest.mark.parametrize("k", [1, 20, 1500, 5000])
+def test_sampled_product_is_the_product_at_the_places(k: int) -> None:
+    torch.manual_seed(0)
+    rows, columns, tokens = 192, 200, 37
+    left, right = torch.randn(tokens, rows), torch.randn(tokens, columns)
+    index = draw(rows * columns, k)
+    found = sampled.Sampling((rows, columns), index // columns, index % columns)
+    expected = [
+        sum(float(left[t, i]) * float(right[t, j]) for t in range(tokens))
+        for i, j in zip((index // columns).tolist(), (index % columns).tolist(), strict=True)
+    ]
+    torch.testing.assert_close(
+        found.product(left, right), torch.tensor(expected), rtol=1e-4, atol=1e-4
+    )
+
+
+def test_the_product_takes_each_of_its_ways() -> None:
+    """The case above is none for all if a limit moved."""
+    ways = set()
+    for k in (1, 20, 1500, 5000):
+        index = draw(192 * 200, k)
+        used = len((index // 200).unique()) * len((index % 200).unique())
+        ways.add("used" if used <= sampled.SMALL else "whole" if k > 0.1 * 38400 else "sampled")
+    assert ways == {"used", "sampled", "whole"}
+
+
+class Net(nn.Module):
+    """Every kind of layer that an entry may lie in."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(9, 6, padding_idx=0)
+        self.linear = nn.Linear(6, 5)
+        self.conv = Conv1D(4, 5)
+        self.norm = nn.LayerNorm(4)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.norm(self.conv(torch.tanh(self.linear(self.embed(ids))))).sin()
+
+
+@pytest.mark.parametrize("name", ["bert", "gpt2", "t5", "roberta"])
+def test_gradients_are_the_dense_ones_at_the_entries(name: str) -> None:
+    """Each entry's gradient is that of the whole tensor there, whatever layer it lies in."""
+    base = tiny_base(name)
+    fitted = wire(base, method("sparse", where=("all",), density=0.2, by="random"))
+    fitted.wired.eval()
+    batch = READOUT.collate(base, tiny_task().splits["train"][:6]).as_kwargs()
+    fitted.wired(**batch)["loss"].backward()
+    (values,) = fitted.change.trainable.values()
+    found = values.grad.clone()
+    parts = fitted.change.parts
+    fitted.change.remove()
+    parameters = {path: base.parameter(path).requires_grad_(True) for path in parts}
+    loss = fitted.wired(**batch)["loss"]
+    dense = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
+    for (path, overlay), gradient in zip(parts.items(), dense, strict=True):
+        expected = torch.zeros_like(values[overlay.at])
+        if gradient is not None:
+            expected = gradient.flatten()[overlay.index]
+        torch.testing.assert_close(found[overlay.at], expected, rtol=1e-4, atol=1e-6, msg=path)
+        base.parameter(path).requires_grad_(False)
+
+
+def test_a_tied_weight_sums_its_gradients() -> None:
+    """Two homes, one set of entries: what each reader asks of them is added up."""
+    torch.manual_seed(0)
+    weight = torch.randn(4, 3)
+    index = torch.tensor([1, 5, 10])
+    values = weight.flatten()[index].clone().requires_grad_(True)
+    put = sampled.Put.apply(weight, index, values)
+    x = torch.randn(2, 3)
+    functional.linear(x, put).square().sum().backward()
+    whole = weight.clone().requires_grad_(True)
+    functional.linear(x, whole).square().sum().backward()
+    torch.testing.assert_close(values.grad, whole.grad.flatten()[index])
+
+
+# --- the choice ----------------------------------------------------------------------------------
+
+
+def supports(base: Base, probe: TinyProbe | None = None, **settings: object) -> dict[str, Tensor]:
+    with method("sparse", **settings).attach(base, probe) as change:
+        return {path: overlay.index for path, overlay in change.parts.items()}
+
+
+@pytest.mark.parametrize("by", ["gradient", "fisher", "saliency"])
+@pytest.mark.parametrize("scope", ["global", "tensor"])
+def test_the_strongest_entries_are_chosen(by: str, scope: str) -> None:
+    base, density = tiny_base("bert"), 0.03
+    probe = TinyProbe(READOUT)
+    found = supports(base, probe, by=by, density=density, scope=scope)
+    paths = base.choose(("matrices",))
+    of = "square" if by == "fisher" else "mean"
+    gradients = probe.gradients(base, paths, of)
+    scores: list[tuple[float, str, int]] = []
+    for path in paths:
+        size = gradients[path].abs()
+        if by == "saliency":
+            size = size * base.parameter(path).abs()
+        scores += [(value, path, i) for i, value in enumerate(size.flatten().tolist())]
+    groups = [scores] if scope == "global" else [[s for s in scores if s[1] == p] for p in paths]
+    expected: dict[str, set[int]] = {}
+    for group in groups:
+        for _, path, i in sorted(group, reverse=True)[: round(density * len(group))]:
+            expected.setdefault(path, set()).add(i)
+    assert {path: set(index.tolist()) for path, index in found.items()} == expected
+
+
+def test_ties_are_settled_by_position() -> None:
+    scores = {"a": torch.zeros(5), "b": torch.ones(3)}
+    found = entries.strongest(scores, 5)
+    assert found["a"].tolist() == [0, 1]
+    assert found["b"].tolist() == [0, 1, 2]
+
+
+def test_movement_and_start_take_an_earlier_training() -> None:
+    base = tiny_base("bert")
+    probe = TinyProbe(READOUT, base)
+    paths = base.choose(("matrices",))
+    moved = {path: (probe.start[path] - base.parameter(path)).abs() for path in paths}
+    count = sum(size.numel() for size in moved.values())
+    found = supports(base, probe, by="movement", density=0.01)
+    chosen = torch.cat([moved[path].flatten()[index] for path, index in found.items()])
+    assert len(chosen) == round(0.01 * count)
+    left = torch.cat([size.flatten() for size in moved.values()]).sort(descending=True).values
+    assert torch.equal(chosen.sort(descending=True).values, left[: len(chosen)])
+    whole = supports(base, probe, by="start")
+    assert sum(map(len, whole.values())) == count
+    with pytest.raises(SettingError, match="takes its places from an earlier training"):
+        supports(base, None, by="movement")
+
+
+def test_training_goes_on_from_the_start() -> None:
+    """At the entries the start's weights, elsewhere the base's."""
+    base = tiny_base("bert")
+    probe = TinyProbe(READOUT, base)
+    with method("sparse", by="movement", density=0.1).attach(base, probe) as change:
+        for path, overlay in change.parts.items():
+            weight, original = weight_at(base, path).flatten(), base.parameter(path).flatten()
+            there = torch.zeros(len(weight), dtype=torch.bool)
+            there[overlay.index] = True
+            torch.testing.assert_close(weight[there], probe.start[path].flatten()[there])
+            assert torch.equal(weight[~there], original[~there])
+
+
+def test_regrowth_gives_up_the_least_moved() -> None:
+    base = tiny_base("bert")
+    probe = TinyProbe(READOUT)
+    first = supports(base, TinyProbe(READOUT, base), by="movement", density=0.02)
+    weights = tuned_weights(base)
+    start = {}
+    for path, index in first.items():
+        value = base.parameter(path).detach().clone()
+        value.view(-1)[index] = weights[path].flatten()[index]
+        start[path] = value
+    probe.start = start
+    found = supports(base, probe, by="gradient", regrow=0.25)
+    before = {(path, i) for path, index in first.items() for i in index.tolist()}
+    after = {(path, i) for path, index in found.items() for i in index.tolist()}
+    assert len(after) == len(before)
+    given_up = before - after
+    assert len(given_up) == round(0.25 * len(before))
+    size = {
+        (path, i): abs(float((start[path] - base.parameter(path)).flatten()[i]))
+        for path, i in before
+    }
+    assert max(size[place] for place in given_up) <= min(size[p] for p in before & after)
+
+
+@pytest.mark.parametrize("density", [0.0, 1.0, -0.1, math.nan])
+def test_a_density_of_none_or_all_is_refused(density: float) -> None:
+    with pytest.raises(SettingError, match="sparse density"):
+        method("sparse", density=density)
+
+
+# --- in place ------------------------------------------------------------------------------------
+
+
+def packed(base: Base, seed: int) -> dict[str, Tensor]:
+    torch.manual_seed(seed)
+    fitted = fit_a_little(base, method("sparse", by="random", density=0.02), seed=seed)
+    tensors = fitted.method.pack(base, fitted.change)
+    fitted.change.remove()
+    return tensors
+
+
+def test_switching_writes_the_entries_alone_and_restores_every_bit() -> None:
+    base = tiny_base("bert")
+    memory = {path: base.parameter(path).data_ptr() for path in base.paths()}
+    before = {path: base.parameter(path).detach().clone() for path in base.paths()}
+    tensors = packed(base, 0)
+    with entries.unpack(base, tensors) as change:
+        for path in base.paths():
+            expected = before[path].clone()
+            if path in tensors:
+                index, values = flat_entries(tensors[path])
+                expected.view(-1)[index] = values
+            assert torch.equal(base.parameter(path), expected), path
+            assert torch.equal(base.original(path), before[path]), path
+        assert not base.is_untouched()
+        switch = change.parts["switch"]
+        switch.off()
+        assert base.is_untouched()
+        switch.on()
+    assert base.is_untouched()
+    assert {path: base.parameter(path).data_ptr() for path in base.paths()} == memory
+
+
+def test_two_switches_may_be_on_where_they_share_no_entry() -> None:
+    base = tiny_base("bert")
+    path = base.choose(("matrices",))[0]
+    shape = tuple(base.parameter(path).shape)
+
+    def made(*places: int) -> dict[str, Tensor]:
+        return {path: entries.sparse(torch.tensor(places), torch.ones(len(places)), shape)}
+
+    first = entries.unpack(base, made(1, 4))
+    second = entries.unpack(base, made(2, 7))
+    with pytest.raises(SettingError, match=r"entries in use by another delta: 1 of .*query"):
+        entries.unpack(base, made(4, 5, 7))
+    first.remove()  # in any order
+    assert base.parameter(path).flatten()[[2, 7]].tolist() == [1, 1]
+    second.remove()
+    assert base.is_untouched()
+
+
+def test_a_delta_decodes_the_same_while_another_is_on(tmp_path: Path) -> None:
+    """Stored differences are from the pretrained values, not from what lies over them."""
+    base = tiny_base("bert")
+    fitted = fit_a_little(base, method("sparse", by="random", density=0.02))
+    delta = fitted.delta("fp16")
+    fitted.change.remove()
+    alone, _ = delta.tensors(base)
+    with delta.applied(base):
+        again, _ = delta.tensors(base)
+    for path, tensor in alone.items():
+        assert torch.equal(tensor.values(), again[path].values())
+
+
+def test_entries_of_another_model_are_refused() -> None:
+    base = tiny_base("bert")
+    wrong = {"text.nothing": entries.sparse(torch.tensor([0]), torch.ones(1), (2, 2))}
+    with pytest.raises(DamagedDelta, match=r"text\.nothing"):
+        entries.unpack(base, wrong)
+    assert base.is_untouched()
+
+
+# --- phases --------------------------------------------------------------------------------------
+
+
+def recipe(**sparse: object) -> Recipe:
+    training = {"max_steps": 3, "batch_size": 8}
+    start = {"method": "full", "training": {**training, "learning_rate": 1e-2}}
+    raw = {"method": {"sparse": sparse}, "training": training, "start": start}
+    return Recipe.parse("phases", {**raw, "readout": {"classifier": {"max_length": 32}}})
+
+
+def test_a_phase_goes_on_from_the_one_before(tmp_path: Path) -> None:
+    """With rate 0 the second phase stores the first one's weights at its places, and its head."""
+    base, task = tiny_base("bert"), tiny_task()
+    still = recipe(by="movement", density=0.05)
+    still = still.override(learning_rate=0.0, readout_learning_rate=0.0)
+    tuned = tune(base, task, still, out=tmp_path / f"b{SUFFIX}", starts=tmp_path / "starts")
+    assert tuned.steps == 6
+    (first,) = (tmp_path / "starts").glob(f"*{SUFFIX}")
+    before, head = Delta.load(first).tensors(base)
+    after, same_head = tuned.delta.tensors(base)
+    for path, tensor in after.items():
+        index, values = flat_entries(tensor)
+        torch.testing.assert_close(values, before[path].flatten()[index], rtol=0, atol=1e-6)
+    assert all(torch.equal(head[name], same_head[name]) for name in head)
+    assert base.is_untouched()
+
+
+def test_a_phase_that_is_there_is_not_fitted_again(tmp_path: Path) -> None:
+    base, task = tiny_base("bert"), tiny_task()
+    made = recipe(by="movement", density=0.05)
+    first = tune(base, task, made, out=tmp_path / f"a{SUFFIX}", starts=tmp_path / "starts")
+    (file,) = (tmp_path / "starts").glob(f"*{SUFFIX}")
+    stamp = file.stat().st_mtime_ns
+    again = tune(base, task, made, out=tmp_path / f"b{SUFFIX}", starts=tmp_path / "starts")
+    assert file.stat().st_mtime_ns == stamp
+    assert (tmp_path / f"a{SUFFIX}").read_bytes() == (tmp_path / f"b{SUFFIX}").read_bytes()
+    assert (first.steps, again.steps) == (6, 6)
+    tune(
+        base,
+        task,
+        made.override(start_max_steps=2),
+        out=tmp_path / f"c{SUFFIX}",
+        starts=tmp_path / "starts",
+    )
+    assert len(list((tmp_path / "starts").glob(f"*{SUFFIX}"))) == 2
+
+
+def test_phases_leave_no_file_behind(tmp_path: Path) -> None:
+    made = recipe(by="movement", density=0.05)
+    tune(tiny_base("bert"), tiny_task(), made, out=tmp_path / f"a{SUFFIX}")
+    assert [path.name for path in tmp_path.iterdir()] == [f"a{SUFFIX}"]
+
+
+def test_a_delta_file_may_be_the_start(tmp_path: Path) -> None:
+    base, task = tiny_base("bert"), tiny_task()
+    first = tune(base, task, recipe().start, out=tmp_path / f"full{SUFFIX}")
+    made = recipe(by="movement", density=0.05)
+    raw = Recipe(made.name, made.method, made.readout, made.training, start=str(first.path))
+    tuned = tune(base, task, raw, out=tmp_path / f"b{SUFFIX}")
+    assert tuned.bytes < first.bytes
+    with pytest.raises(SettingError, match="neither a recipe, nor a delta file"):
+        tune(base, task, raw.override(start=str(tmp_path / "none")), out=tmp_path / f"c{SUFFIX}")
+
+
+def test_a_method_without_a_start_refuses_one() -> None:
+    with pytest.raises(SettingError, match="takes no 'start'"):
+        Recipe("odd", method("full"), READOUT, start="somewhere")
+
+
+def test_evaluation_mode_trains_without_dropout() -> None:
+    """Two forwards in training mode are the same, gates and trained modules apart."""
+    base = tiny_base("bert")
+    fitted = wire(base, method("sparse", by="random"))
+    dropping = fitted.wired.train()
+    assert not torch.equal(logits_of_training(dropping, base), logits_of_training(dropping, base))
+    still = type(dropping)(base, READOUT, fitted.head, dropout=False).train()
+    assert torch.equal(logits_of_training(still, base), logits_of_training(still, base))
+    assert torch.equal(logits_of_training(still, base), logits_of_training(still.eval(), base))
+
+
+def logits_of_training(wired: nn.Module, base: Base) -> Tensor:
+    batch = READOUT.collate(base, tiny_task().splits["train"][:8], labelled=False)
+    return wired(**batch.as_kwargs())["logits"].detach()
