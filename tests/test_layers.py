@@ -19,7 +19,10 @@ SRC = Path(howfine.__file__).parent
 # Each row may import from the rows above it, and within itself as long as no circle arises.
 ROOMS = [
     ("errors", "batch", "gates", "sampled", "adamw"),
-    ("plugins", "fingerprint", "anatomy", "codec", "codec.*", "container", "metrics", "checkpoint"),
+    (
+        *("plugins", "fingerprint", "anatomy", "codec", "codec.*", "container", "checkpoint"),
+        *("metrics", "calibration"),
+    ),
     ("task", "tasks", "tasks.*", "base", "pretrained"),
     ("surgery", "change"),
     ("method", "readout"),
