@@ -34,7 +34,10 @@ ROOMS = [
     ("tune", "loop", "trainer", "evaluate", "merge", "attach"),
     ("ledger", "answer", "plan", "stored"),
     ("queue", "study"),
-    ("report", "report_page", "figures", "figures_distance", "wording", "catalogue"),
+    (
+        *("report", "report_page", "report_tables", "wording", "catalogue"),
+        *("figures", "figures_calibration", "figures_distance"),
+    ),
     ("cli", "options"),
 ]
 # Files that never import another of their own folder.
