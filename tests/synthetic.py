@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from howfine.calibration import calibration
 from howfine.distance import Distance
 from howfine.ledger import pack_predictions
 from howfine.metrics import METRICS, bootstrap_interval
@@ -73,6 +74,15 @@ def predictions(task: Task, accuracy: float, seed: int) -> np.ndarray:
     return np.where(luck < accuracy, targets, 1 - targets)
 
 
+def probabilities(predictions: np.ndarray, targets: np.ndarray, seed: int) -> np.ndarray:
+    """Of two classes: surer of the right answers, and too sure of the others."""
+    rng = np.random.default_rng([3, seed])
+    right, wrong = rng.beta(1.6, 0.6, len(targets)), rng.beta(1.1, 0.9, len(targets))
+    confidence = (1 + np.where(predictions == targets, right, wrong)) / 2
+    rows = np.stack([1 - confidence, confidence], axis=1)
+    return np.where(predictions[:, None] == 1, rows, rows[:, ::-1])
+
+
 def record(
     task: Task,
     row: tuple[str, str, dict[str, Any], dict[str, Any], int, float],
@@ -98,6 +108,9 @@ def record(
         "trainable": int(share * BASE["parameters"]) + 770,
         "file": f"deltas/{key}.delta.safetensors", "predictions": pack_predictions(found),
     }  # fmt: skip
+    if task.labels:
+        measured = calibration(probabilities(found, targets, seed), targets)
+        made |= {name: measured[name] for name in ("ece", "reliability")}
     return {**made, **changes}
 
 

@@ -108,7 +108,31 @@ def test_evaluate_and_predict_agree(inputs: Inputs) -> None:
     right = [answer["label"] == label for answer, (_, label) in zip(answers, rows, strict=True)]
     said = howfine_here("evaluate", inputs.delta, "--task", inputs.task)
     share = sum(right) / len(right)
-    assert re.fullmatch(rf"accuracy {share:.4f} \[.*\] on 8 of test\n", said.out)
+    assert re.fullmatch(rf"accuracy {share:.4f} \[.*\] on 8 of test, ECE 0\.\d+\n", said.out)
+
+
+def test_evaluate_says_how_far_its_probabilities_can_be_trusted(inputs: Inputs) -> None:
+    rows = examples(inputs, "test")
+    answers = howfine_here("predict", inputs.delta, *(text for text, _ in rows), "--json").json
+    sure = [answer["probability"] for answer in answers]
+    task = ("--task", inputs.task)
+    found = howfine_here("evaluate", inputs.delta, *task, "--json").json["calibration"]
+    assert found["confidence"] == pytest.approx(statistics.mean(sure), abs=1e-6)
+    assert sum(found["reliability"]["count"]) == found["n"] == len(rows)
+    assert "temperature" not in found
+    asked = (*task, "--temperature-from", "dev")
+    fitted = howfine_here("evaluate", inputs.delta, *asked, "--json").json["calibration"]
+    assert {**found, "temperature": fitted["temperature"]} == fitted
+    said = howfine_here("evaluate", inputs.delta, *asked).out
+    before, after, value = re.search(
+        r", ECE (\S+) \((\S+) at temperature (\S+), fitted on dev\)\n$", said
+    ).groups()  # type: ignore[union-attr]
+    assert (float(before), float(after)) == pytest.approx(
+        (found["ece"], fitted["temperature"]["ece"]), abs=5e-5
+    )
+    assert float(value) == pytest.approx(fitted["temperature"]["value"], rel=5e-3)
+    refused = howfine_here("evaluate", inputs.delta, *task, "--temperature-from", "test")
+    assert "name another split" in refused.sentence
 
 
 def test_predict_in_words(inputs: Inputs) -> None:

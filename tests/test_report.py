@@ -17,7 +17,14 @@ import plotly.graph_objects as go
 import pytest
 from markupsafe import escape
 
-from howfine import figures, figures_distance, report_page, wording
+from howfine import (
+    figures,
+    figures_calibration,
+    figures_distance,
+    report_page,
+    report_tables,
+    wording,
+)
 from howfine.errors import SettingError
 from howfine.ledger import Ledger
 from howfine.plan import Plan
@@ -105,7 +112,7 @@ def test_groups_and_runs_are_all_there(result: Report) -> None:
     assert len(finished) == 3 * len(ROWS) - 1
     assert set(finished[0]) == {
         "key", "recipe", "settings", "seed", "role", "score", "interval", "dev_score", "bytes",
-        "seconds", "steps", "peak_bytes", "trainable", "file",
+        "seconds", "steps", "peak_bytes", "trainable", "file", "ece",
     }  # fmt: skip
     assert result["runs"][-1]["error"] == "the loss became nan"
     assert result["groups"][-1]["seeds"] == [0, 1]
@@ -297,10 +304,11 @@ def test_the_page_loads_nothing(page: str) -> None:
 def test_the_page_has_its_parts_in_order(page: str, result: Report) -> None:
     parser = Tags(page)
     plots = [a["data-plot"] for _, a in parser.tags if "data-plot" in a]
-    assert plots == ["score", "relative", "angle", "layers", "parts"]
+    assert plots == ["score", "reliability", "relative", "angle", "layers", "parts"]
     text = parser.text.replace("\xa0", " ")
     parts = [
-        result["sentence"], "Score against bytes", "Every recipe", "R1: base to a fresh random",
+        result["sentence"], "Score against bytes", "Every recipe", "How far its confidence", "ECE",
+        "The bins in numbers", "R1: base to a fresh random",
         "R2: between two random", "Which layers are critical", "matrices@-2,-1", "Use it",
         "howfine evaluate deltas/mask", "howfine predict deltas/mask",
         "howfine merge deltas/mask",
@@ -317,7 +325,9 @@ def test_the_page_says_when_the_distance_is_not_known(result: Report) -> None:
     found = copy.deepcopy(result)
     found["distance"] = None
     parser = Tags(report_page.html(found))
-    assert [a["data-plot"] for _, a in parser.tags if "data-plot" in a] == ["score"]
+    assert [a["data-plot"] for _, a in parser.tags if "data-plot" in a] == [
+        "score", "reliability"
+    ]  # fmt: skip
     assert "Not measured: the delta file of full fine-tuning is no longer" in parser.text
     assert "Not measured" in report_page.markdown(found)
 
@@ -357,6 +367,7 @@ def test_figures_are_what_plotly_can_draw(result: Report) -> None:
     rows = result["distance"]
     assert rows
     drawable(figures.score_against_bytes(result))
+    drawable(figures_calibration.reliability(result))
     drawable(figures_distance.heatmap(rows, "angle"))
     drawable(figures_distance.ranking(rows, "part"))
 
@@ -394,6 +405,124 @@ def test_marks_and_intervals_are_where_the_groups_are(result: Report) -> None:
         assert found[group["bytes"]] == pytest.approx(expected)
 
 
+# Calibration.
+
+
+def reliability_traces(found: Report) -> list[dict[str, Any]]:
+    return figures_calibration.reliability(found)["data"]
+
+
+def test_a_groups_error_is_the_mean_of_its_seeds_and_its_bins_hold_all(result: Report) -> None:
+    by_key = {run["key"]: run for run in result["runs"] if "error" not in run}
+    for group in result["groups"]:
+        seeds = [by_key[key]["ece"] for key in group["keys"]]
+        assert group["ece"] == pytest.approx(np.mean(seeds))
+        assert sum(group["reliability"]["count"]) == 400 * len(seeds)
+        table = group["reliability"]
+        right = sum(
+            count * accuracy
+            for count, accuracy in zip(table["count"], table["accuracy"], strict=True)
+            if count
+        )
+        assert right / (400 * len(seeds)) == pytest.approx(group["score"], abs=1e-5)
+
+
+def test_every_recipe_says_its_error(result: Report) -> None:
+    table = report_tables.groups_table(result)
+    place = table.columns.index("ECE")
+    said = {(row[0].order, row[1].text): row[place] for row in table.rows}
+    for group in result["groups"]:
+        cell = said[group["recipe"], wording.settings_said(group["settings"]) or "–"]
+        assert cell == (f"{100 * group['ece']:.1f} %", group["ece"])
+    assert "| ECE | seeds |" in report_page.markdown(result)
+
+
+def test_marks_of_the_reliability_plot_are_the_bins_with_answers(result: Report) -> None:
+    diagonal, *traces = reliability_traces(result)
+    assert diagonal["x"] == diagonal["y"]
+    chosen = next(g for g in result["groups"] if result["recommended"]["key"] in g["keys"])
+    names = ["full fine-tuning", "mask (recommended)", "head-only (floor)"]
+    for trace, name, group in zip(
+        traces, names, (result["full"], chosen, result["floor"]), strict=True
+    ):
+        assert group is not None
+        assert trace["name"] == f"{name}, ECE {100 * group['ece']:.1f} %"
+        table = group["reliability"]
+        filled = [place for place, count in enumerate(table["count"]) if count]
+        assert trace["x"] == pytest.approx([100 * table["confidence"][b] for b in filled])
+        assert trace["y"] == pytest.approx([100 * table["accuracy"][b] for b in filled])
+        assert len(trace["marker"]["size"]) == len(filled)
+        largest = np.argmax([table["count"][b] for b in filled])
+        assert trace["marker"]["size"][largest] == max(trace["marker"]["size"])
+    assert len({trace["marker"]["symbol"] for trace in traces}) == 3
+
+
+def test_who_cannot_see_the_plot_reads_it(page: str, result: Report) -> None:
+    (said,) = (a["aria-label"] for _, a in Tags(page).tags if a.get("data-plot") == "reliability")
+    assert said is not None
+    table = result["full"]["reliability"]
+    total = sum(table["count"])
+    sure = sum(c * v for c, v in zip(table["count"], table["confidence"], strict=True) if c) / total
+    assert f"ECE {100 * result['full']['ece']:.1f} %" in said
+    assert f"at a mean confidence of {100 * sure:.1f} %; mask (recommended): ECE" in said
+    rows = report_tables.reliability_table(result).rows
+    assert len(rows) == sum(len(trace["x"]) for trace in reliability_traces(result)[1:])
+    (lowest,) = (row for row in rows if row[0].text.startswith("full") and row[1].order == 14 / 15)
+    assert lowest[1].text == "93.3 to 100.0 %"
+    assert lowest[2].order == table["count"][-1]
+    markdown = report_page.markdown(result)
+    for row in rows:
+        assert f"| {' | '.join(cell.text for cell in row)} |" in markdown
+
+
+def without(runs: list[dict[str, Any]], *keys: str) -> list[dict[str, Any]]:
+    """Records as a version that knew no calibration wrote them."""
+    lost = ("ece", "reliability")
+    return [
+        {k: v for k, v in run.items() if k not in lost} if run["recipe"] in keys else run
+        for run in runs
+    ]
+
+
+def test_records_without_an_error_are_reported_without_one() -> None:
+    task = synthetic_task(100)
+    runs = without(records(task, (0, 1), ROWS[:3]), *(row[0] for row in ROWS[:3]))
+    found = summarise(runs, BASE, task, 0.01, distances=None, command="")
+    assert [group["ece"] for group in found["groups"]] == [None] * 3
+    page, markdown = report_page.html(found), report_page.markdown(found)
+    assert [a["data-plot"] for _, a in Tags(page).tags if "data-plot" in a] == ["score"]
+    for text in (Tags(page).text, markdown):
+        assert "ECE" not in text
+        assert "confidence can be trusted" not in text
+    assert_tables_are_rectangular(markdown)
+
+
+def test_records_of_which_some_lack_an_error_show_the_others() -> None:
+    task = synthetic_task(100)
+    runs = without(records(task, (0, 1), ROWS[:3]), "full", "bitfit")
+    runs[2] = without(runs[2:3], "head-only")[0]
+    found = summarise(runs, BASE, task, 0.2, distances=None, command="")
+    assert found["full"]["ece"] is None
+    assert found["floor"] is not None
+    assert found["floor"]["ece"] == runs[3]["ece"]
+    names = [trace["name"].partition(",")[0] for trace in reliability_traces(found)[1:]]
+    assert names == ["head-only (floor) (recommended)"]
+    table = report_tables.groups_table(found)
+    cells = [row[table.columns.index("ECE")] for row in table.rows]
+    assert [cell.text == "–" for cell in cells] == [False, True, True]
+    assert cells[1].order > cells[0].order
+
+
+def test_regression_is_reported_without_an_error() -> None:
+    task = scores_task(60)
+    found = summarise(records(task, (0, 1), ROWS[:3]), BASE, task, 0.05, distances=None, command="")
+    assert "ECE" not in Tags(report_page.html(found)).text
+    assert found["groups"][0]["ece"] is None
+
+
+# The distances' plots.
+
+
 def test_the_heatmap_is_logarithmic_and_leaves_the_unmoved_empty(result: Report) -> None:
     assert result["distance"]
     trace = figures_distance.heatmap(result["distance"], "relative")["data"][0]
@@ -419,7 +548,7 @@ def test_bars_rank_by_the_mean_over_the_layer(result: Report) -> None:
 
 def test_references_are_said_in_the_unit_of_the_movement(result: Report) -> None:
     assert result["distance"]
-    rows = report_page.scale_table(result["distance"]).rows
+    rows = report_tables.scale_table(result["distance"]).rows
     # The synthetic base's weights have mean |w| 0.03, R1 0.039 and R2 0.0226.
     assert [row[1].text for row in rows[1:]] == ["130 %", "75 %"]
     assert rows[0][1].order == pytest.approx(

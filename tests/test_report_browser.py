@@ -102,7 +102,7 @@ def test_every_plot_is_drawn_as_wide_as_its_place(page: str, tmp_path: Path) -> 
     )
     assert "CONSOLE" not in log
     plots = re.findall(r"(\d+):(\d+):(\d+)", dom.partition('data-plots="')[2].partition('"')[0])
-    assert len(plots) == 5
+    assert len(plots) == 6
     for place, drawn, elements in plots:
         assert place == drawn
         assert int(drawn) > 300

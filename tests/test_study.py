@@ -18,6 +18,7 @@ from howfine import queue
 from howfine import study as study_module
 from howfine.answer import groups, recommend
 from howfine.errors import SettingError, TrainingError
+from howfine.evaluate import evaluate
 from howfine.ledger import Ledger, pack_predictions, unpack_predictions
 from howfine.report import report
 from howfine.study import Plan, runs_of, study
@@ -45,6 +46,32 @@ def test_every_run_of_the_plan_is_recorded_in_its_order(finished):
     assert len(planned) == 6
     for record in records:
         assert (folder / record["file"]).stat().st_size == record["bytes"]
+
+
+def test_records_say_how_far_the_stored_files_can_be_trusted(finished):
+    folder, records = finished
+    for record in records[:2]:
+        again = evaluate(folder / record["file"], tiny_base("bert"), tiny_task()).calibration
+        assert record["ece"] == again["ece"]
+        assert record["reliability"] == again["reliability"]
+        assert sum(record["reliability"]["count"]) == 8
+
+
+def test_records_of_a_version_without_calibration_go_on(finished, tmp_path, monkeypatch):
+    folder, records = finished
+    shutil.copytree(folder, tmp_path / "copy")
+    (tmp_path / "copy" / "study.db").unlink()
+    lost = ("ece", "reliability")
+    older = [{k: v for k, v in record.items() if k not in lost} for record in records]
+    Ledger(tmp_path / "copy" / "runs.jsonl").replace(older)
+    monkeypatch.setattr(study_module, "run_once", lambda *_: pytest.fail("repeated a run"))
+    assert study(tiny_base("bert"), tiny_task(), SMALL, out=tmp_path / "copy") == older
+    found = report(tmp_path / "copy", base=tiny_base("bert"), task=tiny_task())
+    assert {group["ece"] for group in found["groups"]} == {None}
+    assert "ECE" not in (tmp_path / "copy" / "report.md").read_text()
+    found = report(folder, base=tiny_base("bert"), task=tiny_task())
+    assert "| ECE |" in (folder / "report.md").read_text()
+    assert found["full"]["ece"] == pytest.approx(np.mean([r["ece"] for r in records[:2]]))
 
 
 def test_a_second_call_repeats_nothing(finished, monkeypatch):

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from howfine.calibration import pooled
 from howfine.errors import SettingError
 from howfine.ledger import Record, unpack_predictions
 from howfine.metrics import METRICS, bootstrap_interval, paired_bootstrap
@@ -19,7 +20,8 @@ def groups(records: Sequence[Record], targets: np.ndarray, margin: float) -> lis
 
     `missing` are seeds of the study that the group has no finished run of. `probability` is the
     paired bootstrap's share of draws (test examples jointly, seeds of each) in which the group's
-    test score is within the margin of the ceiling's.
+    test score is within the margin of the ceiling's. `ece` is the mean expected calibration error
+    over the seeds, `reliability` their bins as one; None where no run measured them.
     """
     done = [record for record in records if "error" not in record]
     together: dict[str, list[Record]] = {}
@@ -64,9 +66,19 @@ def _group(
         "seconds": _mean(rows, "seconds"),
         "step_ratio": _seconds_an_example(rows) / step,
         "peak_bytes": max(record["peak_bytes"] for record in rows),
+        **_calibration(rows),
         "probability": float(paired_bootstrap(metric, predictions, reference, targets, margin)),
         "keys": [record["key"] for record in rows],
     }
+
+
+def _calibration(rows: list[Record]) -> dict[str, Any]:
+    """Regression has none, and records of earlier versions lack it."""
+    known = [record for record in rows if "ece" in record]
+    if not known:
+        return {"ece": None, "reliability": None}
+    tables = [record["reliability"] for record in known]
+    return {"ece": _mean(known, "ece"), "reliability": pooled(tables)}
 
 
 def _seconds_an_example(rows: list[Record]) -> float:

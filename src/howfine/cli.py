@@ -88,6 +88,7 @@ def evaluate(
     base: options.BaseName = None,
     task: Annotated[str | None, typer.Option(help="As for tune; default: the delta's own.")] = None,
     split: options.Split = "test",
+    temperature_from: options.TemperatureFrom = None,
     data: options.DataDir = None,
     text: options.TextColumns = None,
     label: options.LabelColumn = None,
@@ -95,7 +96,7 @@ def evaluate(
     dtype: options.Dtype = "float32",
     as_json: options.AsJson = False,
 ) -> None:
-    """Score a delta file on a task."""
+    """Score a delta file on a task, with the calibration error (ECE) of its probabilities."""
     from howfine.delta import Delta
     from howfine.evaluate import evaluate as run
     from howfine.evaluate import task_of
@@ -104,7 +105,12 @@ def evaluate(
     name = task or task_of(opened)
     loaded = options.base(base, opened, device, dtype)
     found = options.load_task(options.stated_task(name, data, text, label))
-    score = run(opened, loaded, found, split=split, progress=not as_json)
+    score = run(
+        *(opened, loaded, found),
+        split=split,
+        progress=not as_json,
+        temperature_from=temperature_from,
+    )
     result = {"file": str(delta), "bytes": delta.stat().st_size, **score.as_dict()}
     result["score"] = result.pop("value")
     options.show(as_json, result, options.said(score))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 
 from howfine.base import Base
 from howfine.batch import to_device
+from howfine.calibration import calibration, temperature, tempered
 from howfine.delta import Delta
 from howfine.errors import DeltaError, SettingError, TaskError, near
 from howfine.metrics import METRICS, bootstrap_interval, scores
@@ -34,6 +35,9 @@ class Score:
     scores: dict[str, float]
     # Predictions in the split's order: class indices, or scores for regression.
     predictions: np.ndarray = field(repr=False, compare=False)
+    # Expected calibration error and what it is made of: `howfine.calibration.calibration`. None for
+    # regression. With a temperature asked for, `temperature` in it says what it changed.
+    calibration: dict[str, Any] | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """Everything but the predictions, as JSON types."""
@@ -51,25 +55,69 @@ def evaluate(
     batch_size: int = 64,
     progress: bool = False,
     data: str | Path | None = None,
+    temperature_from: str | None = None,
 ) -> Score:
     """Score a delta (or a file) on a split of a task, by default the one it was trained for.
 
-    Raises DeltaError for a damaged file, WrongBase, TaskError where labels don't match.
+    `temperature_from` names another split on which to fit a temperature; the score stays what it
+    is, its `calibration` says how the calibration error changes. Raises DeltaError for a damaged
+    file, WrongBase, TaskError where labels don't match, SettingError for unknown splits and for a
+    temperature that can't be fitted.
     """
     delta, base = opened(delta, base)
     if not isinstance(task, Task):
         task = Task.load(task or task_of(delta), data=data)
-    if split not in task.splits:
-        raise SettingError(f"split {split!r} is unknown. {near(split, task.splits)}")
+    _check_splits(task, split, temperature_from)
     if tuple(task.labels) != delta.labels:
         raise TaskError(
             f"task {task.name} has labels {list(task.labels)}, the delta was trained for "
             f"{list(delta.labels)}; evaluate it on a task with the same labels"
         )
-    examples = task.splits[split]
+    asked = [split] if temperature_from is None else [split, temperature_from]
     with delta.applied(base) as model:
-        predictions = run(model, base, examples, batch_size=batch_size, progress=progress)
-    return score(task, split, predictions)
+        found = [
+            logits(model, base, task.splits[name], batch_size=batch_size, progress=progress)
+            for name in asked
+        ]
+        predictions = model.readout.predict(found[0]).numpy()
+        shares = [model.readout.probabilities(each).numpy() for each in found if task.labels]
+    result = score(task, split, predictions, shares[0] if shares else None)
+    if temperature_from is None or result.calibration is None:
+        return result
+    gained = _temperature(task, split, temperature_from, *shares)
+    return replace(result, calibration={**result.calibration, "temperature": gained})
+
+
+def _check_splits(task: Task, split: str, temperature_from: str | None) -> None:
+    for name in filter(None, (split, temperature_from)):
+        if name not in task.splits:
+            raise SettingError(f"split {name!r} is unknown. {near(name, task.splits)}")
+    if temperature_from is None:
+        return
+    if not task.labels:
+        raise SettingError(
+            f"task {task.name} is a regression, whose scores have no confidence; leave the "
+            "temperature out"
+        )
+    if temperature_from == split:
+        raise SettingError(
+            f"the temperature is to be fitted on {split}, the split that is scored, which would "
+            "flatter it; name another split"
+        )
+
+
+def _temperature(
+    task: Task, split: str, fitted_on: str, shares: np.ndarray, others: np.ndarray
+) -> dict[str, Any]:
+    """The temperature fitted on another split's probabilities, and the errors it leaves here."""
+    value = temperature(others, _targets(task, fitted_on))
+    after = calibration(tempered(shares, value), _targets(task, split))
+    left = {name: after[name] for name in ("ece", "ece_10", "confidence")}
+    return {"value": round(value, 6), "fitted_on": fitted_on, **left}
+
+
+def _targets(task: Task, split: str) -> np.ndarray:
+    return np.asarray([example.label for example in task.splits[split]])
 
 
 def task_of(delta: Delta) -> str:
@@ -80,9 +128,14 @@ def task_of(delta: Delta) -> str:
     return on.rpartition("/")[0]
 
 
-def score(task: Task, split: str, predictions: np.ndarray) -> Score:
-    """Predictions of a whole split as a Score."""
-    targets = np.asarray([example.label for example in task.splits[split]])
+def score(
+    task: Task, split: str, predictions: np.ndarray, probabilities: np.ndarray | None = None
+) -> Score:
+    """Predictions of a whole split as a Score, with its calibration where probabilities are given.
+
+    `probabilities` has shape (n, classes), and is left out for regression.
+    """
+    targets = _targets(task, split)
     metric = METRICS[task.metric]
     interval = bootstrap_interval(metric, [predictions], targets)
     return Score(
@@ -94,6 +147,7 @@ def score(task: Task, split: str, predictions: np.ndarray) -> Score:
         task=task.name,
         scores=scores(task.metric, predictions, targets),
         predictions=predictions,
+        calibration=None if probabilities is None else calibration(probabilities, targets),
     )
 
 
@@ -128,7 +182,7 @@ def predict(
         predictions = model.readout.predict(outputs)
     if not delta.labels:
         return [{"score": float(value)} for value in predictions]
-    shares = outputs.float().softmax(-1)
+    shares = model.readout.probabilities(outputs)
     return [
         {"label": delta.labels[int(index)], "probability": float(row[int(index)])}
         for index, row in zip(predictions, shares, strict=True)
@@ -142,14 +196,6 @@ def opened(delta: Delta | str | Path, base: Base | None) -> tuple[Delta, Base]:
     if base is None:
         base = Base.load(delta.base_name, kind=delta.base_kind)
     return delta, base
-
-
-def run(
-    model: Wired, base: Base, examples: Sequence[Example], *, batch_size: int, progress: bool
-) -> np.ndarray:
-    """Predictions of examples, in their order."""
-    outputs = logits(model, base, examples, batch_size=batch_size, progress=progress)
-    return model.readout.predict(outputs).numpy()
 
 
 @torch.inference_mode()

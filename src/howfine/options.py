@@ -33,6 +33,10 @@ Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps …")]
 Dtype = Annotated[str, typer.Option(help="float32, bfloat16 or float16: of the base's weights.")]
 DeltaFile = Annotated[Path, typer.Argument(help="A *.delta.safetensors file.")]
 Split = Annotated[str, typer.Option(help="train, dev or test.")]
+TemperatureFrom = Annotated[
+    str | None,
+    typer.Option(help="Fit a temperature on this split, and say what it does to the ECE."),
+]
 
 
 def study(
@@ -112,7 +116,18 @@ def said(score: Any) -> str:
     """A score in words."""
     low, high = score.interval
     value = f"{score.metric} {score.value:.4f} [{low:.4f}, {high:.4f}]"
-    return f"{value} on {score.n} of {score.split}"
+    return f"{value} on {score.n} of {score.split}{_calibration_said(score.calibration)}"
+
+
+def _calibration_said(found: dict[str, Any] | None) -> str:
+    """The expected calibration error, and what a temperature makes of it if one was fitted."""
+    if found is None:
+        return ""
+    said = f", ECE {found['ece']:.4f}"
+    if after := found.get("temperature"):
+        at = f"temperature {after['value']:.3g}, fitted on {after['fitted_on']}"
+        said += f" ({after['ece']:.4f} at {at})"
+    return said
 
 
 # Where torchrun, MPICH and Open MPI tell each process which one it is.

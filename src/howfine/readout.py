@@ -66,6 +66,13 @@ class Readout(ABC):
     def predict(self, outputs: Tensor) -> Tensor:
         """(B,) class indices, or scores for regression."""
 
+    def probabilities(self, outputs: Tensor) -> Tensor:
+        """(B, classes) in float64, rows that sum to 1 and are highest at `predict`'s class.
+
+        Softmax of logits. Only asked for tasks with labels.
+        """
+        return outputs.double().softmax(-1)
+
     def pack(self, head: Head) -> Tensors:
         """The head's tensors."""
         return {name: value.detach().clone() for name, value in head.state_dict().items()}

@@ -41,7 +41,7 @@ from howfine.task import Task
 MARGIN = 0.01
 _RUN = (
     *("key", "recipe", "settings", "seed", "role", "score", "interval", "dev_score", "bytes"),
-    *("seconds", "steps", "peak_bytes", "trainable", "file", "error"),
+    *("seconds", "steps", "peak_bytes", "trainable", "file", "ece", "error"),
 )
 
 

@@ -5,38 +5,31 @@ from __future__ import annotations
 import json
 import re
 import shlex
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from statistics import median
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 from plotly.offline import get_plotlyjs
 
-from howfine import figures, figures_distance, wording
+from howfine import (
+    calibration,
+    figures,
+    figures_calibration,
+    figures_distance,
+    report_tables,
+    wording,
+)
 from howfine.wording import interval_said, score_said, share_said, significant
 
 _EXAMPLE = "a quiet, moving film"
 _UNITS = r"%|[kMGT]B\b|bytes?\b|seeds?\b|points\b"
 
 
-class Cell(NamedTuple):
-    """What a table shows, and what it is sorted by."""
-
-    text: str
-    order: float | str
-
-
-class Table(NamedTuple):
-    """A table: column names, rows of cells, and the index of the recommended row."""
-
-    columns: list[str]
-    rows: list[list[Cell]]
-    chosen: int | None = None
-
-
 def html(result: Mapping[str, Any]) -> str:
     """The whole page. Everything in `result` is escaped; the only scripts are the page's own."""
     plots = {"score": figures.score_against_bytes(result)}
+    if figures_calibration.shown(result):
+        plots["reliability"] = figures_calibration.reliability(result)
     if rows := result["distance"]:
         plots |= {
             "relative": figures_distance.heatmap(rows, "relative"),
@@ -92,12 +85,15 @@ def _view(result: Mapping[str, Any]) -> dict[str, Any]:
         "ceiling": wording.ceiling_said(result),
         "margin": wording.margin_said(result["margin"]),
         "cards": _cards(result),
-        "groups": groups_table(result),
-        "runs": runs_table(result),
+        "groups": report_tables.groups_table(result),
+        "trust": figures_calibration.summary(result),
+        "bin_count": calibration.BINS,
+        "bins": report_tables.reliability_table(result),
+        "runs": report_tables.runs_table(result),
         "failed": [run for run in result["runs"] if "error" in run],
-        "scale": scale_table(result["distance"]) if result["distance"] else None,
+        "scale": report_tables.scale_table(result["distance"]) if result["distance"] else None,
         "moved": _moved(result["distance"]) if result["distance"] else "",
-        "partial": layers_table(result),
+        "partial": report_tables.layers_table(result),
         "commands": commands(result),
         "seeds": sorted({seed for group in result["groups"] for seed in group["seeds"]}),
     }
@@ -127,131 +123,6 @@ def _cards(result: Mapping[str, Any]) -> list[tuple[str, str, str]]:
             f"of the ceiling's {score_said(metric, ceiling['score'])}",
         ),
     ]
-
-
-def groups_table(result: Mapping[str, Any]) -> Table:
-    """One row for every recipe and setting, smallest file first."""
-    ceiling, metric = wording.ceiling_of(result["groups"]), result["task"]["metric"]
-    groups = sorted(result["groups"], key=lambda group: group["bytes"])
-    keys = [result["recommended"]["key"] in group["keys"] for group in groups]
-    columns = ["recipe", "settings", "test score", "dev", "bytes", "of full", "trainable"]
-    columns += ["step time", "peak memory", f"P(within {wording.margin_said(result['margin'])})"]
-    rows = [_group_row(group, ceiling, metric) for group in groups]
-    return Table([*columns, "seeds"], rows, keys.index(True))
-
-
-def _group_row(group: Mapping[str, Any], ceiling: Mapping[str, Any], metric: str) -> list[Cell]:
-    said = score_said(metric, group["score"])
-    reference = group is ceiling
-    role = {"ceiling": " (ceiling)", "floor": " (floor)"}.get(group["role"], "")
-    probability = "reference" if reference else wording.probability_said(group["probability"])
-    share = group["bytes"] / ceiling["bytes"]
-    return [
-        Cell(f"{group['recipe']}{role}", group["recipe"]),
-        _text(wording.settings_said(group["settings"]) or "–"),
-        Cell(f"{said} {interval_said(metric, group['interval'])}", group["score"]),
-        Cell(score_said(metric, group["dev_score"]), group["dev_score"]),
-        Cell(f"{group['bytes']:,}", group["bytes"]),
-        Cell(share_said(share), share),
-        Cell(f"{group['trainable']:,}", group["trainable"]),
-        Cell(f"× {group['step_ratio']:.2f}", group["step_ratio"]),
-        Cell(wording.human(group["peak_bytes"]), group["peak_bytes"]),
-        Cell(probability, 2.0 if reference else group["probability"]),
-        Cell(_seeds_said(group), len(group["seeds"])),
-    ]
-
-
-def _seeds_said(group: Mapping[str, Any]) -> str:
-    """How many seeds there are, and of how many where some are missing."""
-    found = len(group["seeds"])
-    return f"{found} of {found + len(group['missing'])}" if group["missing"] else str(found)
-
-
-def runs_table(result: Mapping[str, Any]) -> Table:
-    """One row for every finished run, in the plan's order."""
-    metric = result["task"]["metric"]
-    columns = ["recipe", "settings", "seed", "test score", "dev", "bytes", "steps", "seconds"]
-    rows = [
-        [
-            _text(run["recipe"]),
-            _text(wording.settings_said(run["settings"]) or "–"),
-            Cell(str(run["seed"]), run["seed"]),
-            Cell(
-                f"{score_said(metric, run['score'])} {interval_said(metric, run['interval'])}",
-                run["score"],
-            ),
-            Cell(score_said(metric, run["dev_score"]), run["dev_score"]),
-            Cell(f"{run['bytes']:,}", run["bytes"]),
-            Cell(f"{run['steps']:,}", run["steps"]),
-            Cell(f"{run['seconds']:,.0f}", run["seconds"]),
-        ]
-        for run in result["runs"]
-        if "error" not in run
-    ]
-    return Table(columns, rows)
-
-
-def layers_table(result: Mapping[str, Any]) -> Table:
-    """The groups that change only some layers, by the selectors in their method's settings."""
-    metric, rows = result["task"]["metric"], []
-    for group in sorted(result["groups"], key=lambda group: -group["score"]):
-        layers = sorted({text for text in _texts(group["method"]) if "@" in text})
-        if layers:
-            scored = f"{score_said(metric, group['score'])} "
-            rows.append(
-                [
-                    _text(", ".join(layers)),
-                    _text(group["recipe"]),
-                    Cell(scored + interval_said(metric, group["interval"]), group["score"]),
-                    Cell(f"{group['bytes']:,}", group["bytes"]),
-                ]
-            )
-    return Table(["layers", "recipe", "test score", "bytes"], rows)
-
-
-def _texts(value: Any) -> Iterator[str]:
-    """Every text in nested settings."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, Mapping):
-        yield from (text for item in value.values() for text in _texts(item))
-    elif isinstance(value, Iterable):
-        yield from (text for item in value for text in _texts(item))
-
-
-def scale_table(rows: Sequence[Mapping[str, Any]]) -> Table:
-    """How far the matrices moved, beside R1 (to a fresh init) and R2 (between two inits)."""
-    known = [row for row in rows if row["relative"] is not None]
-    moved = [row for row in known if row["relative"] and row["reference_mean_abs"] is not None]
-    # References are means of |d|: a matrix's own mean |before| makes them relative.
-    weight = [row["mean_abs"] / row["relative"] for row in moved]
-    columns = ["", "relative movement", "angle / π"]
-    angles = [row["angle"] for row in known]
-    lines = [("this fine-tuning", [row["relative"] for row in known], angles)]
-    for name, prefix in (("R1: base to a fresh random init", "reference"),
-                         ("R2: between two random inits", "random")):  # fmt: skip
-        values = [row[f"{prefix}_mean_abs"] for row in moved]
-        relative = [value / one for value, one in zip(values, weight, strict=True)]
-        lines.append((name, relative, [row[f"{prefix}_angle"] for row in moved]))
-    return Table(
-        columns,
-        [
-            [_text(name), _spread(relative, percent=True), _spread(angles)]
-            for name, relative, angles in lines
-        ],
-    )
-
-
-def _spread(values: Sequence[float], *, percent: bool = False) -> Cell:
-    """'0.7 % (0.2 % to 1.4 %)': median and range."""
-    if not values:
-        return Cell("nothing moved", 0.0)
-    low, middle, high = (
-        share_said(value) if percent else significant(value)
-        for value in (min(values), median(values), max(values))
-    )
-    spread = middle if low == high else f"{middle} ({low} to {high})"
-    return Cell(spread, median(values))
 
 
 def _moved(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -291,7 +162,3 @@ with howfine.Delta.load({_quoted(file)}).applied(base) as model:
 def _quoted(text: str) -> str:
     """A Python literal in double quotes."""
     return json.dumps(text, ensure_ascii=False)
-
-
-def _text(text: str) -> Cell:
-    return Cell(text, text)

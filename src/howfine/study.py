@@ -151,10 +151,16 @@ def run_once(run: Run, base: Base, task: Task, folder: Path, keep: bool) -> Reco
         "trainable": tuned.trainable,
         "file": str(path.relative_to(folder)),
         "predictions": pack_predictions(test.predictions),
+        **({} if test.calibration is None else _calibration(test.calibration)),
     }
     if not keep:
         path.unlink(missing_ok=True)
     return record
+
+
+def _calibration(found: dict[str, Any]) -> Record:
+    """What a record keeps of a score's calibration; the bins are enough for any other figure."""
+    return {"ece": found["ece"], "reliability": found["reliability"]}
 
 
 def _identity(run: Run) -> Record:

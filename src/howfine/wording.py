@@ -72,6 +72,11 @@ def share_said(share: float) -> str:
     return f"{percent:.0f} %" if percent >= 10 else f"{significant(percent)} %"
 
 
+def percent_said(share: float) -> str:
+    """A share as a percentage with one decimal, for a column of them: '3.4 %', '81.0 %'."""
+    return f"{100 * share:.1f} %"
+
+
 def probability_said(probability: float) -> str:
     """Two decimals; never a certainty, which draws can't give."""
     if probability < 0.01:
