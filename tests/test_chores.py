@@ -86,7 +86,8 @@ assert methods is m and m.__path__
 
 def test_version_equals_changelog_and_metadata() -> None:
     headings = re.findall(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
-    assert headings[0] == PROJECT["version"]
+    released = [heading for heading in headings if heading != "Unreleased"]
+    assert released[0] == PROJECT["version"]
     assert howfine.__version__ == importlib.metadata.version("howfine") == PROJECT["version"]
 
 

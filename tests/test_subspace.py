@@ -153,6 +153,23 @@ def test_the_hash_is_even() -> None:
     assert abs(counts[::2].sum() - 100_000) < 5 * math.sqrt(50_000)
 
 
+def test_a_rate_of_the_random_map_is_by_entry_of_the_weights() -> None:
+    """A step of v_j by lr √(n/d) moves each of its n/d entries, scaled 1/√(n/d), by lr."""
+    base = tiny_base("bert")
+    chosen = made("random", where=["matrices"], size=7)
+    with chosen.attach(base) as change:
+        (group,) = chosen.groups(change)
+        rate = 1e-3 * group["lr_scale"]
+        change.trainable["v"].data.fill_(rate)
+        paths = base.choose(("matrices",))
+        moved = torch.cat([(weight_at(base, p) - base.parameter(p)).flatten() for p in paths])
+    assert moved.abs().mean().item() == pytest.approx(1e-3, rel=0.01)
+    assert chosen.learning_rate(400) == pytest.approx(chosen.learning_rate(100) / 2)
+    for name in ("lora-xs", "tiny-none"):
+        with made(name).attach(base) as change:
+            assert made(name).groups(change)[0]["lr_scale"] == 1
+
+
 # --- lora-xs -------------------------------------------------------------------------------------
 
 

@@ -4,8 +4,8 @@
 
 writes them anew, which is right only when the format gets a new version: whoever has a file from
 before must be able to read it. With names of cases behind it, those alone are written, on the base
-that is there: for a new method or coding. Beside the deltas lie the base they were made on, tokens to run
-through it, and `expected.json`: logits, and SHA-256 of every decoded tensor.
+that is there: for a new method or coding. Beside the deltas lie the base they were made on, tokens
+to run through it, and `expected.json`: logits, and SHA-256 of every decoded tensor.
 """
 
 from __future__ import annotations

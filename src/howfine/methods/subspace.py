@@ -187,7 +187,8 @@ class Subspace(Method):
         with all_or_nothing() as undo:
             for path, gate in self._gates(base, paths, v):
                 undo.append(surgery.reweight(base.towers, path, gate))
-            return Change({NAME: v}, undo)
+            entries = sum(base.parameter(path).numel() for path in paths)
+            return Change({NAME: v}, undo, parts={"entries": entries})
 
     def _shape(self, base: Base, paths: list[str]) -> tuple[int, ...]:
         """Shape of v. Raises SettingError where the chosen tensors are too few or too small."""
@@ -257,11 +258,18 @@ class Subspace(Method):
         return {NAME: change.trainable[NAME].detach().clone()}
 
     def groups(self, change: Change) -> list[dict[str, Any]]:
-        # Decay is for weights; a pull of v to 0 is a pull to the base.
-        return [{"params": list(change.trainable.values()), "weight_decay": 0.0}]
+        # No decay: that is for weights, and a pull of v to 0 is one to the base. A random map's
+        # rate is by how much a step moves an entry of θ, which is the same for bases of any size.
+        entries = change.parts["entries"]
+        scale = math.sqrt(entries / self.size) if self.map == "random" else 1.0
+        return [{"params": [change.trainable[NAME]], "weight_decay": 0.0, "lr_scale": scale}]
 
     def learning_rate(self, steps: int) -> float:
-        return 1e-2
+        # By √steps, so that the noise of the gradients leads as far in trainings of any length; by
+        # √rank, as the norm of a random core grows. The factors are those of short trials.
+        if self.map == "random":
+            return 1e-2 / math.sqrt(steps)
+        return (0.5 if self.map == "lora-xs" else 0.16) / math.sqrt(self.rank * steps)
 
     def unpack(self, base: Base, tensors: Tensors) -> Change:
         paths = base.choose(self.where)
