@@ -113,7 +113,9 @@ def _refuse_ties(model: nn.Module, body: nn.Module, base: Base, change: Change) 
         if id(module) not in inside
         for parameter in module.parameters(recurse=False)
     }
-    tied = [path for path in change.trainable if id(base.parameter(path)) in outside]
+    now = dict(base.towers.named_parameters())  # a changed one is another, or lies elsewhere
+    changed = [path for path in base.paths() if now.get(path) is not base.parameter(path)]
+    tied = [path for path in changed if id(base.parameter(path)) in outside]
     if tied:
         change.remove()
         raise SettingError(

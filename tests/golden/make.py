@@ -3,14 +3,16 @@
     cd tests && python -m golden.make
 
 writes them anew, which is right only when the format gets a new version: whoever has a file from
-before must be able to read it. Beside the deltas lie the base they were made on, tokens to run
-through it, and `expected.json`: logits, and SHA-256 of every decoded tensor.
+before must be able to read it. With names of cases behind it, those alone are written, on the base
+that is there: for a new method or coding. Beside the deltas lie the base they were made on, tokens
+to run through it, and `expected.json`: logits, and SHA-256 of every decoded tensor.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -83,6 +85,11 @@ def cases() -> Iterator[tuple[str, Method, str]]:
     yield "mask-row", method("mask", granularity="row", where=["I", "O"]), "fp32"
     for store in PRECISIONS:
         yield f"select-{store}", method("select", train=["bias", "K@-1"]), store
+    random = method("subspace", map="random", size=20, where=["all"], map_seed=3)
+    yield "subspace-random", random, "fp16"
+    yield "subspace-lora-xs", method("subspace", rank=2), "fp16"
+    tiny = method("subspace", map="tiny-lora", rank=3, size=4, sharing="letter")
+    yield "subspace-tiny-lora", tiny, "bf16"
 
 
 def made(stem: str, chosen: Method, store: str, base: Base) -> Delta:
@@ -94,6 +101,8 @@ def made(stem: str, chosen: Method, store: str, base: Base) -> Delta:
             if stem == "mask":
                 kept = pattern(PATTERNS[number % len(PATTERNS)], value.shape)
                 value.data = torch.where(kept, 5.0, -5.0)
+            elif chosen.starts_at_base and not value.any():  # not the base's own: numbers from 0
+                value.data = 0.5 * torch.randn_like(value)
             elif stem != "full" or "layer.1.attention" in path or path.endswith("bias"):
                 value.data += 0.1 * torch.randn_like(value) * value.abs().max()
         head = read.attach(base, LABELS)
@@ -102,15 +111,21 @@ def made(stem: str, chosen: Method, store: str, base: Base) -> Delta:
     return delta.with_score(on)
 
 
-def main() -> None:
-    """Write the base, the deltas and what is expected of them."""
-    tiny_tower("bert").save_pretrained(HERE / "base")
+def main(stems: list[str]) -> None:
+    """Write the base, the deltas and what is expected of them; of named cases the latter two."""
+    expected: dict[str, Any] = {"files": {}}
+    if stems:
+        expected = json.loads((HERE / "expected.json").read_text())
+    else:
+        tiny_tower("bert").save_pretrained(HERE / "base")
     base = golden_base()
     texts = [example.texts[0] for example in tiny_task().splits["dev"]]
     encoded = tiny_tokenizer()(texts, padding=True)
     tokens = {name: encoded[name] for name in ("input_ids", "attention_mask")}
-    files = {}
+    files = expected["files"]
     for stem, chosen, store in cases():
+        if stems and stem not in stems:
+            continue
         delta = made(stem, chosen, store, base)
         delta.save(HERE / f"{stem}{SUFFIX}")
         delta = Delta.load(HERE / f"{stem}{SUFFIX}")
@@ -124,4 +139,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])
