@@ -38,7 +38,9 @@ BASES = ("bert", "roberta", "gpt2", "llama", "t5")
 every_method = pytest.mark.parametrize("name", sorted(examples()))
 every_base = pytest.mark.parametrize("base_name", BASES)
 # Rounding of stored values, relative to the largest of a tensor (fp16: and to the value itself).
-PRECISION = {"fp16": 2**-10, "bf16": 2**-8, "int8": 1 / 127}
+PRECISION = {"fp16": 2**-10, "bf16": 2**-8, "int8": 1 / 127, "int6": 1 / 31}
+# Fewer bits may clip the largest values: there, the error is no larger than the values are.
+PRECISION |= {"int4": 0.8, "int3": 0.9, "int2": 1.0}
 
 
 def reloaded(delta: Delta, folder: Path) -> Delta:

@@ -90,7 +90,7 @@ class Recipe:
     method: Method
     readout: Readout
     training: Training = field(default_factory=Training)
-    # Precision of stored values: fp32, fp16, bf16, int8 or sign.
+    # Precision of stored values: fp32, fp16, bf16, int8, int6, int4, int3, int2 or sign.
     store: str = "fp32"
     # Settings a study varies, with the values it tries: the size knob.
     knob: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)

@@ -19,7 +19,7 @@ from torch import Tensor
 from howfine import container
 from howfine.base import Base
 from howfine.codec import (
-    PRECISIONS,
+    VALUES,
     Coded,
     decode_places,
     decode_values,
@@ -62,7 +62,7 @@ class Stream:
 
     def kept(self) -> int | None:
         """Places set, for a set of places; None for values."""
-        if self.coded.coding in PRECISIONS:
+        if self.coded.coding in VALUES:
             return None
         if self.coded.coding in ("none", "all"):
             return self.count if self.coded.coding == "all" else 0
@@ -150,7 +150,7 @@ def decode(streams: tuple[Stream, ...], base: Base) -> dict[str, Tensors]:
 
 
 def _decoded(stream: Stream, base: Base, path: str) -> Tensor:
-    if stream.coded.coding in PRECISIONS:
+    if stream.coded.coding in VALUES:
         tensor = decode_values(stream.coded, stream.count).view(stream.shape)
         if stream.difference:
             if path not in set(base.paths()) or base.parameter(path).shape != stream.shape:
@@ -215,7 +215,7 @@ def _row(coded: Coded, stream: Stream, joined: dict[str, list[bytes]]) -> list[A
 
 
 def _group(coded: Coded) -> str:
-    return coded.coding if coded.coding in PRECISIONS else container.PLACES
+    return coded.coding if coded.coding in VALUES else container.PLACES
 
 
 def parse(groups: dict[str, bytes]) -> Iterator[Stream]:
@@ -240,7 +240,7 @@ def parse(groups: dict[str, bytes]) -> Iterator[Stream]:
             raise ValueError(f"stream {name!r} has no shape")
         found = coded(coding, length, params)
         if name == "":
-            if waiting is None or waiting.coded.coding in PRECISIONS or shape:
+            if waiting is None or waiting.coded.coding in VALUES or shape:
                 raise ValueError("values without places")
             yield Stream(waiting.name, waiting.shape, waiting.coded, bool(difference), found)
             waiting = None

@@ -22,7 +22,6 @@ from torch import Tensor
 from transformers import AutoModel
 
 from howfine.base import Base
-from howfine.codec import PRECISIONS
 from howfine.delta import SUFFIX, Delta
 from howfine.method import Method, method
 from howfine.readout import readout
@@ -83,7 +82,7 @@ def cases() -> Iterator[tuple[str, Method, str]]:
     yield "full", method("full"), "fp32"
     yield "mask", method("mask", initial_sparsity=0.2), "fp16"
     yield "mask-row", method("mask", granularity="row", where=["I", "O"]), "fp32"
-    for store in PRECISIONS:
+    for store in ("fp32", "fp16", "bf16", "int8", "sign"):
         yield f"select-{store}", method("select", train=["bias", "K@-1"]), store
     random = method("subspace", map="random", size=20, where=["all"], map_seed=3)
     yield "subspace-random", random, "fp16"

@@ -19,19 +19,31 @@ A gap is cut into a token (its octave and the leading bits in it) and the raw bi
 floating-point number is. Tokens and raw bits go onto one asymmetric-numeral-system stack (Duda
 2013) in chunks, so that a decoder holds little more than the mask.
 
+Values are floats in one of PRECISIONS, raw under that name: fp32, fp16, bf16; intB, symmetric
+steps of B bits times a scale; sign, one bit. Where their entropy is smaller they are
+
+    steps       steps of any intB, under a law with one parameter in one byte, or with a table
+    fp16h       fp16 with exponents and leading bits of mantissas under a stored law
+
+and VALUES names both kinds. Their params are the scales: one, or one for each part.
+
 Only the padding after the last bit of a DEFLATE stream escapes the decoders: zlib hides it.
 """
 
-from howfine.codec.coded import PRECISIONS, Coded
+from howfine.codec.coded import PRECISIONS, VALUES, Coded
 from howfine.codec.places import combinatorial_bits, decode_places, encode_places
-from howfine.codec.values import decode_values, encode_values
+from howfine.codec.steps import entropy_bits
+from howfine.codec.values import decode_values, encode_values, rounded
 
 __all__ = [
     "PRECISIONS",
+    "VALUES",
     "Coded",
     "combinatorial_bits",
     "decode_places",
     "decode_values",
     "encode_places",
     "encode_values",
+    "entropy_bits",
+    "rounded",
 ]

@@ -10,10 +10,14 @@ import numpy as np
 
 from howfine.errors import DamagedDelta
 
-PRECISIONS = ("fp32", "fp16", "bf16", "int8", "sign")
+PRECISIONS = ("fp32", "fp16", "bf16", "int8", "int6", "int4", "int3", "int2", "sign")
+# Codings of values: those as they are, named like the precision, and two by their entropy.
+VALUES = (*PRECISIONS, "steps", "fp16h")
 PLACES = ("none", "all", "bits", "rank", "gaps", "histogram", "grid", "zlib")
 
 MAX_COUNT = 1 << 40  # gaps must fit two raw symbols of at most 24 bits
+
+_BLOCK = 1 << 20  # numbers packed at a time, a multiple of 8: bounds what their bits take
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -29,7 +33,7 @@ class Coded:
 
 def damaged(coded: Coded, found: str, expected: str) -> DamagedDelta:
     """The error for a stream; of its coding it says no more than a known name."""
-    name = coded.coding if coded.coding in (*PRECISIONS, *PLACES) else "unknown"
+    name = coded.coding if coded.coding in (*VALUES, *PLACES) else "unknown"
     return DamagedDelta(
         f"a stream of coding {name!r} is damaged: found {found}, expected {expected}; "
         "get the file again"
@@ -65,6 +69,32 @@ def unpacked(coded: Coded, plain: bytes, count: int) -> Array:
         raise damaged(coded, "nonzero padding bits", "zeros")
     bits = np.unpackbits(np.frombuffer(plain, np.uint8), count=count, bitorder="little")
     return bits.view(np.bool_)
+
+
+def bits_packed(numbers: Array, width: int) -> bytes:
+    """Unsigned integers below 2^width ≤ 2^16, `width` bits each, the first one lowest."""
+    found = []
+    for start in range(0, len(numbers), _BLOCK):
+        octets = numbers[start : start + _BLOCK, None].astype("<u2").view(np.uint8)
+        bits = np.unpackbits(octets, axis=1, count=width, bitorder="little")
+        found.append(np.packbits(bits, bitorder="little").tobytes())
+    return b"".join(found)
+
+
+def bits_unpacked(coded: Coded, plain: bytes, count: int, width: int) -> Array:
+    """The inverse of `bits_packed`: uint16 (count,). DamagedDelta as for `unpacked`."""
+    if len(plain) != (count * width + 7) // 8:
+        raise damaged(coded, f"{len(plain)} bytes of bits", f"{(count * width + 7) // 8}")
+    if count * width % 8 and plain[-1] >> count * width % 8:
+        raise damaged(coded, "nonzero padding bits", "zeros")
+    found, stored = np.zeros(count, "<u2"), np.frombuffer(plain, np.uint8)
+    for start in range(0, count, _BLOCK):
+        some = min(_BLOCK, count - start)
+        part = stored[start * width // 8 :][: (some * width + 7) // 8]
+        bits = np.unpackbits(part, count=some * width, bitorder="little").reshape(some, width)
+        octets = np.packbits(bits, axis=1, bitorder="little")
+        found[start : start + some].view(np.uint8).reshape(some, 2)[:, : octets.shape[1]] = octets
+    return found.astype(np.uint16)
 
 
 def head_of(true: int, count: int) -> bytes:

@@ -9,6 +9,16 @@ from typing import Any, final
 import numpy as np
 from constriction import stream
 
+from howfine.codec.ans import (
+    CHUNK,
+    LEVELS,
+    Symbols,
+    close,
+    law_of,
+    model,
+    opened,
+    written,
+)
 from howfine.codec.coded import (
     MAX_COUNT,
     Array,
@@ -20,25 +30,16 @@ from howfine.codec.coded import (
     true_of,
 )
 
-_CHUNK = 1 << 16  # gaps coded at a time; part of the format
 _SPLIT = 16  # raw bits that go into one symbol; part of the format
-_UNIT = 1 << 24  # constriction's probabilities are multiples of 2^-24
-# What every stack lies on. An empty coder goes on giving symbols, from a state below 2^24; so
-# whoever pops too much or too little does not end here. The coder needs most of these bits anyway.
-_BOTTOM = 1 << 24
 # Leading bits kept in a token: finer ones fit the geometric law better, coarser ones make a
 # shorter table.
 _FINE, _COARSE = 3, 2
-# What one byte of a stored law can say: 0, then five significant bits at 16 powers of two.
-_LEVELS = np.array([0] + [(16 + v % 16) << v // 16 for v in range(255)])
-
-_Symbols = tuple[Any, ...]  # int32 symbols and their law; alphabet sizes if the law is Uniform
 
 
 def encode_gaps(places: Array, count: int, true: int) -> bytes:
     """The head, then the stack."""
     symbols = _symbols(*_tokens(places, _FINE), _geometric(count, len(places)))
-    return head_of(true, count) + _written(symbols)
+    return head_of(true, count) + written(symbols)
 
 
 def decode_gaps(coded: Coded, count: int) -> Array:
@@ -61,11 +62,9 @@ def encode_histogram(places: Array, count: int, true: int, limit: int) -> bytes 
     bits = float(seen @ np.log2(len(places) / seen)) + int(widths.sum())
     if bits / 8 + len(counts) >= limit:
         return None
-    middles = (_LEVELS[1:] + _LEVELS[:-1]) / 2
-    law = np.searchsorted(middles, counts * (_LEVELS[-1] / counts.max()))
-    law = np.maximum(law, counts > 0).astype(np.uint8)
+    law = law_of(counts)
     head = head_of(true, count) + bytes([len(law)]) + law.tobytes()
-    return head + _written(_symbols(tokens, widths, raw, _model(_LEVELS[law])))
+    return head + written(_symbols(tokens, widths, raw, model(LEVELS[law])))
 
 
 def decode_histogram(coded: Coded, count: int) -> Array:
@@ -73,10 +72,10 @@ def decode_histogram(coded: Coded, count: int) -> Array:
     true, rest = true_of(coded, count)
     size = rest[0] if rest else 0
     law, rest = rest[1 : 1 + size], rest[1 + size :]
-    if not size or len(law) != size or not law[-1] or size > len(_alphabet(count, _COARSE)[0]):
+    if not size or len(law) != size or not law[-1] or size > len(alphabet(count, _COARSE)[0]):
         raise damaged(coded, "a law that is none", "its length and as many bytes, the last not 0")
     stack = _Stack(coded, rest)
-    mask = stack.pop(count, true, _model(_LEVELS[np.frombuffer(law, np.uint8)]), _COARSE)
+    mask = stack.pop(count, true, model(LEVELS[np.frombuffer(law, np.uint8)]), _COARSE)
     stack.close()
     return mask
 
@@ -94,7 +93,7 @@ def encode_grid(flat: Array, direct: bool, rows: int) -> bytes | None:
         return None
     levels = np.add.outer(*classes).reshape(-1)
     side = [found.tobytes() for found in classes]
-    symbols: list[_Symbols] = []
+    symbols: list[Symbols] = []
     for level in _present(*classes):
         part = flat[levels == level]
         true = int(np.count_nonzero(part))
@@ -102,7 +101,7 @@ def encode_grid(flat: Array, direct: bool, rows: int) -> bytes | None:
         if 0 < true < part.size:
             places = np.flatnonzero(part if 2 * true <= part.size else ~part)
             symbols += _symbols(*_tokens(places, _FINE), _geometric(part.size, len(places)))
-    return zlib.compress(b"".join(side), 9, -15) + _written(symbols)
+    return zlib.compress(b"".join(side), 9, -15) + written(symbols)
 
 
 def decode_grid(coded: Coded, count: int) -> Array:
@@ -160,7 +159,7 @@ def _tokens(places: Array, kept: int) -> tuple[Array, Array, Array]:
     return (widths << kept) + (gaps >> widths), widths, gaps & ((1 << widths) - 1)
 
 
-def _alphabet(count: int, kept: int) -> tuple[Array, Array]:
+def alphabet(count: int, kept: int) -> tuple[Array, Array]:
     """Smallest gap, and width of the raw bits, of every token that a gap below `count` can have."""
     width = max((count - 1).bit_length() - kept - 1, 0)
     tokens = np.arange((width << kept) + (count - 1 >> width) + 1)
@@ -173,7 +172,7 @@ def _geometric(count: int, few: int) -> Any:
 
     In 128-bit fixed point: every machine gets the same weights.
     """
-    starts = _alphabet(count, _FINE)[0].tolist()
+    starts = alphabet(count, _FINE)[0].tolist()
     power, step, tail = ((count - few) << 128) // count, 1, 1 << 128
     tails = [tail]
     for start, end in itertools.pairwise(starts):
@@ -182,28 +181,14 @@ def _geometric(count: int, few: int) -> Any:
         tail = tail * power >> 128
         tails.append(tail)
     weights = [(high - low) >> 92 for high, low in itertools.pairwise([*tails, 0])]
-    return _model(np.array(weights))
+    return model(np.array(weights))
 
 
-def _model(weights: Array) -> Any:
-    """constriction's categorical law with probabilities in the ratio of the integer `weights`.
-
-    It takes floats, spreads what is left of 2^24 after one unit a symbol in proportion to them, and
-    rounds down. These floats are integers that sum to just that: nothing is ever rounded, so the
-    law is the same wherever it is computed.
-    """
-    weights = np.append(weights, 0)  # it wants two symbols; a law may have one
-    free = _UNIT - len(weights)
-    shares = weights * free // int(weights.sum())
-    shares[shares.argmax()] += free - shares.sum()
-    return stream.model.Categorical(shares.astype(np.float64), perfect=False)
-
-
-def _symbols(tokens: Array, widths: Array, raw: Array, law: Any) -> list[_Symbols]:
+def _symbols(tokens: Array, widths: Array, raw: Array, law: Any) -> list[Symbols]:
     """What `_tokens` found as symbols, in the order in which `_Stack.pop` asks for them."""
-    found: list[_Symbols] = []
-    for start in range(0, len(tokens), _CHUNK):
-        chunk = slice(start, start + _CHUNK)
+    found: list[Symbols] = []
+    for start in range(0, len(tokens), CHUNK):
+        chunk = slice(start, start + CHUNK)
         found.append((tokens[chunk].astype(np.int32), law))
         for some, shift, sizes in _cuts(widths[chunk]):
             symbols = (raw[chunk][some] >> shift) % sizes
@@ -218,33 +203,22 @@ def _cuts(widths: Array) -> list[tuple[Array, int, Array]]:
     return [(at, shift, (1 << width[at]).astype(np.int32)) for at, shift, width in some if at.size]
 
 
-def _written(symbols: list[_Symbols]) -> bytes:
-    """The stack's little-endian words without the zero bytes at the end."""
-    coder = stream.stack.AnsCoder(np.array([_BOTTOM], np.uint32))
-    for part in reversed(symbols):
-        coder.encode_reverse(*part)
-    return coder.get_compressed().astype("<u4").tobytes().rstrip(b"\0")
-
-
 @final
 class _Stack:
     """Pops masks; `close` once there is none left."""
 
-    def __init__(self, coded: Coded, written: bytes) -> None:
-        if written[-1:] == b"\0":
-            raise damaged(coded, "zero bytes at the end", "none")
-        words = np.frombuffer(written + bytes(-len(written) % 4), "<u4")
-        self._coder = stream.stack.AnsCoder(words.astype(np.uint32))
+    def __init__(self, coded: Coded, stored: bytes) -> None:
+        self._coder = opened(coded, stored)
         self._coded = coded
 
     def pop(self, count: int, true: int, law: Any, kept: int) -> Array:
         """The bool array (count,) of `true` True entries whose gaps come next."""
         few, direct = min(true, count - true), 2 * true <= count
         mask = np.full(count, not direct)
-        starts, token_widths = _alphabet(count, kept)
+        starts, token_widths = alphabet(count, kept)
         last = -1
-        for done in range(0, few, _CHUNK):
-            tokens = self._coder.decode(law, min(_CHUNK, few - done))
+        for done in range(0, few, CHUNK):
+            tokens = self._coder.decode(law, min(CHUNK, few - done))
             if tokens.max() >= len(starts):
                 raise damaged(self._coded, "a gap of no meaning", f"gaps below {count}")
             gaps = starts[tokens]
@@ -259,5 +233,4 @@ class _Stack:
         return mask
 
     def close(self) -> None:
-        if self._coder.get_compressed().tolist() != [_BOTTOM]:
-            raise damaged(self._coded, "more or fewer bytes than its places take", "just them")
+        close(self._coded, self._coder)
