@@ -31,7 +31,7 @@ ROOMS = [
     ("streams",),
     ("delta", "recipe"),
     ("start", "cost", "align", "distance", "compare", "sampler"),
-    ("tune", "loop", "trainer", "evaluate", "merge", "attach"),
+    ("tune", "loop", "trainer", "rates", "rounding", "evaluate", "merge", "attach"),
     ("ledger", "answer", "plan", "stored"),
     ("queue", "study"),
     (

@@ -92,6 +92,14 @@ class Method(ABC):
         """
         return [{"params": list(change.trainable.values())}]
 
+    def stored(self, change: Change, store: str) -> Tensors:
+        """What trains, by its name in the change, as a file of precision `store` gives it back.
+
+        For the last steps of a training, which are taken with those values. Nothing where what
+        trains is not what is stored.
+        """
+        return {}
+
     def learning_rate(self, steps: int) -> float:
         """The peak rate where a recipe names none, for AdamW and `steps` steps of linear decay."""
         return 5e-5

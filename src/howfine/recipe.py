@@ -51,6 +51,8 @@ class Training:
     patience: int = 0
     # Batch examples of similar length (saves padding).
     group_by_length: bool = True
+    # Share of the steps, the last ones, taken with values as a file of few bits will hold them.
+    rounding: float = 0.3
     # Recompute activations in the backward pass (saves memory, costs time).
     gradient_checkpointing: bool = False
     # adamw, or sgd without momentum.
@@ -76,6 +78,7 @@ _RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
     ("readout_learning_rate", lambda value: value >= 0, "a finite number from 0"),
     ("weight_decay", lambda value: value >= 0, "a finite number from 0"),
     ("warmup", lambda value: 0 <= value < 1, "a share from 0 to below 1"),
+    ("rounding", lambda value: 0 <= value <= 1, "a share from 0 to 1"),
     ("max_grad_norm", lambda value: value >= 0, "0 (for never) or more"),
     ("evaluations", lambda value: value >= 0, "0 (for none) or more"),
     ("patience", lambda value: value >= 0, "0 (for never) or more"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 import time
-from contextlib import redirect_stdout
+from contextlib import AbstractContextManager, nullcontext, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from transformers import (
     TrainingArguments,
 )
 
+from howfine import rates
 from howfine.adamw import AdamW
 from howfine.base import Base
 from howfine.change import Change
@@ -30,6 +31,7 @@ from howfine.errors import SettingError, TrainingError
 from howfine.metrics import METRICS
 from howfine.readout import Head, Wired
 from howfine.recipe import Recipe
+from howfine.rounding import Rounding
 from howfine.sampler import ByLength
 from howfine.task import Example, Task
 
@@ -136,7 +138,9 @@ class PartsTrainer(Trainer):
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """Groups of the method, then the head with its own rate; no decay on biases and norms."""
         if self.optimizer is None:
-            groups = _groups(self.parts, self.args.learning_rate)
+            groups = rates.groups(
+                self.parts.recipe, self.parts.change, self.parts.head, self.args.learning_rate
+            )
             if self.parts.recipe.training.optimizer == "sgd":
                 self.optimizer = torch.optim.SGD(groups)
             else:
@@ -146,25 +150,35 @@ class PartsTrainer(Trainer):
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """Trainer's, but for groups whose rate is constant."""
-        scheduler: Any = super().create_scheduler(num_training_steps, optimizer)
-        for number, group in enumerate(scheduler.optimizer.param_groups):
-            if group.get("constant"):
-                scheduler.lr_lambdas[number] = _always
-                group["lr"] = group["initial_lr"]
-        return scheduler
+        return rates.hold_constant(super().create_scheduler(num_training_steps, optimizer))
 
     def _clip_grad_norm(self, model: Any) -> Any:
         """Trainer's over all groups but those that are clipped by a norm of their own."""
-        apart: dict[str, list[Tensor]] = {}
         assert self.optimizer is not None
-        for group in self.optimizer.param_groups:
-            apart.setdefault(group.get("clip", ""), []).extend(group["params"])
+        apart = rates.clipped_apart(self.optimizer)
         if len(apart) == 1:
             return super()._clip_grad_norm(model)
         norm = self.accelerator.clip_grad_norm_(apart.pop(""), self.args.max_grad_norm)
         for parameters in apart.values():
             torch.nn.utils.clip_grad_norm_(parameters, self.args.max_grad_norm)
         return norm
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Trainer's; towards the end with the values as they will be stored."""
+        with self._as_stored():
+            return super().training_step(*args, **kwargs)
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """Trainer's, of what would be stored now: the best state is to be the best file."""
+        with self._as_stored():
+            return super().evaluation_loop(*args, **kwargs)
+
+    def _as_stored(self) -> AbstractContextManager[None]:
+        made = self.parts
+        training, store = made.recipe.training, made.recipe.store
+        rounding = Rounding(made.recipe.method, made.change, made.head, store, training.rounding)
+        due = rounding.due(self.state.global_step / max(1, self.state.max_steps))
+        return rounding.stored() if due else nullcontext()
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
@@ -218,30 +232,6 @@ class _Clock(TrainerCallback):
     def seconds(self) -> float:
         """Since the start."""
         return time.perf_counter() - self.start
-
-
-def _always(step: int) -> float:
-    return 1.0
-
-
-def _groups(parts: Parts, learning_rate: float) -> list[dict[str, Any]]:
-    """Optimiser groups: the method's and the head's, each split by decay."""
-    training = parts.recipe.training
-    rates = (training.readout_learning_rate, training.learning_rate, 1e-3)
-    head: dict[str, Any] = {"params": list(parts.head.parameters())}
-    head["lr"] = next(rate for rate in rates if rate is not None)
-    groups = []
-    for group in [*parts.recipe.method.groups(parts.change), head]:
-        lr = group.get("lr", learning_rate * group.get("lr_scale", 1.0))
-        decay = group.get("weight_decay", training.weight_decay)
-        matrices = [p for p in group["params"] if p.ndim > 1]
-        vectors = [p for p in group["params"] if p.ndim <= 1]
-        own = {"constant": group.get("constant", False), "clip": group.get("clip", "")}
-        groups += [
-            {"params": matrices, "lr": lr, "weight_decay": decay, **own},
-            {"params": vectors, "lr": lr, "weight_decay": 0.0, **own},
-        ]
-    return [group for group in groups if group["params"]]
 
 
 # long: one call, one line an argument

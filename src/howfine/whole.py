@@ -8,6 +8,7 @@ from torch import nn
 from howfine import surgery
 from howfine.base import Base
 from howfine.change import Change, all_or_nothing
+from howfine.codec import rounded
 from howfine.errors import DamagedDelta, SettingError
 from howfine.method import Tensors, as_parameter
 
@@ -41,6 +42,15 @@ def pack(change: Change) -> Tensors:
         path: value.detach().clone()
         for path, value in change.trainable.items()
         if not torch.equal(value, originals[path])
+    }
+
+
+def stored(change: Change, store: str) -> Tensors:
+    """The trained tensors as a file gives them back: the base's plus a rounded difference."""
+    originals: dict[str, nn.Parameter] = change.parts["originals"]
+    return {
+        path: originals[path] + rounded(value - originals[path], store).to(value.device)
+        for path, value in change.trainable.items()
     }
 
 

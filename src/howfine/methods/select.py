@@ -67,6 +67,9 @@ class Select(Method):
     def pack(self, base: Base, change: Change) -> Tensors:
         return whole.pack(change)
 
+    def stored(self, change: Change, store: str) -> Tensors:
+        return whole.stored(change, store)
+
     def unpack(self, base: Base, tensors: Tensors) -> Change:
         return whole.unpack(base, tensors)
 

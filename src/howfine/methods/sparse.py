@@ -23,6 +23,7 @@ from transformers.pytorch_utils import Conv1D
 from howfine import entries, sampled, surgery
 from howfine.base import Base
 from howfine.change import Change, Undo, all_or_nothing
+from howfine.codec import rounded
 from howfine.errors import SettingError
 from howfine.method import Method, Probe, Tensors
 
@@ -206,6 +207,9 @@ class Sparse(Method):
             )
             for path, overlay in change.parts.items()
         }
+
+    def stored(self, change: Change, store: str) -> Tensors:
+        return {"values": rounded(change.trainable["values"], store)}
 
     def groups(self, change: Change) -> list[dict[str, Any]]:
         # Decay would pull the weights towards the base's, unevenly: Adam has scaled their steps.

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from howfine import surgery
 from howfine.base import Base
 from howfine.change import Change, all_or_nothing
+from howfine.codec import rounded
 from howfine.errors import DamagedDelta, SettingError
 from howfine.method import Method, Probe, Tensors, as_parameter
 
@@ -256,6 +257,9 @@ class Subspace(Method):
 
     def pack(self, base: Base, change: Change) -> Tensors:
         return {NAME: change.trainable[NAME].detach().clone()}
+
+    def stored(self, change: Change, store: str) -> Tensors:
+        return {NAME: rounded(change.trainable[NAME], store)}
 
     def groups(self, change: Change) -> list[dict[str, Any]]:
         # No decay: that is for weights, and a pull of v to 0 is one to the base. A random map's
