@@ -81,3 +81,25 @@ def test_regression_targets_are_floats_and_the_head_has_one_output():
 def test_an_image_base_is_refused_with_a_sentence():
     with pytest.raises(SettingError, match="reads texts.*no tokenizer"):
         readout("classifier").collate(tiny_base("vit"), tiny_task().splits["train"][:2])
+
+
+@pytest.mark.parametrize("labels", [("no", "yes"), ("a", "b", "c")])
+def test_a_reference_class_is_a_row_less(labels):
+    """Outputs whose first one is 0, and as good a head: only their differences count."""
+    base, task = tiny_base("bert"), tiny_task()
+    plain, short = readout("classifier"), readout("classifier", reference=True)
+    whole, head = plain.attach(base, labels), short.attach(base, labels)
+    assert head.linear.weight.shape == (len(labels) - 1, base.hidden_size)
+    with torch.no_grad():
+        head.linear.weight.copy_(whole.linear.weight[1:] - whole.linear.weight[:1])
+        head.linear.bias.copy_(whole.linear.bias[1:] - whole.linear.bias[:1])
+    batch = plain.collate(base, task.splits["train"][:5], labelled=False)
+    with torch.no_grad():
+        long, found = whole.eval()(base.towers, batch), head.eval()(base.towers, batch)
+    assert (found[:, 0] == 0).all()
+    torch.testing.assert_close(found.log_softmax(-1), long.log_softmax(-1), rtol=1e-4, atol=1e-5)
+
+
+def test_a_regression_has_no_reference_class():
+    with pytest.raises(SettingError, match="a regression has no classes"):
+        readout("classifier", reference=True).attach(tiny_base("bert"), ())

@@ -30,6 +30,8 @@ class Classifier(Readout):
     max_length: int = 128
     # Dropout before the linear layer.
     dropout: float = 0.1
+    # Hold the first class's output at 0, as only differences count: a row less to train and store.
+    reference: bool = False
 
     def __post_init__(self) -> None:
         if self.max_length < 1 or not 0 <= self.dropout < 1:
@@ -50,7 +52,13 @@ class Classifier(Readout):
                 f"classifier pooling 'pooler': the base {base.name} has no pooler; "
                 "use cls, mean or last"
             )
-        return _LinearHead(base, pooling, max(1, len(labels)), self.dropout)
+        if self.reference and len(labels) < 2:
+            raise SettingError(
+                "classifier reference holds the first class's output at 0, and a regression has no "
+                "classes; leave it out"
+            )
+        rows = len(labels) - 1 if self.reference else max(1, len(labels))
+        return _LinearHead(base, pooling, rows, self.dropout, self.reference)
 
     def collate(self, base: Base, examples: Sequence[Example], labelled: bool = True) -> Batch:
         if base.tokenizer is None:
@@ -106,8 +114,11 @@ def _room(base: Base) -> int:
 
 
 class _LinearHead(Head):
-    def __init__(self, base: Base, pooling: str, outputs: int, dropout: float) -> None:
+    def __init__(
+        self, base: Base, pooling: str, outputs: int, dropout: float, reference: bool
+    ) -> None:
         super().__init__()
+        self.reference = reference
         self.tower_name = base.tower_name
         self.pooling = pooling
         self.dropout = nn.Dropout(dropout)
@@ -118,7 +129,8 @@ class _LinearHead(Head):
     def forward(self, towers: nn.ModuleDict, batch: Batch) -> Tensor:
         state = towers[self.tower_name](**batch.inputs)
         pooled = pool(state, batch.inputs.get("attention_mask"), self.pooling)
-        return self.linear(self.dropout(pooled.to(self.linear.weight.dtype)))
+        outputs = self.linear(self.dropout(pooled.to(self.linear.weight.dtype)))
+        return functional.pad(outputs, (1, 0)) if self.reference else outputs
 
 
 def pool(state: object, mask: Tensor | None, pooling: str) -> Tensor:
