@@ -348,9 +348,23 @@ def test_a_delta_file_may_be_the_start(tmp_path: Path) -> None:
         tune(base, task, raw.override(start=str(tmp_path / "none")), out=tmp_path / f"c{SUFFIX}")
 
 
-def test_a_method_without_a_start_refuses_one() -> None:
-    with pytest.raises(SettingError, match="takes no 'start'"):
-        Recipe("odd", method("full"), READOUT, start="somewhere")
+def test_a_method_without_a_start_refuses_moved_weights(tmp_path: Path) -> None:
+    """But goes on from a head."""
+    base, task, training = tiny_base("bert"), tiny_task(), {"max_steps": 2, "batch_size": 8}
+    raw = {"method": "mask", "training": training, "readout": {"classifier": {"max_length": 32}}}
+    moved = Recipe.parse("odd", {**raw, "start": {"method": "full", "training": training}})
+    with pytest.raises(SettingError, match=r"begins at the base's weights, .* has moved"):
+        tune(base, task, moved, out=tmp_path / f"a{SUFFIX}")
+    assert base.is_untouched()
+    head = {"method": {"select": {"train": ["none"]}}, "training": training}
+    kept = Recipe.parse("even", {**raw, "start": head}).override(
+        learning_rate=0.0, readout_learning_rate=0.0
+    )
+    tuned = tune(base, task, kept, out=tmp_path / f"b{SUFFIX}", starts=tmp_path / "starts")
+    (first,) = (tmp_path / "starts").glob(f"*{SUFFIX}")
+    assert Delta.load(first).tensors(base)[1].keys() == tuned.delta.tensors(base)[1].keys()
+    for name, value in Delta.load(first).tensors(base)[1].items():
+        assert torch.equal(value, tuned.delta.tensors(base)[1][name])
 
 
 def test_evaluation_mode_trains_without_dropout() -> None:

@@ -42,6 +42,7 @@ class Fit:
         set_seed(seed)
         self.memory = PeakMemory(base.device)
         start = start or Start({})
+        _check_start(recipe, start)
         head = recipe.readout.attach(base, task.labels)
         if start.head is not None:
             head.load_state_dict(start.head.state_dict())
@@ -87,6 +88,22 @@ class Fit:
             made.head,
             made.task.labels,
             made.recipe.store,
+        )
+
+
+def _check_start(recipe: Recipe, start: Start) -> None:
+    """A method that begins at the base can go on from an earlier head, but not from weights."""
+    asks = recipe.method.start
+    if start.weights and asks == "none":
+        raise SettingError(
+            f"recipe {recipe.name}: its method begins at the base's weights, and the start has "
+            f"moved {len(start.weights)} tensors of them; start from a readout alone, or leave it "
+            "out"
+        )
+    if not start.weights and asks == "needed":
+        raise SettingError(
+            f"recipe {recipe.name}: its method begins where another training ended, and the start "
+            "moves no weight; name a delta, a checkpoint or a phase that does (--start)"
         )
 
 

@@ -57,7 +57,8 @@ class Method(ABC):
 
     # Whether attaching alone leaves the outputs as they were.
     starts_at_base: ClassVar[bool] = True
-    # Whether a fit starts from the weights of an earlier phase or another checkpoint (Probe.start).
+    # Whether a fit starts from the weights of an earlier phase or another checkpoint (Probe.start);
+    # every method may go on from an earlier phase's head.
     start: ClassVar[Literal["none", "optional", "needed"]] = "none"
 
     def __init_subclass__(cls) -> None:

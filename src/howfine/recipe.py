@@ -101,11 +101,6 @@ class Recipe:
     start: Recipe | str | None = None
 
     def __post_init__(self) -> None:
-        if self.start is not None and self.method.start == "none":
-            raise SettingError(
-                f"recipe {self.name}: its method begins at the base and takes no 'start'; leave "
-                "it out"
-            )
         if self.store not in PRECISIONS:
             near_one = near(str(self.store), PRECISIONS)
             raise SettingError(f"recipe {self.name}, store {self.store!r} is unknown. {near_one}")
@@ -192,7 +187,7 @@ class Recipe:
         known = {"store": "store"}
         if isinstance(self.start, Recipe) and key.startswith("start_"):
             return "start", key.removeprefix("start_")
-        if self.method.start != "none" and not isinstance(self.start, Recipe):
+        if not isinstance(self.start, Recipe):
             known["start"] = "start"
         for part in ("readout", "method", "training"):
             known |= dict.fromkeys((f.name for f in dataclasses.fields(getattr(self, part))), part)
