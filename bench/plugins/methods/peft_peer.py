@@ -53,7 +53,8 @@ class PeftPeer(Method):
                     f"{self.kind}: found {len(tensors)} tensors, expected {len(expected)}; they "
                     f"differ in {odd[0]}. Is the file of other settings?"
                 )
-            set_peft_model_state_dict(model, dict(tensors))
+            with _quiet():
+                set_peft_model_state_dict(model, dict(tensors))
             model.requires_grad_(False)
             return Change({}, undo, {"peft": model})
 
