@@ -43,14 +43,14 @@ class Entry:
     side: str = "howfine"  # or "peft"
 
     def recipe(self, rate: float, **common: Any) -> Recipe:
-        """The recipe at a learning rate, with settings that all entries share."""
+        """The recipe at a learning rate, with settings that all entries share; its own win."""
         if self.side == "peft":
             training = Training(readout_learning_rate=HEAD_RATE)
             peer = PeftPeer(self.what, **self.settings)
             found, own = Recipe(self.name, peer, readout("classifier"), training), {}
         else:
             found, own = Recipe.load(self.what), dict(self.settings)
-        return found.override(**common, learning_rate=rate, **own)
+        return found.override(**{**common, "learning_rate": rate, **own})
 
 
 OURS = [

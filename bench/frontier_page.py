@@ -137,19 +137,18 @@ def _smallest(results: TaskResults, row: Row | None) -> list[str]:
 def _verdict(
     found: Sequence[TaskResults], times: list[bool | None], small: list[bool], asked: int
 ) -> str:
-    def word(holds: bool) -> str:
-        if len(found) < asked:
-            return f"**not decided** ({len(found)} of {asked} tasks were run)"
-        return "**holds**" if holds else "**does not hold**"
-
-    undecided = [r.task for r, held in zip(found, times, strict=True) if held is None]
-    note = f"; no ratio on {', '.join(undecided)}, where a side has none" if undecided else ""
+    if len(found) < asked:
+        words = ("**not decided**", "**not decided**")
+    else:
+        held = bool(times) and all(times), sum(small) >= SMALL_TASKS
+        words = tuple("**holds**" if each else "**does not hold**" for each in held)
+    lacking = [r.task for r, held in zip(found, times, strict=True) if held is None]
+    note = f"; no ratio on {', '.join(lacking)}, where a side has none" if lacking else ""
+    run = f"of {len(found)} tasks" + f" (of {asked})" * (len(found) < asked)
     return (
-        f"Ten times smaller than PEFT's smallest on every task: "
-        f"{word(bool(times) and all(held is True for held in times))} "
-        f"({times.count(True)} of {len(found)}{note}). "
-        f"Under 1 KB ({SMALL:,} bytes) on at least two tasks: {word(sum(small) >= SMALL_TASKS)} "
-        f"({sum(small)} of {len(found)})."
+        f"Ten times smaller than PEFT's smallest on every task: {words[0]}, on "
+        f"{times.count(True)} {run}{note}. Under 1 KB ({SMALL:,} bytes) on at least two tasks: "
+        f"{words[1]}, on {sum(small)} {run}."
     )
 
 

@@ -132,8 +132,9 @@ class TaskResults:
         return paired_bootstrap(self.metric, *sides, self.targets, margin=1 - KEPT)
 
     def smallest(self, side: str) -> Row | None:
-        """The smallest file of a side that keeps 99 %."""
-        kept = [row for row in self.rows.values() if row.entry.side == side and self.keeps(row)]
+        """The smallest file of a side that keeps 99 %, full fine-tuning itself left out."""
+        rows = [row for name, row in self.rows.items() if name != FULL and self.keeps(row)]
+        kept = [row for row in rows if row.entry.side == side]
         return min(kept, key=lambda row: row.bytes, default=None)
 
     def failures(self) -> dict[str, set[str]]:

@@ -184,8 +184,8 @@ def test_the_smallest_that_keeps_is_found(bench: Any, tmp_path: Path) -> None:
     text = page.read_text()
     assert "| sst2 | 80.00 | bitfit | 500 |" in text
     assert "| 12.0 |" in text
-    assert "on every task: **holds** (1 of 1)" in text
-    assert "on at least two tasks: **does not hold** (1 of 1)" in text
+    assert "on every task: **holds**, on 1 of 1 tasks" in text
+    assert "on at least two tasks: **does not hold**, on 1 of 1 tasks" in text
     assert "<svg" in (tmp_path / "frontier-sst2.svg").read_text()
 
 
