@@ -27,6 +27,9 @@ RATES = {
     "scales": (3e-3, 1e-2, 3e-2),
     "prompt": (1e-2, 3e-2, 1e-1),
     "entries": (1e-3, 3e-3, 1e-2),  # some entries of a weight
+    "random map": (2e-4, 7e-4, 2e-3),
+    "cores": (6e-3, 2e-2, 6e-2),
+    "shared cores": (2e-3, 6e-3, 2e-2),
 }
 
 
@@ -63,6 +66,10 @@ OURS = [
     Entry("top-layers", "top-layers", "layers"),
     Entry("mask", "mask", "mask"),
     Entry("mask-top", "mask", "mask", {"where": ("matrices@-1",)}),
+    Entry("sparse", "sparse", "entries", {"start_precision": "bf16"}),
+    Entry("intrinsic", "intrinsic", "random map"),
+    Entry("lora-xs", "lora-xs", "cores"),
+    Entry("tiny-lora", "tiny-lora", "shared cores"),
 ]
 
 

@@ -200,7 +200,7 @@ def _picture(results: TaskResults) -> str:
         )
         for row in results.rows.values()
     ]
-    return frontier_plot.picture(f"{results.task}: score against bytes", points, KEPT)
+    return frontier_plot.picture(f"{results.task}: share of full fine-tuning's score", points, KEPT)
 
 
 def _failures(found: Sequence[TaskResults]) -> list[str]:

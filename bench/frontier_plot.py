@@ -60,7 +60,8 @@ def picture(title: str, points: Sequence[Point], kept: float) -> str:
 
 def _mark(x: float, y: float, point: Point) -> str:
     about = f"{point.name}: {point.bytes:,.0f} bytes, {100 * point.share:.1f} % of full"
-    name = _text(x + 8, y - 6, point.name, "start") if point.named else ""
+    side = (8, "start") if x < WIDTH - 160 else (-8, "end")
+    name = _text(x + side[0], y - 6, point.name, side[1]) if point.named else ""
     return f"<g><title>{escape(about)}</title>{_shape(x, y, point.side)}{name}</g>"
 
 

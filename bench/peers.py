@@ -84,7 +84,7 @@ def score_file(path: Path, base: Base, task: Task, recipe: Recipe, split: str) -
     readout = recipe.readout
     with recipe.method.unpack(base, method):
         model = Wired(base, readout, readout.unpack(base, task.labels, head)).eval()
-        found = evaluate.run(model, base, task.splits[split], batch_size=64, progress=False)
+        found = readout.predict(evaluate.logits(model, base, task.splits[split])).numpy()
     return evaluate.score(task, split, found)
 
 
