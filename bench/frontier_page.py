@@ -1,0 +1,226 @@
+"""docs/results/frontier.md and its pictures, from the ledgers' records."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import frontier_plot
+from entries import HEAD_RATE, RATES, Entry
+from frontier_results import FULL, KEPT, Row, TaskResults
+
+from howfine.container import write_atomically
+from howfine.ledger import Record
+
+SIDES = {"howfine": "howfine", "peft": "PEFT"}
+# What the issue asks of the smallest files.
+RATIO, SMALL, SMALL_TASKS = 10, 1024, 2
+
+
+def write(
+    path: Path,
+    records: Mapping[str, Record],
+    entries: Sequence[Entry],
+    sizes: Mapping[str, Any],
+    seeds: Sequence[int],
+    common: Mapping[str, Any],
+) -> None:
+    """Write the page, and a picture a task beside it."""
+    tasks = [
+        task for task in sizes if any(r["task"] == task and "score" in r for r in records.values())
+    ]
+    found = [TaskResults(task, records, entries, seeds) for task in tasks]
+    lines = [_intro(records, found, sizes, seeds, common), "## Who is smallest", ""]
+    lines += _summary(found, len(sizes))
+    for results in found:
+        lines += ["", f"## {results.task}", "", _about(results), ""]
+        if results.comparable:
+            file = path.with_name(f"{path.stem}-{results.task}.svg")
+            write_atomically(file, _picture(results).encode())
+            lines += [f"![Score against bytes on {results.task}]({file.name})", ""]
+        lines += _table(results)
+    lines += ["", "## What could not be run", "", *_failures(found)]
+    lines += ["", "## The entries", "", *_entries(entries)]
+    write_atomically(path, ("\n".join(lines) + "\n").encode())
+
+
+def _intro(
+    records: Mapping[str, Record],
+    found: Sequence[TaskResults],
+    sizes: Mapping[str, Any],
+    seeds: Sequence[int],
+    common: Mapping[str, Any],
+) -> str:
+    runs = [record for record in records.values() if "date" in record]
+    dates = sorted({run["date"] for run in runs})
+    when = " to ".join(dict.fromkeys([*dates[:1], *dates[-1:]])) or "no day yet"
+    machines = "; ".join(sorted({run["machine"] for run in runs})) or "none yet"
+    parts = "\n".join(
+        f"- {results.task}: {_count(results, 'train_size')} training rows, "
+        f"{_count(results, 'heldout_size')} held-out rows, {_count(results, 'n')} test rows, "
+        f"{sizes[results.task].max_length} tokens."
+        for results in found
+    )
+    return f"""# The smallest file that keeps {KEPT:.0%} of full fine-tuning
+
+For each task: how many bytes must be stored, so that the score is at least {KEPT:.0%} of that of
+full fine-tuning? howfine's recipes stand beside PEFT's methods. Written by
+`python bench/frontier.py --page` from the ledgers under `bench/ledgers`; run on {when}, on
+{machines}. {len(runs):,} runs.
+
+Base `minilm`: 6 layers of width 384, 22.7 M parameters. Seeds {", ".join(map(str, seeds))}.
+
+{parts}
+
+The test rows are the official validation set of GLUE, and the test split of rotten-tomatoes; the
+held-out rows are rows of train that nothing was trained on.
+
+- **Training** is the same for all: {common["epochs"]} epochs, batch {common["batch_size"]}, AdamW,
+  linear schedule with a tenth of warm-up, gradients clipped at 1, {common["precision"]} autocast,
+  one linear layer on the mean of the last hidden states. A recipe of several phases has more
+  steps; the ledger has them. PEFT's methods run in howfine's training loop.
+- **Rates**: every entry tries three learning rates on every task with the first seed. The best one
+  on the held-out rows runs with the other seeds. The head has a rate of its own
+  ({HEAD_RATE:g}, or what the recipe says). No rate was chosen on test rows.
+- **Bytes** of howfine are the delta file with its header and head. Bytes of PEFT are its
+  `adapter_model.safetensors` with the head in it, as `modules_to_save` puts it; in fp16 unless the
+  held-out score is lower than in fp32. PEFT's `adapter_config.json` (about half a kB to 1.5 kB,
+  without which the file can't be loaded) is not counted, howfine's header is.
+- **Scores** are of the file, loaded again.
+- An entry **keeps {KEPT:.0%}** when its mean over the seeds does. *Seeds* counts those that keep it
+  against full fine-tuning with the same seed. *Chance* is the share of resampled test rows and
+  seeds in which it is kept, both sides scored on the same rows. The smallest of many entries is
+  picked on the test rows, so a close call may be luck: read the chance beside it.
+"""
+
+
+def _count(results: TaskResults, field: str) -> str:
+    return f"{next(iter(results.rows.values())).runs[0][field]:,}" if results.rows else "?"
+
+
+def _summary(found: Sequence[TaskResults], asked: int) -> list[str]:
+    """A row a task, then the verdict."""
+    lines = [
+        "| task | full | smallest of howfine | bytes | chance | smallest of PEFT | bytes | chance "
+        "| PEFT / howfine |",
+        "|" + " --- |" * 9,
+    ]
+    times: list[bool | None] = []
+    small: list[bool] = []
+    for results in found:
+        ours, theirs = results.smallest("howfine"), results.smallest("peft")
+        ratio = theirs.bytes / ours.bytes if ours and theirs else None
+        times.append(ratio >= RATIO if ratio is not None else None)
+        small.append(ours is not None and results.telling and ours.bytes < SMALL)
+        full = f"{100 * results.full.score:.2f}" if results.full else "not run"
+        cells = [results.task, full, *_smallest(results, ours), *_smallest(results, theirs)]
+        lines.append(f"| {' | '.join(cells)} | {f'{ratio:.1f}' if ratio is not None else ''} |")
+    lines += ["", _verdict(found, times, small, asked)]
+    dull = [results.task for results in found if results.comparable and not results.telling]
+    if dull:
+        lines += [
+            "",
+            f"On {', '.join(dull)}, one answer for all rows keeps {KEPT:.0%} of full fine-tuning, "
+            f"too: what is small there says nothing, and it is not counted as under 1 KB.",
+        ]
+    return lines
+
+
+def _smallest(results: TaskResults, row: Row | None) -> list[str]:
+    if row is None:
+        return ["none", "", ""]
+    return [row.entry.name, f"{round(row.bytes):,}", f"{results.chance(row):.2f}"]
+
+
+def _verdict(
+    found: Sequence[TaskResults], times: list[bool | None], small: list[bool], asked: int
+) -> str:
+    if len(found) < asked:
+        words = ("**not decided**", "**not decided**")
+    else:
+        held = bool(times) and all(times), sum(small) >= SMALL_TASKS
+        words = tuple("**holds**" if each else "**does not hold**" for each in held)
+    lacking = [r.task for r, held in zip(found, times, strict=True) if held is None]
+    note = f"; no ratio on {', '.join(lacking)}, where a side has none" if lacking else ""
+    run = f"of {len(found)} tasks" + f" (of {asked})" * (len(found) < asked)
+    return (
+        f"Ten times smaller than PEFT's smallest on every task: {words[0]}, on "
+        f"{times.count(True)} {run}{note}. Under 1 KB ({SMALL:,} bytes) on at least two tasks: "
+        f"{words[1]}, on {sum(small)} {run}."
+    )
+
+
+def _about(results: TaskResults) -> str:
+    words = f"One answer for all rows scores {100 * results.one_answer:.2f}."
+    if results.metric is not None:
+        words = f"Metric: {results.metric.name}, times 100. {words}"
+    if not results.comparable:
+        words += " Full fine-tuning is not there with all seeds, or scores 0: no shares."
+    return words
+
+
+def _table(results: TaskResults) -> list[str]:
+    """Entries by size, smallest first."""
+    lines = [
+        "| entry | side | rate | trainable | bytes | score | of full | seeds | chance | keeps |",
+        "|" + " --- |" * 10,
+    ]
+    for row in sorted(results.rows.values(), key=lambda row: row.bytes):
+        score = f"{100 * row.score:.2f} ± {100 * row.spread:.2f}"
+        cells = [row.entry.name, SIDES[row.entry.side], f"{row.rate:g}"]
+        cells += [f"{row.runs[0]['trainable']:,}", _bytes(row), score]
+        if results.comparable:
+            cells += [f"{100 * results.share(row):.1f} %"]
+            cells += [f"{results.seeds_that_keep(row)} of {len(row.runs)}"]
+            cells += ["" if row.entry.name == FULL else f"{results.chance(row):.2f}"]
+            unfinished = "" if row.whole else "seeds lacking"
+            cells += [unfinished or ("yes" if results.keeps(row) else "no")]
+        else:
+            cells += [""] * 4
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def _bytes(row: Row) -> str:
+    sizes = [run["bytes"] for run in row.runs]
+    mean = f"{round(row.bytes):,}"
+    return mean if len(set(sizes)) == 1 else f"{mean} ({min(sizes):,} to {max(sizes):,})"
+
+
+def _picture(results: TaskResults) -> str:
+    named = {FULL}
+    for side in SIDES:
+        if row := results.smallest(side):
+            named.add(row.entry.name)
+    points = [
+        frontier_plot.Point(
+            row.entry.name, row.entry.side, row.bytes, results.share(row), row.entry.name in named
+        )
+        for row in results.rows.values()
+    ]
+    return frontier_plot.picture(f"{results.task}: share of full fine-tuning's score", points, KEPT)
+
+
+def _failures(found: Sequence[TaskResults]) -> list[str]:
+    rows = [
+        f"| {results.task} | {entry} | `{' '.join(error.split()).replace('|', '/')}` |"
+        for results in found
+        for entry, errors in results.failures().items()
+        for error in sorted(errors)
+    ]
+    if not rows:
+        return ["Every entry that was tried ran."]
+    return ["Word for word; at some rate, or at all of them.", "",
+            "| task | entry | error |", "| --- | --- | --- |", *rows]  # fmt: skip
+
+
+def _entries(entries: Sequence[Entry]) -> list[str]:
+    lines = ["| entry | side | what | settings | rates |", "| --- | --- | --- | --- | --- |"]
+    for entry in entries:
+        settings = json.dumps(entry.settings) if entry.settings else ""
+        rates = ", ".join(f"{rate:g}" for rate in RATES[entry.rates])
+        cells = [entry.name, SIDES[entry.side], entry.what, f"`{settings}`" if settings else ""]
+        lines.append(f"| {' | '.join(cells)} | {rates} |")
+    return lines

@@ -1,0 +1,146 @@
+"""The frontier ledgers, read: which rate was chosen, what an entry's runs give, who keeps 99 %."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from statistics import mean, stdev
+
+import numpy as np
+from entries import RATES, Entry
+
+from howfine.ledger import Record, unpack_predictions
+from howfine.metrics import METRICS, paired_bootstrap
+
+# Share of full fine-tuning's score that is to be kept.
+KEPT = 0.99
+FULL = "full"
+
+
+def key(task: str, entry: str, rate: float, seed: int) -> str:
+    """A run's name in the ledger."""
+    return f"{task}/{entry}/{rate:g}/s{seed}"
+
+
+def best_rate(
+    records: Mapping[str, Record], task: str, entry: Entry, rates: Sequence[float], seed: int
+) -> float | None:
+    """The rate with the best held-out score, the lower of two equals; None where all failed."""
+    trials = [records.get(key(task, entry.name, rate, seed), {}) for rate in rates]
+    found = [trial for trial in trials if "heldout" in trial]
+    if not found:
+        return None
+    return max(found, key=lambda trial: (trial["heldout"], -trial["rate"]))["rate"]
+
+
+@dataclass(frozen=True)
+class Row:
+    """An entry's runs on a task at its best rate, one a seed."""
+
+    entry: Entry
+    rate: float
+    runs: list[Record]
+    whole: bool  # all seeds are there
+
+    @property
+    def bytes(self) -> float:
+        """Mean over seeds."""
+        return mean(run["bytes"] for run in self.runs)
+
+    @property
+    def score(self) -> float:
+        """Mean over seeds."""
+        return mean(run["score"] for run in self.runs)
+
+    @property
+    def spread(self) -> float:
+        """Standard deviation over seeds, 0 of one."""
+        return stdev(run["score"] for run in self.runs) if len(self.runs) > 1 else 0.0
+
+    @property
+    def predictions(self) -> list[np.ndarray]:
+        """Of the test rows, one array a seed."""
+        return [unpack_predictions(run["predictions"]) for run in self.runs]
+
+
+class TaskResults:
+    """What the ledgers hold of one task."""
+
+    def __init__(
+        self,
+        task: str,
+        records: Mapping[str, Record],
+        entries: Sequence[Entry],
+        seeds: Sequence[int],
+    ) -> None:
+        self.task, self.records, self.seeds = task, records, seeds
+        self.targets = unpack_predictions(records[f"{task}/targets"]["targets"])
+        found = {entry.name: self._row(entry) for entry in entries}
+        self.rows = {name: row for name, row in found.items() if row is not None}
+        self.full = self.rows.get(FULL)
+        self.metric = METRICS[next(iter(self.rows.values())).runs[0]["metric"]] if found else None
+
+    def _row(self, entry: Entry) -> Row | None:
+        """None while a rate has not been tried yet, or where none could be."""
+        rates = RATES[entry.rates]
+        names = [key(self.task, entry.name, rate, self.seeds[0]) for rate in rates]
+        best = best_rate(self.records, self.task, entry, rates, self.seeds[0])
+        if best is None or not all(name in self.records for name in names):
+            return None
+        runs = [self.records.get(key(self.task, entry.name, best, seed)) for seed in self.seeds]
+        done = [run for run in runs if run is not None and "score" in run]
+        return Row(entry, best, done, len(done) == len(self.seeds))
+
+    @cached_property
+    def one_answer(self) -> float:
+        """The best score of one answer for all rows."""
+        assert self.metric is not None
+        answers = [np.full_like(self.targets, answer) for answer in np.unique(self.targets)]
+        return max(float(self.metric.function(answer, self.targets)) for answer in answers)
+
+    @property
+    def comparable(self) -> bool:
+        """Whether full fine-tuning is there with all seeds and its score above zero."""
+        return self.full is not None and self.full.whole and self.full.score > 0
+
+    @property
+    def telling(self) -> bool:
+        """Whether keeping 99 % asks for more than one answer for all rows."""
+        return self.full is not None and self.one_answer < KEPT * self.full.score
+
+    def share(self, row: Row) -> float:
+        """Of full fine-tuning's score."""
+        assert self.full is not None
+        return row.score / self.full.score
+
+    def keeps(self, row: Row) -> bool:
+        """99 % in the mean over all seeds."""
+        return row.whole and self.comparable and self.share(row) >= KEPT
+
+    def seeds_that_keep(self, row: Row) -> int:
+        """Seeds whose score is 99 % at least of full fine-tuning's with the same seed."""
+        assert self.full is not None
+        full = {run["seed"]: run["score"] for run in self.full.runs}
+        return sum(run["score"] >= KEPT * full[run["seed"]] for run in row.runs)
+
+    def chance(self, row: Row) -> float:
+        """Share of resampled test rows and seeds in which 99 % is kept, paired by row."""
+        assert self.full is not None
+        assert self.metric is not None
+        sides = row.predictions, self.full.predictions
+        return paired_bootstrap(self.metric, *sides, self.targets, margin=1 - KEPT)
+
+    def smallest(self, side: str) -> Row | None:
+        """The smallest file of a side that keeps 99 %, full fine-tuning itself left out."""
+        rows = [row for name, row in self.rows.items() if name != FULL and self.keeps(row)]
+        kept = [row for row in rows if row.entry.side == side]
+        return min(kept, key=lambda row: row.bytes, default=None)
+
+    def failures(self) -> dict[str, set[str]]:
+        """Errors by entry, word for word."""
+        found: dict[str, set[str]] = {}
+        for record in self.records.values():
+            if record["task"] == self.task and "error" in record:
+                found.setdefault(record["entry"], set()).add(record["error"])
+        return found
