@@ -32,8 +32,9 @@ false,true,null,"float32","bfloat16","perplexity","loss","bleu","rouge","recall@
 "prefix":{"prompt":{"adapter":{"placement":"prune":{"lora":{"rank":8,"alpha":16,"graft":{"diff":{
 "head","layer","global","tensor","column","granularity":"row","scope":"variant":"threshold":
 "temperature":"density":0.01,"sparsity":0.9,"initial_sparsity":0.0,"freeze":["embeddings"],"top":1
-"by":"gradient","magnitude","random","fisher","keep":0.001,"entries":1000,"sparse":{"full":{},
-"select":{"train":["bias","LayerNorm","layer@-1"]}},"mask":{"where":["matrices@-2,-1","matrices"]}},
+"map_seed":1,"sharing":"letter","none"],"size":16,"map":"random","tiny-lora","subspace":{"rank":2,
+"regrow":0.1,"saliency","movement","start","by":"magnitude","fisher","gradient","full":{},"norm"
+"sparse":{"where":["matrices","bias"],"density":0.0001,"select":{"train":["bias","LayerNorm","layer@-1"]}},"mask":{"where":["matrices@-2,-1","matrices"]}},
 bert-base-uncased","roberta-base","gpt2","t5-small","distilbert-base-uncased","all-MiniLM-L6-v2","
 mrpc/qqp/qnli/rte/wnli/stsb/mnli/cola/dev",[-0.0,0.1],"sst2/validation",[0.9,0.95],872]"matthews",
 "method/text.decoder.block.0.layer.0.SelfAttention.q.weight",[512,"method/text.h.0.attn.c_attn.bias
