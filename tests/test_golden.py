@@ -1,17 +1,18 @@
-"""What format version 1 wrote is read for ever: to the bit, and with the outputs of then."""
+"""What each format version wrote is read for ever: to the bit, and with the outputs of then."""
 
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from golden.make import HERE, PATTERNS, decoded, golden_base, logits
+from golden.make import FLAT, FOLDERS, PATTERNS, decoded, golden_base, logits
 from hostile.make import FIXTURES, FORMS
-from howfine import errors
+from howfine import codec, container, errors
 from howfine.base import Base
 from howfine.codec import places
 from howfine.codec.coded import PLACES
@@ -20,8 +21,10 @@ from howfine.delta import SUFFIX, Delta
 from howfine.method import Method, methods
 from howfine.plugins import name_of
 
-EXPECTED: dict[str, Any] = json.loads((HERE / "expected.json").read_text())
-FILES = sorted(HERE.glob(f"*{SUFFIX}"))
+EXPECTED: dict[Path, dict[str, Any]] = {
+    folder: json.loads((folder / "expected.json").read_text()) for folder in FOLDERS
+}
+FILES = [path for folder in FOLDERS for path in sorted(folder.glob(f"*{SUFFIX}"))]
 
 
 @pytest.fixture(scope="module")
@@ -33,22 +36,28 @@ def stem(path: Path) -> str:
     return path.name.removesuffix(SUFFIX)
 
 
+def name_of_file(path: Path) -> str:
+    return f"{path.parent.name}-{stem(path)}"
+
+
 def test_every_file_has_its_expectations() -> None:
-    assert {stem(path) for path in FILES} == set(EXPECTED["files"])
+    for folder, expected in EXPECTED.items():
+        assert {stem(path) for path in FILES if path.parent == folder} == set(expected["files"])
 
 
 def test_the_base_has_the_fingerprint_of_then(base: Base) -> None:
-    assert base.fingerprint == EXPECTED["fingerprint"]
+    for expected in EXPECTED.values():
+        assert base.fingerprint == expected["fingerprint"]
 
 
-@pytest.mark.parametrize("path", FILES, ids=stem)
+@pytest.mark.parametrize("path", FILES, ids=name_of_file)
 def test_a_golden_file_means_what_it_meant(path: Path, base: Base) -> None:
-    expected = EXPECTED["files"][stem(path)]
+    expected = EXPECTED[path.parent]["files"][stem(path)]
     delta = Delta.load(path)
     assert delta.header() == expected["header"]
     assert decoded(delta, base) == expected["tensors"]
     # Sums are taken in another order on another processor; nothing else may differ.
-    found = logits(delta, base, EXPECTED["tokens"])
+    found = logits(delta, base, EXPECTED[path.parent]["tokens"])
     assert torch.allclose(found, torch.tensor(expected["logits"]), rtol=0, atol=1e-5)
     assert base.is_untouched()
     assert sum(part.bytes for part in parts(path)) == path.stat().st_size
@@ -56,26 +65,41 @@ def test_a_golden_file_means_what_it_meant(path: Path, base: Base) -> None:
 
 def test_no_two_files_give_the_same_outputs() -> None:
     """Expectations that are all alike would be met by a delta that does nothing."""
-    outputs = [torch.tensor(expected["logits"]) for expected in EXPECTED["files"].values()]
-    for number, one in enumerate(outputs):
-        assert all((one - other).abs().max() > 1e-3 for other in outputs[:number])
+    for folder in FOLDERS:
+        files = EXPECTED[folder]["files"].values()
+        outputs = [torch.tensor(expected["logits"]) for expected in files]
+        for number, one in enumerate(outputs):
+            assert all((one - other).abs().max() > 1e-3 for other in outputs[:number])
 
 
 def test_every_coding_and_method_is_kept() -> None:
     """Who adds one adds a golden file."""
     deltas = [Delta.load(path) for path in FILES]
-    kept = {stream.coded.coding for delta in deltas for stream in delta.streams}
-    assert kept == {*PATTERNS, "fp32", "fp16", "bf16", "int8", "sign"}
+    found = [stream for delta in deltas for stream in delta.streams]
+    kept = {stream.coded.coding for stream in found}
+    kept |= {stream.values.coding for stream in found if stream.values}
+    assert kept == {*PATTERNS, *codec.VALUES}
+    assert set(container.VALUE_GROUPS) == set(codec.VALUES)
     assert set(places._DECODERS) == set(PLACES) == set(PATTERNS)
     names = {name_of("methods", Method, delta.method) for delta in deltas}
     assert names == set(methods())
 
 
+def test_both_versions_and_both_layouts_are_kept() -> None:
+    for path in FILES:
+        header, _ = container.read(path)
+        folded = len(header["sha256"]) == 32
+        assert header["howfine"] == (1 if path.parent == FOLDERS[0] else 2)
+        assert folded == (path.parent != FOLDERS[0] and not path.name.endswith(f"{FLAT}{SUFFIX}"))
+
+
 def test_a_golden_file_written_again_reads_the_same(base: Base, tmp_path: Path) -> None:
+    """But that a small file keeps half of the base's fingerprint."""
     for path in FILES:
         delta = Delta.load(path)
         delta.save(tmp_path / path.name)
-        assert Delta.load(tmp_path / path.name) == delta
+        again = Delta.load(tmp_path / path.name)
+        assert again == replace(delta, base_fingerprint=base.fingerprint[:32])
 
 
 # Hostile files, each refused for its own reason and not for another.

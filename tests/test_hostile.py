@@ -8,8 +8,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from hostile.make import lie_in_index, mutants, put_together, take_apart
-from howfine import container
+from hostile.make import (
+    body_of,
+    flattened,
+    framed,
+    lie_in_index,
+    mutants,
+    put_together,
+    refolded,
+    take_apart,
+)
+from howfine import container, folded
 from howfine.delta import SCORE, SUFFIX, Delta
 from howfine.errors import DamagedDelta, HowfineError, UnsupportedFormat
 from howfine.method import method
@@ -27,12 +36,13 @@ def base():
 
 @pytest.fixture(scope="module")
 def files(base, tmp_path_factory):
-    """Good files of several kinds: masks, whole tensors, every precision."""
+    """Good files of several kinds: masks, whole tensors, many precisions; flat, then folded."""
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("deltas")
     found = []
     cases = [("mask", {"initial_sparsity": 0.3}, "fp32"), ("mask", {"granularity": "row"}, "fp16")]
-    cases += [("select", {"train": ("bias",)}, store) for store in ("fp32", "bf16", "int8", "sign")]
+    stores = ("fp32", "bf16", "int8", "sign", "int3")
+    cases += [("select", {"train": ("bias",)}, store) for store in stores]
     for number, (name, settings, store) in enumerate(cases):
         made, head = (
             method(name, **settings),
@@ -50,7 +60,7 @@ def files(base, tmp_path_factory):
             dict(zip(SCORE, ("accuracy", 0.5, [0.4, 0.6], "tiny/dev", 8), strict=True))
         ).save(path)
         found.append(path.read_bytes())
-    return found
+    return [*map(flattened, found), *found]
 
 
 def high_water() -> int:
@@ -63,7 +73,11 @@ def high_water() -> int:
 def declared(data: bytes) -> int:
     """Bytes that the file says its tensors take, decoded; 0 where even that can't be read."""
     try:
-        rows = json.loads(zlib.decompress(take_apart(data)[1][container.INDEX]))
+        body = body_of(data)
+        if body is None:
+            rows = json.loads(zlib.decompress(take_apart(data)[1][container.INDEX]))
+        else:
+            rows = folded.unfold(bytes(body))[1]
         return sum(4 * int(torch.Size(row[1]).numel()) for row in rows)
     except Exception:  # whatever is wrong with it, it declares nothing
         return 0
@@ -105,10 +119,11 @@ def test_twenty_thousand_mutants_are_survived(base, files, tmp_path):
     assert sum(outcomes.values()) >= 20_000
 
 
-def test_a_bit_flip_anywhere_changes_nothing_unnoticed(base, files, tmp_path):
+@pytest.mark.parametrize("which", [0, -1], ids=["flat", "folded"])
+def test_a_bit_flip_anywhere_changes_nothing_unnoticed(which, files, tmp_path):
     """Refused, or the same content: the header's padding and key order carry nothing."""
     path = tmp_path / f"flipped{SUFFIX}"
-    good = files[0]
+    good = files[which]
     path.write_bytes(good)
     whole = Delta.load(path)
     refused = 0
@@ -148,6 +163,33 @@ def test_a_deflated_bomb_is_not_inflated(files, tmp_path):
     path.write_bytes(put_together(header, {**groups, container.INDEX: bomb}))
     with pytest.raises(DamagedDelta, match="bounded size"):
         Delta.load(path)
+
+
+def test_lies_that_only_a_folded_file_can_tell(files, tmp_path):
+    path, body = tmp_path / f"folded{SUFFIX}", bytes(body_of(files[-1]))
+    row = '["readout/x",[1],"fp32",4,0]'
+    for data, found in (
+        (refolded(b"[" + b" " * (1 << 24) + b"]", b""), "one whole deflated text of bounded size"),
+        (refolded(b"[" * 100_000, b""), "not a whole delta file"),
+        (refolded(b"[{},[]", b""), "not a whole delta file"),
+        (refolded(b"[{}]", b""), "its header is none"),
+        (refolded(b"[[],[]]", b""), "its header is none"),
+        (refolded(b'[{"sha256":"x"},[]]', b""), "its header is none"),
+        (refolded(b"[{},[7]]", b""), "a row of its index is none"),
+        (refolded(b'[{},[["x",[1],"fp32",true,0]]]', b"4"), "a row of its index is none"),
+        (refolded(b'[{},[["x",[1],"fp32",-4,0],["x",[1],"fp32",4,0]]]', b""), "0 bytes of payl"),
+        (refolded(f"[{{}},[{row}]]".encode(), b"123"), "3 bytes of payloads, where its index has"),
+        (refolded(f"[{{}},[{row}]]".encode(), b"1234"), "malformed .KeyError: 'method'"),
+        (framed(body[:-1]), "its checksum does not fit"),
+        (framed(b""), "its checksum does not fit"),
+        (framed(folded._check(b"\xff" * 20) + b"\xff" * 20), "can't be inflated"),
+        (files[-1].replace(b'"2"', b'"3"'), "format version 3"),
+        (files[-1].replace(b'"2"', b'"1"'), "its checksum does not fit"),
+        (files[-1].replace(b'"delta"', b'"delte"'), "its checksum does not fit"),
+    ):
+        path.write_bytes(data)
+        with pytest.raises((DamagedDelta, UnsupportedFormat), match=found):
+            Delta.load(path)
 
 
 @pytest.mark.parametrize("path", sorted(FIXTURES.glob("*.safetensors")), ids=lambda p: p.stem)

@@ -20,8 +20,8 @@ SRC = Path(howfine.__file__).parent
 ROOMS = [
     ("errors", "batch", "gates", "sampled", "adamw"),
     (
-        *("plugins", "fingerprint", "anatomy", "codec", "codec.*", "container", "checkpoint"),
-        *("metrics", "calibration"),
+        *("plugins", "fingerprint", "anatomy", "codec", "codec.*", "checkpoint"),
+        *("container", "folded", "metrics", "calibration"),
     ),
     ("task", "tasks", "tasks.*", "base", "pretrained"),
     ("surgery", "change"),

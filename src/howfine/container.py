@@ -16,11 +16,17 @@ from typing import Any
 
 import safetensors
 
+from howfine import folded
 from howfine.errors import DamagedDelta, StorageError, UnsupportedFormat
 
-FORMAT = 1
+FORMAT = 2
 INDEX = "index"
 PLACES = "places"
+# Codings of values; each has a group of its own, all codings of places share one.
+_OLD_GROUPS = ("fp32", "fp16", "bf16", "int8", "sign")
+VALUE_GROUPS = (*_OLD_GROUPS, "int6", "int4", "int3", "int2", "steps", "fp16h")
+# The one tensor of a folded file, and from which size on a file is laid out flat.
+FOLDED, MOST_FOLDED = "delta", 1 << 16
 
 # Group name -> safetensors dtype: values are stored as what they are, for any reader to see.
 _DTYPES = {"fp32": ("F32", 4), "fp16": ("F16", 2), "bf16": ("BF16", 2), "int8": ("I8", 1)}
@@ -32,10 +38,50 @@ _MAX_INDEX = 1 << 24
 
 
 def write(path: Path, header: dict[str, Any], groups: dict[str, bytes]) -> int:
-    """Write a file atomically (temporary file, fsync, rename) and return its bytes."""
-    header = {"howfine": FORMAT, **header}
-    header["check"] = checksum(header, groups)
-    return write_atomically(path, assemble(header, groups))
+    """Write a file atomically (temporary file, fsync, rename) and return its bytes.
+
+    It is folded where that makes a small file, else laid out flat.
+    """
+    rows = unpack_index(groups)
+    data = None
+    if sum(map(len, groups.values())) < 2 * MOST_FOLDED:
+        data = assemble_folded(header, rows, _in_rows(rows, groups))
+    if data is None or len(data) >= MOST_FOLDED:
+        header = {"howfine": _needed(header, rows, groups), **header}
+        header["check"] = checksum(header, groups)
+        data = assemble(header, groups)
+    return write_atomically(path, data)
+
+
+def _needed(header: dict[str, Any], rows: list[list[Any]], groups: dict[str, bytes]) -> int:
+    """The oldest format version that knows all of this, laid out flat."""
+    known = {INDEX, PLACES, *_OLD_GROUPS} >= groups.keys() and all(row[0] for row in rows)
+    return 1 if known and len(header["sha256"]) == 64 else FORMAT
+
+
+def group_of(coding: str) -> str:
+    """The group that payloads of a coding are joined in."""
+    return coding if coding in VALUE_GROUPS else PLACES
+
+
+def _in_rows(rows: list[list[Any]], groups: dict[str, bytes]) -> bytes:
+    """The payloads of all groups in the index's order."""
+    at, found = dict.fromkeys(groups, 0), []
+    for _, _, coding, length, *_ in rows:
+        group = group_of(coding)
+        found.append(groups[group][at[group] : at[group] + length])
+        at[group] += length
+    return b"".join(found)
+
+
+def assemble_folded(header: dict[str, Any], rows: list[list[Any]], payloads: bytes) -> bytes | None:
+    """The bytes of a folded file, None where the header does not suit."""
+    body = folded.fold(header, rows, payloads)
+    if body is None:
+        return None
+    entry = {"dtype": "U8", "shape": [len(body)], "data_offsets": [0, len(body)]}
+    table = _json({"__metadata__": {"howfine": str(FORMAT)}, FOLDED: entry}).encode()
+    return len(table).to_bytes(8, "little") + table + body
 
 
 def assemble(header: dict[str, Any], groups: dict[str, bytes]) -> bytes:
@@ -92,23 +138,15 @@ def write_atomically(path: Path, data: bytes) -> int:
 def read(path: Path) -> tuple[dict[str, Any], dict[str, bytes]]:
     """(header, groups) of a file, its layout and checksum verified.
 
-    Raises DamagedDelta, or UnsupportedFormat for a newer format version.
+    The header of a folded file has 32 digits of the base's fingerprint. Raises DamagedDelta, or
+    UnsupportedFormat for a newer format version.
     """
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise DamagedDelta(
-            f"{path} can't be read: {error.strerror or error}; expected a delta file "
-            "(*.delta.safetensors)"
-        ) from error
+    data = _data(path)
     try:
         header = parse_header(data)
         tensors = safetensors.deserialize(data)
     except (safetensors.SafetensorError, ValueError, RecursionError) as error:
-        raise DamagedDelta(
-            f"{path} is not a whole delta file ({str(error)[:120]}); it is truncated or altered: "
-            "get a fresh copy"
-        ) from None
+        raise _not_whole(path, error) from None
     version = header.get("howfine")
     if not isinstance(version, int) or isinstance(version, bool) or version < 1:
         raise DamagedDelta(f"{path} has no format version; it was not written by howfine")
@@ -118,10 +156,53 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, bytes]]:
             "upgrade howfine"
         )
     groups = {name: bytes(tensor["data"]) for name, tensor in tensors}
+    if version >= 2 and header.keys() == {"howfine"} and groups.keys() == {FOLDED}:
+        try:
+            return _unfolded(groups[FOLDED], version)
+        except (ValueError, RecursionError) as error:
+            raise _not_whole(path, error) from None
     stated = header.pop("check", None)
     if stated != checksum(header, groups):
         raise DamagedDelta(f"{path} was altered: its checksum does not fit; get a fresh copy")
     return header, groups
+
+
+def _data(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise DamagedDelta(
+            f"{path} can't be read: {error.strerror or error}; expected a delta file "
+            "(*.delta.safetensors)"
+        ) from error
+
+
+def _not_whole(path: Path, error: Exception) -> DamagedDelta:
+    return DamagedDelta(
+        f"{path} is not a whole delta file ({str(error)[:120]}); it is truncated or altered: "
+        "get a fresh copy"
+    )
+
+
+def _unfolded(body: bytes, version: int) -> tuple[dict[str, Any], dict[str, bytes]]:
+    """Header and groups as a flat file would have them."""
+    header, rows, payloads = folded.unfold(body)
+    joined: dict[str, list[bytes]] = {INDEX: [pack_index(rows)]}
+    for row, payload in zip(rows, payloads, strict=True):
+        joined.setdefault(group_of(str(row[2])), []).append(payload)
+    groups = {group: b"".join(found) for group, found in joined.items()}
+    return {"howfine": version, **header}, groups
+
+
+def overhead(path: Path) -> dict[str, int]:
+    """Bytes of a file that `read` accepts which are no payloads: header, index, and what else."""
+    data = _data(path)
+    header = 8 + int.from_bytes(data[:8], "little")
+    groups = {name: bytes(tensor["data"]) for name, tensor in safetensors.deserialize(data)}
+    if INDEX in groups:
+        return {"header": header, "index": len(groups[INDEX])}
+    index = folded.overhead(groups[FOLDED])
+    return {"header": header, "checksum, base": folded.CHECK + folded.BASE, "index": index}
 
 
 def is_delta(path: Path) -> bool:

@@ -97,8 +97,11 @@ def parts(path: str | Path) -> list[Part]:
     """Every byte of a delta file, accounted for: the parts' bytes add up to the file's."""
     path = Path(path)
     delta = Delta.load(path)
-    _, groups = container.read(path)
-    found = []
+    codings = {"header": "json", "index": "deflate"}
+    found = [
+        Part(name, codings.get(name, "raw"), 0, None, size, None)
+        for name, size in container.overhead(path).items()
+    ]
     for stream in delta.streams:
         kept = stream.kept()
         bound = None if kept is None else combinatorial_bits(stream.count, kept) / 8
@@ -108,10 +111,4 @@ def parts(path: str | Path) -> list[Part]:
             size = len(stream.values.payload)
             name = f"{stream.name}, values"
             found.append(Part(name, stream.values.coding, kept or 0, None, size, None))
-    index = len(groups[container.INDEX])
-    header = path.stat().st_size - index - sum(part.bytes for part in found)
-    return [
-        Part("header", "json", 0, None, header, None),
-        Part("index", "zlib", 0, None, index, None),
-        *found,
-    ]
+    return found

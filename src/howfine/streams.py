@@ -215,7 +215,7 @@ def _row(coded: Coded, stream: Stream, joined: dict[str, list[bytes]]) -> list[A
 
 
 def _group(coded: Coded) -> str:
-    return coded.coding if coded.coding in VALUES else container.PLACES
+    return container.group_of(coded.coding)
 
 
 def parse(groups: dict[str, bytes]) -> Iterator[Stream]:

@@ -1,11 +1,12 @@
-"""Golden files: deltas of every kind as format version 1 wrote them, to be read for ever.
+"""Golden files: deltas of every kind as each format version wrote them, to be read for ever.
 
     cd tests && python -m golden.make
 
-writes them anew, which is right only when the format gets a new version: whoever has a file from
-before must be able to read it. With names of cases behind it, those alone are written, on the base
-that is there: for a new method or coding. Beside the deltas lie the base they were made on, tokens
-to run through it, and `expected.json`: logits, and SHA-256 of every decoded tensor.
+writes those of version 2 anew, in the folder v2, which is right only until that version is
+released: whoever has a file from before must be able to read it. With names of cases behind it,
+those alone are written: for a new method or coding. Those of version 1 are no longer made. Beside
+the deltas lie the base they were made on, tokens to run through it, and in each folder
+`expected.json`: logits, and SHA-256 of every decoded tensor.
 """
 
 from __future__ import annotations
@@ -21,13 +22,17 @@ import torch
 from torch import Tensor
 from transformers import AutoModel
 
+from howfine import container, streams
 from howfine.base import Base
+from howfine.codec import PRECISIONS
 from howfine.delta import SUFFIX, Delta
 from howfine.method import Method, method
 from howfine.readout import readout
-from tiny import LABELS, tiny_task, tiny_tokenizer, tiny_tower
+from tiny import LABELS, tiny_task, tiny_tokenizer
 
 HERE = Path(__file__).parent
+FOLDERS = (HERE, HERE / "v2")
+FLAT = "-flat"  # ends the stem of a small file that is laid out as only a large one would be
 # The codings of places; the mask's matrices are given patterns that call for each of them.
 PATTERNS = ("none", "all", "rank", "bits", "grid", "histogram", "gaps", "zlib")
 
@@ -46,6 +51,7 @@ def decoded(delta: Delta, base: Base) -> dict[str, str]:
 
 
 def _sha256(value: Tensor) -> str:
+    value = value.to_dense() if value.is_sparse else value
     assert value.dtype in (torch.bool, torch.float32)
     array = value.contiguous().numpy()
     return hashlib.sha256(array.astype(array.dtype.newbyteorder("<")).tobytes()).hexdigest()
@@ -82,8 +88,10 @@ def cases() -> Iterator[tuple[str, Method, str]]:
     yield "full", method("full"), "fp32"
     yield "mask", method("mask", initial_sparsity=0.2), "fp16"
     yield "mask-row", method("mask", granularity="row", where=["I", "O"]), "fp32"
-    for store in ("fp32", "fp16", "bf16", "int8", "sign"):
+    yield "sparse", method("sparse", density=0.03, by="random"), "int4"
+    for store in PRECISIONS:
         yield f"select-{store}", method("select", train=["bias", "K@-1"]), store
+    yield f"select{FLAT}", method("select", train=["bias", "K@-1"]), "int3"
     random = method("subspace", map="random", size=20, where=["all"], map_seed=3)
     yield "subspace-random", random, "fp16"
     yield "subspace-lora-xs", method("subspace", rank=2), "fp16"
@@ -110,14 +118,23 @@ def made(stem: str, chosen: Method, store: str, base: Base) -> Delta:
     return delta.with_score(on)
 
 
+def save(stem: str, delta: Delta, path: Path) -> None:
+    """As `Delta.save`, or flat although it is small."""
+    delta.save(path)
+    if stem.endswith(FLAT):
+        header = {"howfine": container.FORMAT, **delta.header()}
+        groups = streams.groups(delta.streams)
+        header["check"] = container.checksum(header, groups)
+        path.write_bytes(container.assemble(header, groups))
+
+
 def main(stems: list[str]) -> None:
-    """Write the base, the deltas and what is expected of them; of named cases the latter two."""
+    """Write deltas of version 2 and what is expected of them; named cases, or all."""
+    base, folder = golden_base(), FOLDERS[-1]
+    folder.mkdir(exist_ok=True)
     expected: dict[str, Any] = {"files": {}}
     if stems:
-        expected = json.loads((HERE / "expected.json").read_text())
-    else:
-        tiny_tower("bert").save_pretrained(HERE / "base")
-    base = golden_base()
+        expected = json.loads((folder / "expected.json").read_text())
     texts = [example.texts[0] for example in tiny_task().splits["dev"]]
     encoded = tiny_tokenizer()(texts, padding=True)
     tokens = {name: encoded[name] for name in ("input_ids", "attention_mask")}
@@ -125,16 +142,16 @@ def main(stems: list[str]) -> None:
     for stem, chosen, store in cases():
         if stems and stem not in stems:
             continue
-        delta = made(stem, chosen, store, base)
-        delta.save(HERE / f"{stem}{SUFFIX}")
-        delta = Delta.load(HERE / f"{stem}{SUFFIX}")
+        path = folder / f"{stem}{SUFFIX}"
+        save(stem, made(stem, chosen, store, base), path)
+        delta = Delta.load(path)
         files[stem] = {
             "header": delta.header(),
             "tensors": decoded(delta, base),
             "logits": logits(delta, base, tokens).tolist(),
         }
     expected = {"fingerprint": base.fingerprint, "tokens": tokens, "files": files}
-    (HERE / "expected.json").write_text(json.dumps(expected, indent=1) + "\n")
+    (folder / "expected.json").write_text(json.dumps(expected, indent=1) + "\n")
 
 
 if __name__ == "__main__":

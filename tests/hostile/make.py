@@ -16,7 +16,7 @@ from typing import Any
 
 import safetensors
 
-from howfine import container
+from howfine import container, folded
 
 LIES: tuple[Any, ...] = (
     -1,
@@ -39,25 +39,68 @@ LIES: tuple[Any, ...] = (
 def mutants(data: bytes, count: int, seed: int) -> Iterator[tuple[str, bytes]]:
     """`count` mutations of a delta file's bytes, half of them with a fitting checksum."""
     rng = random.Random(seed)
-    header, groups = take_apart(data)
     for number in range(count):
         if number % 2:
             kind = rng.choice((flip, flip_header, truncate, swap, repeat))
             yield kind.__name__, kind(data, rng)
         else:
             kind = rng.choice((lie_in_index, lie_in_header, lie_in_payload))
-            yield kind.__name__, put_together(*kind(header, groups, rng))
+            yield kind.__name__, lied(data, kind, rng)
+
+
+def lied(data: bytes, kind: Any, rng: random.Random) -> bytes:
+    """A file with a lie in it and a checksum that fits."""
+    body = body_of(data)
+    if body is None:
+        return put_together(*kind(*take_apart(data), rng))
+    header, rows, payloads = folded.unfold(body)
+    groups = {container.PLACES: b"".join(payloads)}
+    if kind is not lie_in_payload:
+        groups[container.INDEX] = container.pack_index(rows)
+    header, groups = kind(header, groups, rng)
+    if container.INDEX in groups:
+        rows = json.loads(zlib.decompress(groups[container.INDEX]))
+    # A lie in place of the fingerprint can't be folded.
+    return container.assemble_folded(header, rows, groups[container.PLACES]) or flip(data, rng)
+
+
+def body_of(data: bytes) -> bytes | None:
+    """The one tensor of a good file that is folded, None for one that is flat."""
+    return dict(safetensors.deserialize(data)).get(container.FOLDED, {"data": None})["data"]
+
+
+def refolded(text: bytes, payloads: bytes) -> bytes:
+    """A folded file with another text deflated in it, and a checksum that fits."""
+    deflater = zlib.compressobj(9, zlib.DEFLATED, -15, zdict=folded.DICTIONARY)
+    body = bytes(folded.BASE) + deflater.compress(text) + deflater.flush() + payloads
+    return framed(folded._check(body) + body)
+
+
+def framed(body: bytes) -> bytes:
+    entry = {"dtype": "U8", "shape": [len(body)], "data_offsets": [0, len(body)]}
+    table = json.dumps({"__metadata__": {"howfine": "2"}, "delta": entry}).encode()
+    return len(table).to_bytes(8, "little") + table + body
+
+
+def flattened(data: bytes) -> bytes:
+    """A good folded file as it would be laid out if it were large."""
+    header, rows, payloads = folded.unfold(bytes(body_of(data)))
+    groups: dict[str, bytes] = {container.INDEX: container.pack_index(rows)}
+    for row, payload in zip(rows, payloads, strict=True):
+        group = container.group_of(row[2])
+        groups[group] = groups.get(group, b"") + payload
+    return put_together({"howfine": 2, **header}, groups)
 
 
 def take_apart(data: bytes) -> tuple[dict[str, Any], dict[str, bytes]]:
-    """Header and groups of a good file."""
+    """Header and groups of a good file that is flat."""
     header = container.parse_header(data)
     header.pop("check")
     return header, {n: bytes(t["data"]) for n, t in safetensors.deserialize(data)}
 
 
 def put_together(header: dict[str, Any], groups: dict[str, bytes]) -> bytes:
-    """A file of these parts whose checksum fits."""
+    """A flat file of these parts whose checksum fits."""
     header = dict(header)
     header["check"] = container.checksum(header, groups)
     return container.assemble(header, groups)
@@ -101,9 +144,8 @@ def lie_in_index(header: Any, groups: dict[str, bytes], rng: random.Random) -> t
     elif rng.random() < 0.2:
         rows.append(row)
     elif place == 2:
-        row[2] = rng.choice(
-            ("gaps", "bits", "none", "all", "zlib", "fp32", "int8", "sign", "nonsense")
-        )
+        names = "gaps bits none all zlib fp32 fp16h int8 int3 steps sign nonsense"
+        row[2] = rng.choice(names.split())
     else:
         row[place] = rng.choice(LIES)
     return header, {**groups, container.INDEX: container.pack_index(rows)}
@@ -141,7 +183,7 @@ FORMS = {
     "empty": ("DamagedDelta", "0 bytes, with a header said to be of 0"),
     "truncated": ("DamagedDelta", "is truncated or altered"),
     "long-header": ("DamagedDelta", "with a header said to be of 4611686018427387904"),
-    "newer": ("UnsupportedFormat", "format version 2"),
+    "newer": ("UnsupportedFormat", "format version 9"),
     "flipped": ("DamagedDelta", "a stream of coding 'gaps' is damaged"),
     "lying-shape": ("DamagedDelta", "more than any change of golden needs"),
     "unknown-coding": ("DamagedDelta", "found another coding, expected one of none, all"),
@@ -173,7 +215,7 @@ def forms(masks: bytes, values: bytes) -> dict[str, bytes]:
         "empty": b"",
         "truncated": masks[:-20],
         "long-header": (1 << 62).to_bytes(8, "little") + masks[8:],
-        "newer": put_together({**header, "howfine": 2}, groups),
+        "newer": put_together({**header, "howfine": 9}, groups),
         "flipped": put_together(header, {**groups, container.PLACES: bytes(flipped)}),
         "lying-shape": lying(1, [1 << 20, 1 << 20]),
         "unknown-coding": lying(2, "gasp"),
