@@ -351,7 +351,7 @@ def test_flags_override_the_recipe(inputs: Inputs, tmp_path: Path) -> None:
     assert names_of(out) == set()
     inputs.tune("--store", "bf16", "--max-length", 7, "--out", out, recipe="bitfit")
     assert header_of(out)["readout"]["classifier"]["max_length"] == 7
-    assert {part["coding"] for part in parts_of(out)} == {"json", "zlib", "bf16"}
+    assert {part["coding"] for part in parts_of(out)} == {"json", "raw", "deflate", "bf16"}
     inputs.tune("--seed", 5, "--out", out, recipe="bitfit")
     one = out.read_bytes()
     inputs.tune("--seed", 6, "--out", out, recipe="bitfit")
