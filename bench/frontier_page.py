@@ -15,7 +15,7 @@ from howfine.container import write_atomically
 from howfine.ledger import Record
 
 SIDES = {"howfine": "howfine", "peft": "PEFT"}
-# What the issue asks of the smallest files.
+# The aims for the smallest files.
 RATIO, SMALL, SMALL_TASKS = 10, 1024, 2
 
 
