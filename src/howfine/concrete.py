@@ -7,6 +7,7 @@ free difference Guo, Rush & Kim 2021, "Parameter-efficient transfer learning wit
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -48,42 +49,14 @@ def expected_l0(
 ) -> Tensor:
     """Σ P(gate ≠ 0) = Σ σ(log α - τ log(-l/r)) (Louizos et al. 2018, eq. 12). A scalar."""
     low, high = stretch
-    return _sum_of_sigmoids(log_alpha - temperature * math.log(-low / high))
+    return torch.sigmoid(log_alpha - temperature * math.log(-low / high)).sum()
 
 
-def _sum_of_sigmoids(logits: Tensor) -> Tensor:
-    return _SumOfSigmoids.apply(logits)
+def diff_gate(log_alpha: Tensor, noise: Tensor) -> Tensor:
+    """Diff pruning's gate: `hard_concrete` of temperature 1, stretched from -1.5 to 1.5.
 
-
-class _SumOfSigmoids(torch.autograd.Function):
-    """Σ σ(logit), by chunks that stay in a core's cache; σ is computed again on the way back."""
-
-    @staticmethod
-    def forward(ctx: Any, logits: Tensor) -> Tensor:
-        ctx.save_for_backward(logits)
-        parts = [torch.sigmoid(part).sum() for part in logits.reshape(-1).split(_chunk(logits))]
-        return torch.stack(parts).sum()
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        (logits,) = ctx.saved_tensors
-        slope = torch.empty_like(logits, memory_format=torch.contiguous_format)
-        size = _chunk(logits)
-        pairs = zip(logits.reshape(-1).split(size), slope.view(-1).split(size), strict=True)
-        for part, into in pairs:
-            torch.sigmoid(part, out=into)
-            torch.ops.aten.sigmoid_backward.grad_input(gradient, into, grad_input=into)
-        return slope
-
-
-def diff_gate(log_alpha: Tensor, noise: Tensor | None = None) -> Tensor:
-    """Diff pruning's gate, drawn: `hard_concrete` of temperature 1 from -1.5 to 1.5. Any shape.
-
-    Gradients reach log_alpha: 3·s·(1-s) where 0 < z < 1, s being the sigmoid in it. `noise` is
-    uniform in [0, 1), of log_alpha's shape; drawn here where there is none.
+    Any shape; `noise` is uniform in [0, 1).
     """
-    if noise is None:
-        noise = torch.rand_like(log_alpha)
     return hard_concrete(log_alpha, noise.clamp(EDGE, 1 - EDGE), 1.0, (LOW, HIGH))
 
 
@@ -94,7 +67,11 @@ def diff_gate_settled(log_alpha: Tensor) -> Tensor:
 
 def diff_expected_l0(log_alpha: Tensor) -> Tensor:
     """How many of diff pruning's gates are not 0, on average: Σ σ(log_alpha). A scalar."""
-    return _sum_of_sigmoids(log_alpha)  # log(-l/r) = 0
+    return expected_l0(log_alpha, 1.0, (LOW, HIGH))
+
+
+Noise = tuple[Tensor, float]
+Spare = list[tuple[Tensor, Tensor]]
 
 
 def add_gated(
@@ -102,21 +79,26 @@ def add_gated(
     diff: Tensor,
     log_alpha: Tensor,
     group: Tensor | None = None,
-    noise: Tensor | None = None,
-) -> Tensor:
-    """weight + z·group·diff with z drawn by `diff_gate`; gradients reach diff, log_alpha and group.
+    noise: Noise | None = None,
+    spare: Spare | None = None,
+) -> tuple[Tensor, Tensor]:
+    """θ + z·z_g·w with gates drawn as `diff_gate` does, and `diff_expected_l0(log_alpha)`.
 
-    Guo et al. 2021, eq. 4 and 5. The first three are of one shape; `group` is a scalar gate over
-    all of them, 1 for None. `noise` as in `diff_gate`. The same as the formula in torch's own
-    operations, at a fraction of the passes over memory: that is what the gates cost on a CPU.
+    Guo et al. 2021, eq. 4 to 6. θ, w and log_alpha are of one shape; `group` is the logit of one
+    gate z_g over all of them, a scalar; z_g is 1 where there is none. Gradients reach w and both
+    logits: dz/dα is 3·s·(1-s) where 0 < z < 1, s being the sigmoid in the gate, else 0. `noise` is
+    for the entries and for the group, uniform in [0, 1); drawn here where there is none.
+
+    On a CPU, passes over memory are what gates cost: this makes two, one each way, by chunks that
+    stay in a core's cache. The penalty's gradient comes along in the second. `spare` keeps memory
+    from one call to the next, which a system may take long to give: what was returned is
+    overwritten by the first call after its backward pass.
     """
-    if group is None:
-        group = weight.new_ones(())
-    return _AddGated.apply(weight, diff, log_alpha, group, noise)
+    return _AddGated.apply(weight, diff, log_alpha, group, noise, spare)
 
 
 class _AddGated(torch.autograd.Function):
-    """θ + z·z_g·w. Of the draw only s = σ(logit u + α) is kept: z and dz/dα are cheap from it."""
+    """Of the draw only s = σ(logit u + α) is kept: z and dz/dα are cheap from it."""
 
     @staticmethod
     def forward(
@@ -124,78 +106,111 @@ class _AddGated(torch.autograd.Function):
         weight: Tensor,
         diff: Tensor,
         log_alpha: Tensor,
-        group: Tensor,
-        noise: Tensor | None,
-    ) -> Tensor:
-        share = torch.empty_like(log_alpha, memory_format=torch.contiguous_format)
-        value = torch.empty_like(weight, memory_format=torch.contiguous_format)
-        ctx.save_for_backward(diff, share, group)
-        uniform = _uniform(share, noise)
-        size = _chunk(weight)
-        outer, whole = group.item(), [t.reshape(-1) for t in (weight, diff, log_alpha)]
-        for start in range(0, weight.numel(), size):
-            here = slice(start, start + size)
-            base, moved, alpha = (tensor[here] for tensor in whole)
-            s, u = share.view(-1)[here], uniform(here)
-            _concrete(alpha, u, out=s)
-            z = _stretched(s, out=u)
-            torch.addcmul(base, z, moved, value=outer, out=value.view(-1)[here])
-        return value
+        group: Tensor | None,
+        noise: Noise | None,
+        spare: Spare | None,
+    ) -> tuple[Tensor, Tensor]:
+        share, value = _memory(weight, spare)
+        ctx.spare, ctx.memory = spare, (share, value)
+        ctx.save_for_backward(diff, log_alpha, share)
+        uniform = _uniform(share, noise and noise[0])
+        ctx.outer, ctx.slope = _drawn_group(group, noise and noise[1])
+        ctx.group = group
+        counts = []
+        parts = _chunks(weight, diff, log_alpha, share, value)
+        for base, moved, alpha, s, into in parts:
+            torch.sigmoid(alpha, out=s)
+            counts.append(s.sum())
+            z = _stretched(_concrete(uniform(len(s)), s))
+            torch.addcmul(base, z, moved, value=ctx.outer, out=into)
+        return value.view(weight.shape), torch.stack(counts).sum()
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor, Tensor, Tensor, None]:
-        diff, share, group = ctx.saved_tensors
+    def backward(
+        ctx: Any, gradient: Tensor, count: Tensor
+    ) -> tuple[None, Tensor, Tensor, Tensor | None, None, None]:
+        diff, log_alpha, share = ctx.saved_tensors
         to_diff, to_alpha = torch.empty_like(share), torch.empty_like(share)
-        outer, to_group = group.item(), []
-        size = _chunk(share)
-        whole = [t.reshape(-1) for t in (gradient.to(share.dtype), diff, share)]
-        for start in range(0, share.numel(), size):
-            here = slice(start, start + size)
-            g, moved, s = (tensor[here] for tensor in whole)
-            down, up = to_diff.view(-1)[here], to_alpha.view(-1)[here]
-            z = _stretched(s, out=torch.empty_like(s))
+        outer, penalty, to_group = ctx.outer, count.item(), []
+        gradient = gradient.to(share.dtype)
+        parts = _chunks(gradient, diff, log_alpha, share, to_diff, to_alpha)
+        for g, moved, alpha, s, down, up in parts:
+            z = _stretched(s)
             product = g * moved
-            to_group.append(torch.dot(product, z))
+            if ctx.group is not None:
+                to_group.append(torch.dot(product, z))
             torch.mul(g, z, out=down)
             if outer != 1:
                 down.mul_(outer)
-            # dz/dα = (r-l)·s(1-s) strictly between 0 and 1, and 0 elsewhere
+            # (r-l)·s(1-s) strictly between z = 0 and 1, and 0 elsewhere
             torch.ops.aten.sigmoid_backward.grad_input(product, s, grad_input=product)
             product.mul_(WIDTH * outer)
             torch.ops.aten.hardtanh_backward.grad_input(product, z, 0, 1, grad_input=up)
-        return None, to_diff, to_alpha, torch.stack(to_group).sum().view(group.shape), None
+            if penalty:
+                p = torch.sigmoid(alpha, out=z)
+                up.add_(p, alpha=penalty).addcmul_(p, p, value=-penalty)
+        if ctx.spare is not None and ctx.memory is not None:
+            ctx.spare.append(ctx.memory)
+            ctx.memory = None  # a second pass must not give it back again
+        upstream = None
+        if ctx.group is not None:
+            upstream = (torch.stack(to_group).sum() * ctx.slope).view(ctx.group.shape)
+        return None, to_diff, to_alpha, upstream, None, None
 
 
-def _concrete(alpha: Tensor, u: Tensor, out: Tensor) -> Tensor:
-    """σ(logit(u) + α) = u / (u + (1-u)·exp(-α)): one exponential and no logarithm. (n,)"""
-    torch.neg(alpha, out=out).exp_()
-    return torch.div(u, out.mul_(1 - u).add_(u), out=out)
+def _memory(like: Tensor, spare: Spare | None) -> tuple[Tensor, Tensor]:
+    """Two contiguous tensors to write to, of the shape and on the device of `like`."""
+    if spare and spare[-1][0].device == like.device:
+        return spare.pop()
+    return torch.empty(like.shape, device=like.device), torch.empty(like.shape, device=like.device)
 
 
-def _stretched(s: Tensor, out: Tensor) -> Tensor:
+def _concrete(u: Tensor, p: Tensor) -> Tensor:
+    """σ(logit(u) + α) for p = σ(α), written over p: u·p / (u·p + (1-u)·(1-p)). (n,)
+
+    Without a logarithm or a second exponential. The denominator as 1 - u - p + 2·u·p is exact to
+    the spacing of u itself, from which logit(u) is no better known.
+    """
+    both = u * p
+    less = u.add_(p).sub_(both, alpha=2).sub_(1)  # minus the denominator
+    return torch.div(both, less.neg_(), out=p)
+
+
+def _stretched(s: Tensor) -> Tensor:
     """clamp((r-l)·s + l, 0, 1). (n,)"""
-    return torch.add(s.new_full((), LOW), s, alpha=WIDTH, out=out).clamp_(0, 1)
+    return torch.add(s.new_full((), LOW), s, alpha=WIDTH).clamp_(0, 1)
 
 
-def _uniform(like: Tensor, noise: Tensor | None) -> Any:
-    """A function from a slice of `like`, in turn, to noise for it that may be written over."""
+def _drawn_group(group: Tensor | None, noise: float | None) -> tuple[float, float]:
+    """A drawn gate over a whole tensor, and its derivative by its logit; (1, 0) for none."""
+    if group is None:
+        return 1.0, 0.0
+    u = float(torch.rand(())) if noise is None else noise
+    u = min(max(u, EDGE), 1 - EDGE)
+    s = 1 / (1 + (1 - u) / u * math.exp(-max(group.item(), -500.0)))
+    stretched = WIDTH * s + LOW
+    if 0 < stretched < 1:
+        return stretched, WIDTH * s * (1 - s)
+    return float(stretched > 0), 0.0
+
+
+def _uniform(like: Tensor, noise: Tensor | None) -> Callable[[int], Tensor]:
+    """A function that gives the next so many numbers, which may be written over."""
     if noise is not None:
-        given = noise.reshape(-1)
-        return lambda here: given[here].clamp(EDGE, 1 - EDGE)
-    count = like.numel()
+        given = iter(noise.flatten().split(_chunk(like)))
+        return lambda count: next(given).clamp(EDGE, 1 - EDGE)
     if like.device.type != "cpu":
-        return lambda here: torch.rand(
-            len(range(*here.indices(count))), device=like.device, dtype=like.dtype
-        ).clamp_(EDGE, 1 - EDGE)
+        return lambda count: torch.rand(count, device=like.device).clamp_(EDGE, 1 - EDGE)
     stream = gates.random_stream()
+    return lambda count: gates.random_floats(stream, count).sub_(1).clamp_(EDGE, 1 - EDGE)
 
-    def draw(here: slice) -> Tensor:
-        floats = gates.random_floats(stream, len(range(*here.indices(count))))
-        return floats.sub_(1).clamp_(EDGE, 1 - EDGE)
 
-    return draw
+def _chunks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Tensors of one shape, flat, by parts; those that are contiguous may be written to."""
+    size = _chunk(tensors[0])
+    return zip(*(tensor.reshape(-1).split(size) for tensor in tensors), strict=True)
 
 
 def _chunk(tensor: Tensor) -> int:
     """Entries worked on at a time: what stays in a CPU's cache; all of them elsewhere."""
-    return gates.CHUNK if tensor.device.type == "cpu" else max(1, tensor.numel())
+    return 2 * gates.CHUNK if tensor.device.type == "cpu" else max(1, tensor.numel())

@@ -31,16 +31,27 @@ class _Gate(nn.Module):
 
     def __init__(self, path: str, weight: Tensor, structured: bool, budget: _Budget) -> None:
         super().__init__()
-        self.diff = nn.Parameter(torch.zeros_like(weight))
-        self.alpha = nn.Parameter(torch.full_like(weight, START))
+        self.diff = nn.Parameter(torch.zeros(weight.shape, device=weight.device))
+        self.alpha = nn.Parameter(torch.full(weight.shape, START, device=weight.device))
         self.group = nn.Parameter(weight.new_tensor(START)) if structured else None
         self.path, self.budget = path, budget
+        self._spare: concrete.Spare = []
+        self._count: list[Tensor] = []
 
     def forward(self, weight: Tensor) -> Tensor:
         if not self.training:
             return self.budget.spent(self.path, weight)
-        group = None if self.group is None else concrete.diff_gate(self.group)
-        return concrete.add_gated(weight, self.diff, self.alpha, group)
+        value, count = concrete.add_gated(
+            weight, self.diff, self.alpha, self.group, spare=self._spare
+        )
+        self._count = [count] if torch.is_grad_enabled() else []
+        if self._count:  # the backward pass frees what it would need for a second one
+            value.register_hook(lambda _, counted=self._count: counted.clear())
+        return value
+
+    def expected(self) -> Tensor:
+        """Expected number of entries that the draws keep: the last forward's, if still its own."""
+        return self._count.pop() if self._count else concrete.diff_expected_l0(self.alpha)
 
     def settled(self) -> Tensor:
         """z·z_g·w by gates without chance, of the weight's shape."""
@@ -57,18 +68,24 @@ class _Budget:
         self.weights = weights
         self.keep = math.floor(density * sum(weight.numel() for weight in weights.values()))
         self.gates: dict[str, _Gate] = {}
+        self._watched: list[Tensor] = []
         self._state: tuple[int, ...] = ()
         self._found: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def add(self, gate: _Gate) -> None:
+        """One more gate that shares this budget."""
+        self.gates[gate.path] = gate
+        self._watched += gate.parameters()
 
     def spent(self, path: str, weight: Tensor) -> Tensor:
         """`weight` with the new values of the gate's entries that the budget holds."""
         # Whatever trains or loads parameters counts their versions up.
-        state = tuple(p._version for other in self.gates.values() for p in other.parameters())
+        state = tuple(parameter._version for parameter in self._watched)
         if state != self._state:
             self._found = self.entries()
             self._state = state
         index, values = self._found[path]
-        changed = weight.detach().clone()
+        changed = weight.detach().clone(memory_format=torch.contiguous_format)
         changed.view(-1)[index] = values
         return changed
 
@@ -89,8 +106,8 @@ class _Budget:
         found = {}
         for path, index in chosen.items():
             index = index.to(sizes[path].device)
-            index = index[sizes[path].view(-1)[index] > 0]
-            found[path] = (index, values[path].view(-1)[index])
+            index = index[sizes[path].reshape(-1)[index] > 0]
+            found[path] = (index, values[path].reshape(-1)[index])
         return found
 
 
@@ -131,7 +148,7 @@ class Diff(Method):
         with all_or_nothing() as undo:
             for path, weight in weights.items():
                 gate = _Gate(path, weight, self.structure == "tensor", budget)
-                budget.gates[path] = gate
+                budget.add(gate)
                 trainable |= {f"{path}:{name}": p for name, p in gate.named_parameters()}
                 undo.append(surgery.reweight(base.towers, path, gate))
             return Change(trainable, undo, parts={"budget": budget})
@@ -145,14 +162,12 @@ class Diff(Method):
         }
 
     def penalty(self, change: Change, progress: float) -> Tensor:
-        total = torch.zeros(())
-        for gate in change.parts["budget"].gates.values():
-            count = concrete.diff_expected_l0(gate.alpha)
-            if gate.group is not None:
-                chance = torch.sigmoid(gate.group)
-                count = count * chance if self.form == "product" else count + chance
-            total = total.to(count.device) + count
-        return self.l0 * total
+        all_gates = list(change.parts["budget"].gates.values())
+        counts = torch.stack([gate.expected() for gate in all_gates])
+        if self.structure == "tensor":
+            chances = torch.sigmoid(torch.stack([gate.group for gate in all_gates]))
+            counts = counts * chances if self.form == "product" else counts + chances
+        return self.l0 * counts.sum()
 
     def groups(self, change: Change) -> list[dict[str, Any]]:
         pairs = [(name.rpartition(":")[2], p) for name, p in change.trainable.items()]
