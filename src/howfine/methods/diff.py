@@ -41,6 +41,7 @@ class _Gate(nn.Module):
     def forward(self, weight: Tensor) -> Tensor:
         if not self.training:
             return self.budget.spent(self.path, weight)
+        self.budget.forget()
         value, count = concrete.add_gated(
             weight, self.diff, self.alpha, self.group, spare=self._spare
         )
@@ -69,7 +70,8 @@ class _Budget:
         self.keep = math.floor(density * sum(weight.numel() for weight in weights.values()))
         self.gates: dict[str, _Gate] = {}
         self._watched: list[Tensor] = []
-        self._state: tuple[int, ...] = ()
+        # Parameters' versions, which loading counts up; fused optimisers don't: see `forget`.
+        self._state: tuple[int, ...] | None = None
         self._found: dict[str, tuple[Tensor, Tensor]] = {}
 
     def add(self, gate: _Gate) -> None:
@@ -77,9 +79,12 @@ class _Budget:
         self.gates[gate.path] = gate
         self._watched += gate.parameters()
 
+    def forget(self) -> None:
+        """Training goes on: what was computed is out of date."""
+        self._state = None
+
     def spent(self, path: str, weight: Tensor) -> Tensor:
         """`weight` with the new values of the gate's entries that the budget holds."""
-        # Whatever trains or loads parameters counts their versions up.
         state = tuple(parameter._version for parameter in self._watched)
         if state != self._state:
             self._found = self.entries()
