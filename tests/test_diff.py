@@ -188,9 +188,7 @@ def test_starts_at_the_base(structure: str) -> None:
 
 @pytest.mark.parametrize("form", ["product", "sum"])
 @pytest.mark.parametrize("structure", ["tensor", "none"])
-def test_gradients_of_a_step(
-    structure: str, form: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_gradients_of_a_step(structure: str, form: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """grad w = G·z·z_g, grad α = G·w·z_g·dz/dα, grad α_g = Σ G·w·z·dz_g/dα_g, and λ·∇L0."""
     base = tiny_base("bert")
     where, weight = ("Q@0", "norm@1"), 0.01
