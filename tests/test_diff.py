@@ -9,6 +9,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -23,7 +25,9 @@ from howfine.entries import flat_entries
 from howfine.errors import SettingError
 from howfine.method import Method, method
 from howfine.readout import Wired
-from tiny import LABELS, READOUT, Fitted, loss_of, tiny_base, weight_at
+from howfine.recipe import Recipe
+from howfine.tune import tune
+from tiny import LABELS, READOUT, Fitted, loss_of, tiny_base, tiny_task, weight_at
 
 # α -> P(z = 0), P(z = 1), E[z], each by integrating over u.
 TABLE = {
@@ -405,7 +409,7 @@ def test_evaluation_keeps_up_with_training() -> None:
         seen.append(read())
         fitted.wired.load_state_dict(state, strict=False)
         last = read()
-        for one, other in zip(seen, seen[1:], strict=False):
+        for one, other in pairwise(seen):
             assert any(not torch.equal(one[path], other[path]) for path in one)
         assert all(torch.equal(last[path], seen[2][path]) for path in last)
 
@@ -460,3 +464,24 @@ def test_groups_and_settings() -> None:
     base.towers.bfloat16()
     with pytest.raises(SettingError, match="float32"):
         method("diff").attach(base)
+
+
+def test_the_second_phase_trains_the_support_of_the_first(tmp_path: Path) -> None:
+    """The recipe: the same places before and after, other values; all else is θ⁰ to the bit."""
+    base, found = tiny_base("bert"), []
+    recipe = Recipe.load("diff-pruning").override(start_density=0.02, store="fp32")
+    assert isinstance(recipe.start, Recipe)
+    for number, phase in enumerate((recipe.start, recipe)):
+        settings = {"max_steps": 4, "learning_rate": 1e-2}
+        if phase is recipe:
+            settings |= {f"start_{key}": value for key, value in settings.items()}
+        out = tmp_path / f"{number}.delta.safetensors"
+        tensors, _ = tune(base, tiny_task(), phase, out=out, **settings).delta.tensors(base)
+        found.append({path: flat_entries(tensor) for path, tensor in tensors.items()})
+    first, second = found
+    total = sum(base.parameter(path).numel() for path in base.paths())
+    assert sum(len(index) for index, _ in first.values()) == math.floor(0.02 * total)
+    assert first.keys() == second.keys()
+    for path, (index, _) in first.items():
+        assert torch.equal(index, second[path][0]), path
+    assert any(not torch.equal(first[path][1], second[path][1]) for path in first)
