@@ -18,7 +18,7 @@ SRC = Path(howfine.__file__).parent
 
 # Each row may import from the rows above it, and within itself as long as no circle arises.
 ROOMS = [
-    ("errors", "batch", "gates", "sampled", "adamw"),
+    ("errors", "batch", "gates", "concrete", "sampled", "adamw"),
     (
         *("plugins", "fingerprint", "anatomy", "codec", "codec.*", "checkpoint"),
         *("container", "folded", "metrics", "calibration"),

@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from howfine import gates
+from howfine import concrete, gates
 from howfine.base import Base
 from howfine.delta import SUFFIX, Delta
 from howfine.errors import SettingError, UnknownArchitecture
@@ -117,7 +117,7 @@ def hard_concrete(log_alpha: float, u: float, tau: float, left: float, right: fl
 @pytest.mark.parametrize("stretch", [(-0.1, 1.1), (-1.5, 1.5)])
 def test_hard_concrete(tau: float, stretch: tuple[float, float]) -> None:
     log_alpha, noise = 3 * draws(500).double(), uniform(500, seed=1).double().clamp(1e-6, 1 - 1e-6)
-    found = gates.hard_concrete(log_alpha, noise, tau, stretch)
+    found = concrete.hard_concrete(log_alpha, noise, tau, stretch)
     pairs = zip(log_alpha.tolist(), noise.tolist(), strict=True)
     expected = [hard_concrete(a, u, tau, *stretch) for a, u in pairs]
     torch.testing.assert_close(found, torch.tensor(expected).double(), rtol=0, atol=1e-7)
@@ -128,7 +128,7 @@ def test_hard_concrete(tau: float, stretch: tuple[float, float]) -> None:
 def test_hard_concrete_settled() -> None:
     """Louizos et al. 2018, equation 13: clamp(σ(log α)(ζ-γ)+γ, 0, 1)."""
     log_alpha = 3 * draws(500)
-    found = gates.hard_concrete_settled(log_alpha)
+    found = concrete.hard_concrete_settled(log_alpha)
     expected = [min(1.0, max(0.0, sigmoid(a) * 1.2 - 0.1)) for a in log_alpha.tolist()]
     torch.testing.assert_close(found, torch.tensor(expected), rtol=0, atol=1e-6)
 
@@ -137,12 +137,12 @@ def test_expected_l0_against_monte_carlo() -> None:
     """Σ P(gate ≠ 0) (equation 12) is how often drawn gates are not 0, to five deviations."""
     log_alpha, count = torch.tensor([-4.0, -1.5, 0.0, 0.7, 3.0]), 40_000
     noise = uniform(count, 5).clamp(1e-6, 1 - 1e-6)
-    drawn = gates.hard_concrete(log_alpha.expand(count, 5), noise) != 0
+    drawn = concrete.hard_concrete(log_alpha.expand(count, 5), noise) != 0
     p = drawn.double().mean(0)
     deviation = math.sqrt((p * (1 - p)).sum().item() / count)
-    assert abs(gates.expected_l0(log_alpha).item() - p.sum().item()) < 5 * deviation
+    assert abs(concrete.expected_l0(log_alpha).item() - p.sum().item()) < 5 * deviation
     one = sum(sigmoid(a - 2 / 3 * math.log(0.1 / 1.1)) for a in log_alpha.tolist())
-    assert gates.expected_l0(log_alpha).item() == pytest.approx(one, rel=1e-5)
+    assert concrete.expected_l0(log_alpha).item() == pytest.approx(one, rel=1e-5)
 
 
 # --- gates: settle and count ---------------------------------------------------------------------

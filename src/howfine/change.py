@@ -27,7 +27,8 @@ def all_or_nothing() -> Iterator[list[Undo]]:
 class Change:
     """The trainable parameters a method put on a base, and the undo that takes them off.
 
-    `trainable` maps a path to a Parameter that lives in the base's module tree; `parts` holds
+    `trainable` maps a path to a Parameter that lives in the base's module tree (where a path has
+    several, "path:name" each); `parts` holds
     whatever else the method needs to pack them (it is the method's own affair). Removing a change
     puts the very same Parameter objects back; it never subtracts. A change is a context manager:
 

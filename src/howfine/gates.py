@@ -21,7 +21,7 @@ Granularity = Literal["entry", "row", "column", "head", "n:m"]
 
 
 # Entries sampled at a time: half a megabyte of floats. An even number: they come in pairs.
-_CHUNK = 1 << 17
+CHUNK = 1 << 17
 
 Slope = Literal["identity", "sigmoid", "sign"]  # what the backward pass multiplies by
 
@@ -117,17 +117,24 @@ def sample(logits: Tensor) -> Tensor:
         chance = torch.sigmoid(logits.detach().float())
         return torch.rand_like(chance) < chance
     flat = logits.detach().reshape(-1)
-    # Seeded by torch's generator, which itself makes one number at a time on one thread.
-    stream = np.random.SFC64(int(torch.randint(2**63 - 1, ())))
+    stream = random_stream()
     hard = torch.empty(flat.shape, dtype=torch.bool)
-    for start in range(0, len(flat), _CHUNK):
-        part = flat[start : start + _CHUNK]
+    for start in range(0, len(flat), CHUNK):
+        part = flat[start : start + CHUNK]
         chance = torch.sigmoid(part.float()).add_(1)
-        torch.lt(_noise(stream, len(part)), chance, out=hard[start : start + _CHUNK])
+        torch.lt(random_floats(stream, len(part)), chance, out=hard[start : start + CHUNK])
     return hard.view(logits.shape)
 
 
-def _noise(stream: np.random.SFC64, count: int) -> Tensor:
+def random_stream() -> np.random.SFC64:
+    """A stream of random words, seeded by torch's own generator.
+
+    Torch's makes one number at a time on one thread.
+    """
+    return np.random.SFC64(int(torch.randint(2**63 - 1, ())))
+
+
+def random_floats(stream: np.random.SFC64, count: int) -> Tensor:
     """Floats (count,) uniform in [1, 2), of 23 random bits each, two from 64 bits of the stream."""
     words = stream.random_raw((count + 1) // 2).view(np.int64)
     bits = torch.from_numpy(words).bitwise_and_(0x007FFFFF_007FFFFF)  # the two mantissas
@@ -144,36 +151,6 @@ def bernoulli(logits: Tensor, noise: Tensor, through_sigmoid: bool = True) -> Te
     """
     hard = noise < torch.sigmoid(logits.detach())
     return _Surrogate.apply(logits, hard, "sigmoid" if through_sigmoid else "identity")
-
-
-def hard_concrete(
-    log_alpha: Tensor,
-    noise: Tensor,
-    temperature: float = 2 / 3,
-    stretch: tuple[float, float] = (-0.1, 1.1),
-) -> Tensor:
-    """A stretched, clamped concrete gate in [0, 1], exactly 0 or 1 with positive probability.
-
-    z = clamp(σ((log u - log(1-u) + log α) / τ)·(r-l) + l, 0, 1) (Louizos et al. 2018, eq. 10-11).
-    `noise` u is uniform in (0, 1), of log_alpha's shape.
-    """
-    low, high = stretch
-    concrete = torch.sigmoid((torch.logit(noise) + log_alpha) / temperature)
-    return (concrete * (high - low) + low).clamp(0, 1)
-
-
-def hard_concrete_settled(log_alpha: Tensor, stretch: tuple[float, float] = (-0.1, 1.1)) -> Tensor:
-    """The gate used at test time: clamp(σ(log α)·(r-l) + l, 0, 1) (Louizos et al. 2018, eq. 13)."""
-    low, high = stretch
-    return (torch.sigmoid(log_alpha) * (high - low) + low).clamp(0, 1)
-
-
-def expected_l0(
-    log_alpha: Tensor, temperature: float = 2 / 3, stretch: tuple[float, float] = (-0.1, 1.1)
-) -> Tensor:
-    """Σ P(gate ≠ 0) = Σ σ(log α - τ log(-l/r)) (Louizos et al. 2018, eq. 12). A scalar."""
-    low, high = stretch
-    return torch.sigmoid(log_alpha - temperature * math.log(-low / high)).sum()
 
 
 def top_k(scores: Tensor, keep: int) -> Tensor:

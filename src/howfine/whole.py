@@ -16,7 +16,7 @@ from howfine.method import Tensors, as_parameter
 def attach(base: Base, paths: list[str]) -> Change:
     """Put a trainable copy in place of each parameter named; the originals wait in the undo."""
     originals = {path: base.parameter(path) for path in paths}
-    _check_format(base, paths)
+    check_format(base, paths)
     trainable = {}
     with all_or_nothing() as undo:
         for path in paths:
@@ -25,8 +25,8 @@ def attach(base: Base, paths: list[str]) -> Change:
         return Change(trainable, undo, parts={"originals": originals})
 
 
-def _check_format(base: Base, paths: list[str]) -> None:
-    """Steps of fine-tuning are smaller than half-precision weights can hold."""
+def check_format(base: Base, paths: list[str]) -> None:
+    """Refuse half-precision weights: steps of fine-tuning are smaller than those can hold."""
     half = [path for path in paths if base.parameter(path).dtype != torch.float32]
     if half:
         raise SettingError(
