@@ -28,17 +28,17 @@ ROOMS = [
     ("method", "readout"),
     ("whole", "entries", "probe"),
     ("methods", "methods.*", "readouts", "readouts.*"),
-    ("streams",),
+    ("streams", "recode"),
     ("delta", "recipe"),
-    ("start", "cost", "align", "distance", "compare", "sampler"),
-    ("tune", "loop", "trainer", "rates", "rounding", "evaluate", "merge", "attach"),
+    ("operands", "joining", "start", "cost", "align", "distance", "compare", "sampler"),
+    ("tune", "loop", "trainer", "rates", "rounding", "evaluate", "merge", "attach", "compose"),
     ("ledger", "answer", "plan", "stored"),
     ("queue", "study"),
     (
         *("report", "report_page", "report_tables", "wording", "catalogue"),
         *("figures", "figures_calibration", "figures_distance"),
     ),
-    ("cli", "options"),
+    ("cli", "cli_compose", "options"),
 ]
 # Files that never import another of their own folder.
 APART = ("methods.*", "readouts.*")

@@ -20,6 +20,7 @@ if TYPE_CHECKING:  # the same names as _HOME, for type checkers and editors; a t
     from howfine.attach import attach
     from howfine.base import Base
     from howfine.compare import compare as distance
+    from howfine.compose import compose
     from howfine.cost import parts as inspect
     from howfine.delta import Delta
     from howfine.distance import Distance
@@ -48,6 +49,7 @@ __all__ = [
     "Task",
     "__version__",
     "attach",
+    "compose",
     "distance",
     "evaluate",
     "inspect",
@@ -72,6 +74,7 @@ _HOME = {
     "Score": "evaluate",
     "Task": "task",
     "attach": "attach",
+    "compose": "compose",
     "distance": "compare:compare",
     "evaluate": "evaluate",
     "inspect": "cost:parts",

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from howfine import options
+from howfine import cli_compose, options
 
 app = typer.Typer(
     name="howfine",
@@ -20,6 +20,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
+app.add_typer(cli_compose.app, name="compose")
 
 # Settings of the recipe, its method and readout come as flags of their own: --learning-rate 1e-3.
 _OPEN: Any = {"allow_extra_args": True, "ignore_unknown_options": True}

@@ -60,6 +60,9 @@ class Method(ABC):
     # Whether a fit starts from the weights of an earlier phase or another checkpoint (Probe.start);
     # every method may go on from an earlier phase's head.
     start: ClassVar[Literal["none", "optional", "needed"]] = "none"
+    # What it packs and unpacks, whatever its settings: the new values of some entries of any
+    # tensors of the base (sparse tensors at their paths), of any whole tensors, or something else.
+    holds: ClassVar[Literal["entries", "tensors", "other"]] = "other"
 
     def __init_subclass__(cls) -> None:
         if cls.__bases__ != (Method,):

@@ -117,7 +117,7 @@ def _joined(owner: str, entries: Mapping[str, Tensor], store: str, base: Base) -
     together, found = torch.cat(places), torch.cat(values)
     if store != "fp32":
         found = found - torch.cat(originals)
-    name = f"{owner}/{JOINED}{_as_number(members, base):x}"
+    name = f"{owner}/{JOINED}{as_number(members, base):x}"
     yield Stream(
         name,
         (len(together),),
@@ -127,7 +127,8 @@ def _joined(owner: str, entries: Mapping[str, Tensor], store: str, base: Base) -
     )
 
 
-def _as_number(members: list[str], base: Base) -> int:
+def as_number(members: list[str], base: Base) -> int:
+    """A set of the base's paths as a number: bit i for its i-th path."""
     chosen = set(members)
     return sum(1 << bit for bit, path in enumerate(base.paths()) if path in chosen)
 
@@ -143,10 +144,23 @@ def decode(streams: tuple[Stream, ...], base: Base) -> dict[str, Tensors]:
         if owner not in out:
             raise DamagedDelta(f"stream {stream.name!r} belongs to neither method nor readout")
         if stream.values is not None:
-            out[owner] |= _taken_apart(stream, name, stream.values, base)
+            for path, tensor in _taken_apart(stream, name, stream.values, base).items():
+                before = out[owner].get(path)
+                out[owner][path] = tensor if before is None else _both(path, before, tensor)
         else:
             out[owner][name] = _decoded(stream, base, name)
     return out
+
+
+def _both(path: str, one: Tensor, other: Tensor) -> Tensor:
+    """The entries of two streams in one sparse tensor. Raises DamagedDelta where both have one."""
+    if one.is_sparse:
+        pairs = zip(flat_entries(one), flat_entries(other), strict=True)
+        index, values = (torch.cat(pair) for pair in pairs)
+        index, order = index.sort()
+        if not (index[1:] == index[:-1]).any():
+            return sparse(index, values[order], tuple(other.shape))
+    raise DamagedDelta(f"the delta changes entries of {path!r} twice; the file is damaged")
 
 
 def _decoded(stream: Stream, base: Base, path: str) -> Tensor:

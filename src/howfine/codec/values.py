@@ -35,14 +35,18 @@ _WORTH = 0.02
 
 
 def encode_values(
-    values: torch.Tensor, precision: str, parts: Sequence[int] | None = None
+    values: torch.Tensor,
+    precision: str,
+    parts: Sequence[int] | None = None,
+    scales: Sequence[float] | None = None,
 ) -> Coded:
     """Float values of any shape in one of PRECISIONS, raw or entropy coded, whichever is smaller.
 
     intB holds the steps -(2^(B-1) - 1)..2^(B-1) - 1 times a scale: max|x| over the last step from
     6 bits on, below that the one of least squared error. sign stores x > 0 and the scale mean|x|,
     which is the best one in the least-squares sense (BitDelta, Liu et al. 2024). With `parts`, the
-    lengths of the pieces that the values are made of, each piece has a scale of its own.
+    lengths of the pieces that the values are made of, each piece has a scale of its own. `scales`,
+    one a piece, are taken as they are: values that were rounded before keep their steps.
 
     Raises SettingError for an unknown precision, a dtype that is not float, values beyond the
     precision's range, NaN or infinity where a scale is taken, and parts that do not add up.
@@ -57,8 +61,8 @@ def encode_values(
             return Coded("fp16", (), plain) if halves is None else Coded("fp16h", (), halves)
         return Coded(precision, (), plain)
     x = flat.to(torch.float32).numpy()
-    scales, steps = _quantised(x, precision, parts)
-    params = tuple(map(float, scales))
+    used, steps = _quantised(x, precision, parts, scales)
+    params = tuple(map(float, used))
     if precision == "sign":
         return Coded("sign", params, packed(steps > 0))
     top = TOPS[precision]
@@ -113,7 +117,12 @@ def _checked(values: torch.Tensor, precision: str) -> torch.Tensor:
     return flat
 
 
-def _quantised(x: Array, precision: str, parts: Sequence[int] | None) -> tuple[Array, Array]:
+def _quantised(
+    x: Array,
+    precision: str,
+    parts: Sequence[int] | None,
+    given: Sequence[float] | None = None,
+) -> tuple[Array, Array]:
     """(float32 scales, one a part; int8 steps (count,)). Raises SettingError for other parts."""
     sizes = [x.size] if parts is None else list(parts)
     if min(sizes, default=0) < 0 or sum(sizes) != x.size:
@@ -121,7 +130,10 @@ def _quantised(x: Array, precision: str, parts: Sequence[int] | None) -> tuple[A
             f"parts of {sum(sizes)} values in all, found {x.size}; give the length of each part"
         )
     pieces = np.split(x, np.cumsum(sizes)[:-1]) if sizes else []
-    scales = np.array([scale_of(piece, precision) for piece in pieces], np.float32)
+    found = [scale_of(piece, precision) for piece in pieces] if given is None else given
+    scales = np.array(found, np.float32)
+    if len(scales) != len(sizes):
+        raise SettingError(f"{len(scales)} scales, expected {len(sizes)}: one for each part")
     if precision == "sign":
         return scales, np.where(x > 0, np.int8(1), np.int8(-1))
     spread, top = _spread(scales, parts), TOPS[precision]

@@ -1,0 +1,131 @@
+"""Operands: what deltas on one base change of it, entry by entry."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from howfine import gates, plugins
+from howfine.base import Base
+from howfine.delta import Delta
+from howfine.entries import flat_entries
+from howfine.errors import DeltaError, SettingError, WrongBase
+from howfine.method import Method, Tensors
+from howfine.streams import Stream
+
+# What a method packed: new values of entries, of whole tensors, what is kept of the weights, or
+# nothing where the head is all that was trained.
+Kind = Literal["entries", "tensors", "masks", "nothing"]
+
+
+@dataclass(frozen=True)
+class Operand:
+    """A delta as new values of the base's entries."""
+
+    # What messages call it.
+    name: str
+    delta: Delta
+    kind: Kind
+    # What its method packed, at paths of the base.
+    tensors: Tensors
+
+    @property
+    def streams(self) -> list[Stream]:
+        """The streams of its change, without its head's."""
+        return [s for s in self.delta.streams if s.name.startswith("method/")]
+
+    def changed(self, base: Base, path: str) -> Tensor | None:
+        """Which entries of a parameter it changes: bool, row-major (n,). None for none.
+
+        Of entries those it lists, of a mask those it drops, of a tensor those that differ.
+        """
+        tensor = self.tensors.get(path)
+        if tensor is None:
+            return None
+        original = base.original(path)
+        if tensor.is_sparse:
+            found = torch.zeros(original.numel(), dtype=torch.bool)
+            found[flat_entries(tensor)[0]] = True
+        elif tensor.dtype == torch.bool:
+            found = gates.drop(torch.ones(original.shape), tensor).flatten() == 0
+        else:
+            found = differs(tensor.flatten(), original.flatten().float().cpu())
+        return found if found.any() else None
+
+    def values(self, base: Base, path: str) -> Tensor:
+        """The float32 values (n,) of a parameter while the delta is on."""
+        tensor = self.tensors[path]
+        if not tensor.is_sparse:
+            return tensor.flatten()
+        index, new = flat_entries(tensor)
+        return base.original(path).flatten().float().cpu().index_put((index,), new)
+
+
+def differs(one: Tensor, other: Tensor) -> Tensor:
+    """Where two float32 tensors differ in at least one bit."""
+    return one.contiguous().view(torch.int32) != other.contiguous().view(torch.int32)
+
+
+def operands(deltas: Sequence[Delta | str | Path], base: Base | None) -> tuple[Base, list[Operand]]:
+    """The base, loaded if none is given, and the deltas on it.
+
+    Raises SettingError for none, WrongBase where the bases differ, DeltaError for a delta whose
+    change is not made of new values of the base's weights, and for NaN.
+    """
+    if not deltas:
+        raise SettingError("no delta was given; give one or more")
+    opened = [d if isinstance(d, Delta) else Delta.load(d) for d in deltas]
+    names = [
+        f"delta {number}" if isinstance(delta, Delta) else str(delta)
+        for number, delta in enumerate(deltas, 1)
+    ]
+    first = opened[0]
+    for name, delta in zip(names, opened, strict=True):
+        if (delta.base_fingerprint, delta.base_kind) != (first.base_fingerprint, first.base_kind):
+            raise WrongBase(
+                f"{names[0]} was made on {first.base_name} ({first.base_fingerprint[:12]}…), "
+                f"{name} on {delta.base_name} ({delta.base_fingerprint[:12]}…); only changes of "
+                "one base can be composed"
+            )
+    if base is None:
+        base = Base.load(first.base_name, kind=first.base_kind)
+    return base, [_operand(*each, base) for each in zip(names, opened, strict=True)]
+
+
+def _operand(name: str, delta: Delta, base: Base) -> Operand:
+    tensors, head = delta.tensors(base)
+    for path, tensor in [*tensors.items(), *head.items()]:
+        values = flat_entries(tensor)[1] if tensor.is_sparse else tensor
+        if values.is_floating_point() and not values.isfinite().all():
+            raise DeltaError(
+                f"{name}: {path} holds NaN or infinity; its training diverged: tune it again with "
+                "a lower learning_rate"
+            )
+    kinds = {_kind(path, tensor, base) for path, tensor in tensors.items()}
+    if "other" in kinds or ("masks" in kinds and len(kinds) > 1):
+        made_by = plugins.name_of("methods", Method, delta.method)
+        raise DeltaError(
+            f"{name} was made by the method {made_by!r}, whose file does not hold new values of "
+            "the base's weights: which entries it changes is undefined, and so are unions, "
+            "differences and sums. Compose deltas of entries or of tensors"
+        )
+    kind: Kind = "nothing"
+    for each in ("masks", "entries", "tensors"):
+        if each in kinds:
+            kind = each
+    return Operand(name, delta, kind, tensors)
+
+
+def _kind(path: str, tensor: Tensor, base: Base) -> str:
+    if path not in set(base.paths()):
+        return "other"
+    if tensor.dtype == torch.bool:
+        return "masks"
+    if tensor.shape != base.parameter(path).shape:
+        return "other"
+    return "entries" if tensor.is_sparse else "tensors"
