@@ -67,6 +67,13 @@ OURS = [
     Entry("mask", "mask", "mask"),
     Entry("mask-top", "mask", "mask", {"where": ("matrices@-1",)}),
     Entry("sparse", "sparse", "entries", {"start_precision": "bf16"}),
+    Entry("sparse-tiny", "sparse-tiny", "vectors", {"start_precision": "bf16"}),
+    Entry(
+        "sparse-tiny-2x", "sparse-tiny", "vectors", {"start_precision": "bf16", "density": 0.024}
+    ),
+    Entry("lora-xs-int4", "lora-xs", "cores", {"store": "int4", "reference": True}),
+    Entry("head-only-int4", "head-only", "head", {"store": "int4", "reference": True}),
+    Entry("diff-pruning", "diff-pruning", "entries", {"start_precision": "bf16"}),
     Entry("intrinsic", "intrinsic", "random map"),
     Entry("lora-xs", "lora-xs", "cores"),
     Entry("tiny-lora", "tiny-lora", "shared cores"),
