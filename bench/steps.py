@@ -36,9 +36,22 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "select top-2 layers": ("select", {"train": ("all@-2,-1",)}),
     "select biases (BitFit)": ("select", {"train": ("bias",)}),
     "head only": ("select", {"train": ("none",)}),
+    "sparse, 0.1 % of the matrices": ("sparse", {"density": 0.001, "by": "random"}),
+    "sparse, 1 % of the matrices": ("sparse", {"density": 0.01, "by": "random"}),
+    "diff, stage 1 on the matrices": ("diff", {"where": ("matrices",)}),
 }
-PEFT = "PEFT LoRA r=8 on q, v"
-LIMITS = {"mask": 1.00, "select top-2 layers": 0.55, "head only": 0.40}
+PEFT = {
+    "PEFT LoRA r=8 on q, v": ("LoraConfig", ["query", "value"]),
+    "PEFT SHiRA r=8 on all linear": ("ShiraConfig", ["query", "key", "value", "dense"]),
+}
+LIMITS = {
+    "mask": 1.00,
+    "select top-2 layers": 0.55,
+    "head only": 0.40,
+    "sparse, 0.1 % of the matrices": 0.65,
+    "sparse, 1 % of the matrices": 0.85,
+    "diff, stage 1 on the matrices": 1.05,
+}
 STEPS = 4  # a round times so many, after one to warm up
 
 
@@ -52,9 +65,16 @@ class Work:
         self.mask = torch.ones_like(self.ids)
         self.targets = torch.randint(0, 2, (16,), generator=generator)
 
-    def step(self, model: nn.Module, head: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    def step(
+        self,
+        model: nn.Module,
+        head: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        penalty: Callable[[], torch.Tensor] | None = None,
+    ) -> None:
         hidden = model(input_ids=self.ids, attention_mask=self.mask).last_hidden_state
-        nn.functional.cross_entropy(head(hidden.mean(1)), self.targets).backward()
+        loss = nn.functional.cross_entropy(head(hidden.mean(1)), self.targets)
+        (loss if penalty is None else loss + penalty()).backward()
         trained = [p for group in optimizer.param_groups for p in group["params"]]
         nn.utils.clip_grad_norm_(trained, 1.0)  # as in `tune`
         optimizer.step()
@@ -64,10 +84,11 @@ class Work:
     def ready(self, name: str) -> Iterator[Callable[[], None]]:
         """A method put on the base, as a function that makes one step."""
         head = nn.Linear(self.base.hidden_size, 2)
-        if name == PEFT:
+        if name in PEFT:
             import peft
 
-            config = peft.LoraConfig(r=8, target_modules=["query", "value"])
+            kind, targets = PEFT[name]
+            config = getattr(peft, kind)(r=8, target_modules=targets)
             model = peft.get_peft_model(self.base.tower, config)
             optimizer = _adamw([p for p in model.parameters() if p.requires_grad], head)
             model.train()
@@ -82,7 +103,9 @@ class Work:
         with made.attach(self.base) as change:
             optimizer = _adamw(list(change.trainable.values()), head)
             self.base.train()
-            yield lambda: self.step(self.base.tower, head, optimizer)
+            own = type(made).penalty is not Method.penalty
+            penalty = (lambda: made.penalty(change, 0.5)) if own else None
+            yield lambda: self.step(self.base.tower, head, optimizer, penalty)
 
 
 def _adamw(parameters: list[nn.Parameter], head: nn.Module) -> torch.optim.Optimizer:
@@ -91,7 +114,7 @@ def _adamw(parameters: list[nn.Parameter], head: nn.Module) -> torch.optim.Optim
 
 def times(rounds: int) -> dict[str, list[float]]:
     work = Work(Base.load())
-    names = [*METHODS, PEFT]
+    names = [*METHODS, *PEFT]
     found: dict[str, list[float]] = {name: [] for name in names}
     for number in range(rounds):
         random.Random(number).shuffle(names)
