@@ -260,7 +260,7 @@ def methods(
     for entry in found:
         lines.append(f"{entry['name']}: {entry['summary']}")
         if name is None:
-            lines += [f"  {key:<12}{about}" for key, about in entry["recipes"].items()]
+            lines += [f"  {key:<12} {about}" for key, about in entry["recipes"].items()]
             continue
         for part in ("settings", "readout", "training"):
             lines += [f"{part}:"] if part != "settings" else []
