@@ -43,7 +43,7 @@ MIDDLE = 0.005  # the paper's
 # Penalties of a gate for D10: the paper's, ten and a hundred times as much.
 PENALTIES = (1.25e-7, 1.25e-6, 1.25e-5)
 COMMON = {"epochs": 3, "batch_size": 16, "precision": "bf16", "readout_learning_rate": 2e-3}
-FULL_RATE, DIFF_RATE, GATE_PENALTY, LAST_RATE = 1e-4, 2e-4, 1.25e-6, 3e-4
+FULL_RATE, DIFF_RATE, GATE_PENALTY, LAST_RATE = 1e-4, 2e-4, 1.25e-7, 3e-4
 
 
 def first_stage(structure: str, penalty: float, density: float = 0.5) -> dict[str, Any]:
