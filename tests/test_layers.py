@@ -18,10 +18,10 @@ SRC = Path(howfine.__file__).parent
 
 # Each row may import from the rows above it, and within itself as long as no circle arises.
 ROOMS = [
-    ("errors", "batch", "gates", "concrete", "sampled", "adamw"),
+    ("errors", "batch", "gates", "concrete", "crossing", "sampled", "adamw"),
     (
         *("plugins", "fingerprint", "anatomy", "codec", "codec.*", "checkpoint"),
-        *("container", "folded", "metrics", "calibration"),
+        *("container", "folded", "metrics", "calibration", "text"),
     ),
     ("task", "tasks", "tasks.*", "base", "pretrained"),
     ("surgery", "change"),
@@ -30,7 +30,7 @@ ROOMS = [
     ("methods", "methods.*", "readouts", "readouts.*"),
     ("streams", "recode"),
     ("delta", "recipe"),
-    ("operands", "joining", "start", "cost", "align", "distance", "compare", "sampler"),
+    ("operands", "joining", "start", "regions", "cost", "align", "distance", "compare", "sampler"),
     ("tune", "loop", "trainer", "rates", "rounding", "evaluate", "merge", "attach", "compose"),
     ("ledger", "answer", "plan", "stored"),
     ("queue", "study"),

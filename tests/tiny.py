@@ -191,6 +191,7 @@ class TinyProbe:
     def __init__(self, readout: Readout, base: Base | None = None) -> None:
         self.readout = readout
         self.start = tuned_weights(base) if base else {}
+        self.outside: dict[str, Tensor] = {}
 
     def gradients(
         self,

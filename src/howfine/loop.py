@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from transformers import set_seed
 
 from howfine.base import Base
@@ -38,6 +39,7 @@ class Fit:
         folder: Path,
         progress: bool,
         start: Start | None = None,
+        outside: Mapping[str, Tensor] | None = None,
     ) -> None:
         set_seed(seed)
         self.memory = PeakMemory(base.device)
@@ -49,7 +51,7 @@ class Fit:
         training = recipe.training
         model = Wired(base, recipe.readout, head, dropout=not training.eval_mode)
         rows = task.splits["train"]
-        probe = GradientProbe(model, base, rows, training.batch_size, start.weights)
+        probe = GradientProbe(model, base, rows, training.batch_size, start.weights, outside)
         with ExitStack() as undo:
             undo.callback(base.towers.eval)
             change = undo.enter_context(recipe.method.attach(base, probe))

@@ -35,6 +35,11 @@ class Probe(Protocol):
         """
         ...
 
+    @property
+    def outside(self) -> Mapping[str, Tensor]:
+        """Entries to leave as they are, as boolean masks by path: the regions of other deltas."""
+        ...
+
     def gradients(
         self,
         base: Base,
@@ -63,6 +68,8 @@ class Method(ABC):
     # What it packs and unpacks, whatever its settings: the new values of some entries of any
     # tensors of the base (sparse tensors at their paths), of any whole tensors, or something else.
     holds: ClassVar[Literal["entries", "tensors", "other"]] = "other"
+    # Whether it leaves entries alone that a recipe names as `outside` (Probe.outside).
+    keeps_out: ClassVar[bool] = False
 
     def __init_subclass__(cls) -> None:
         if cls.__bases__ != (Method,):
@@ -107,6 +114,10 @@ class Method(ABC):
     def learning_rate(self, steps: int) -> float:
         """The peak rate where a recipe names none, for AdamW and `steps` steps of linear decay."""
         return 5e-5
+
+    def rate_for(self, change: Change, steps: int) -> float:
+        """The same for a change just attached: where the rate depends on what was found then."""
+        return self.learning_rate(steps)
 
 
 def as_parameter(tensor: Tensor, like: nn.Parameter) -> nn.Parameter:

@@ -34,10 +34,11 @@ class GradientProbe:
         examples: Sequence[Example],
         batch_size: int,
         start: Mapping[str, Tensor] | None = None,
+        outside: Mapping[str, Tensor] | None = None,
     ) -> None:
         self.model, self.base = model, base
         self.examples, self.batch_size = examples, batch_size
-        self.start = dict(start or {})
+        self.start, self.outside = dict(start or {}), dict(outside or {})
 
     def gradients(
         self,

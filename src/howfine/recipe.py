@@ -10,13 +10,12 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
 from howfine import plugins
 from howfine.codec import PRECISIONS
 from howfine.errors import SettingError, near
 from howfine.method import Method, methods
 from howfine.readout import Readout, readouts
+from howfine.text import mapping, one, parsed, text_of
 
 
 @dataclass(frozen=True)
@@ -99,8 +98,15 @@ class Recipe:
     knob: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     # What the fit starts from: the phase before it, or a delta file or checkpoint folder.
     start: Recipe | str | None = None
+    # Delta files whose regions are kept out: their entries stay the base's.
+    outside: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        if self.outside and not self.method.keeps_out:
+            raise SettingError(
+                f"recipe {self.name}: its method can't keep out of single entries and takes no "
+                "'outside'; leave it out, or choose a method that changes entries"
+            )
         if self.store not in PRECISIONS:
             near_one = near(str(self.store), PRECISIONS)
             raise SettingError(f"recipe {self.name}, store {self.store!r} is unknown. {near_one}")
@@ -115,9 +121,9 @@ class Recipe:
         if text is None and Path(name).suffix in (".yaml", ".yml"):
             if not Path(name).is_file():
                 raise SettingError(f"recipe file {name} does not exist; give another path")
-            text = _text_of(Path(name))
+            text = text_of(Path(name))
         if text is not None:
-            return cls.parse(Path(name).stem, _yaml(text, f"recipe {name}"))
+            return cls.parse(Path(name).stem, parsed(text, f"recipe {name}"))
         if str(name) in methods():
             example = plugins.examples("methods", Method)[str(name)]
             return cls(str(name), example, default_readout())
@@ -127,15 +133,15 @@ class Recipe:
     @classmethod
     def parse(cls, name: str, raw: Any) -> Recipe:
         """A recipe from a YAML file's content; unknown keys are errors with the near name."""
-        known = ("about", "method", "readout", "training", "store", "knob", "start")
+        known = ("about", "method", "readout", "training", "store", "knob", "start", "outside")
         if not isinstance(raw, dict) or "method" not in raw:
             raise SettingError(f"recipe {name}: expected a mapping with a 'method'; see docs")
         for key in raw:
             if key not in known:
                 raise SettingError(f"recipe {name} has no key {key!r}. {near(str(key), known)}")
-        method_name, method_settings = _one(raw["method"], f"recipe {name}, method")
+        method_name, method_settings = one(raw["method"], f"recipe {name}, method")
         if "readout" in raw:
-            readout_name, settings = _one(raw["readout"], f"recipe {name}, readout")
+            readout_name, settings = one(raw["readout"], f"recipe {name}, readout")
             readout = plugins.build(f"recipe {name}, readout", readouts(), readout_name, settings)
         else:
             readout = default_readout()
@@ -145,12 +151,13 @@ class Recipe:
             readout=readout,
             training=plugins.checked(
                 Training,
-                _mapping(raw.get("training"), f"recipe {name}, training"),
+                mapping(raw.get("training"), f"recipe {name}, training"),
                 f"recipe {name}",
             ),
             store=str(raw.get("store", "fp32")),
             knob=_knob(raw.get("knob"), f"recipe {name}, knob"),
             start=_start(raw.get("start"), name, readout),
+            outside=_outside(raw.get("outside", ())),
         )
 
     def override(self, /, **settings: Any) -> Recipe:
@@ -173,6 +180,9 @@ class Recipe:
             if part == "store":
                 found = dataclasses.replace(found, **changed)
                 continue
+            if part == "outside":
+                found = dataclasses.replace(found, outside=_outside(changed[part]))
+                continue
             holder = getattr(found, part)
             whole = {f.name: getattr(holder, f.name) for f in dataclasses.fields(holder)} | changed
             made = plugins.checked(type(holder), whole, f"recipe {self.name}, {part}")
@@ -182,9 +192,11 @@ class Recipe:
     def _home(self, key: str) -> tuple[str, str]:
         """The part of a recipe that a setting belongs to, and its name there.
 
-        "store" and "start" are their own; "start_epochs" are the epochs of the phase before.
+        "store", "start" and "outside" are their own; "start_epochs" are epochs of the phase before.
         """
         known = {"store": "store"}
+        if self.method.keeps_out:
+            known["outside"] = "outside"
         if isinstance(self.start, Recipe) and key.startswith("start_"):
             return "start", key.removeprefix("start_")
         if not isinstance(self.start, Recipe):
@@ -206,6 +218,7 @@ class Recipe:
             "training": plugins.settings_of(self.training),
             "store": self.store,
             **({} if self.start is None else {"start": self._start_as_dict()}),
+            **({"outside": list(self.outside)} if self.outside else {}),
         }
 
     def _start_as_dict(self) -> Any:
@@ -223,7 +236,7 @@ def recipes() -> list[str]:
 def about(name: str) -> str:
     """What a recipe that ships with howfine says of itself; "" for a method without one."""
     text = _shipped().get(name)
-    return str(_yaml(text, f"recipe {name}").get("about", "")) if text else ""
+    return str(parsed(text, f"recipe {name}").get("about", "")) if text else ""
 
 
 def default_readout() -> Readout:
@@ -249,43 +262,17 @@ def _start(raw: Any, name: str, readout: Readout) -> Recipe | str | None:
     return dataclasses.replace(found, readout=readout, knob={})
 
 
-def _one(raw: Any, where: str) -> tuple[str, dict[str, Any]]:
-    """A name alone, or {name: settings}."""
-    if isinstance(raw, str):
-        return raw, {}
-    if isinstance(raw, dict) and len(raw) == 1:
-        ((name, settings),) = raw.items()
-        return str(name), _mapping(settings, where)
-    raise SettingError(f"{where}: expected a name, or one name with its settings; found {raw!r}")
-
-
-def _mapping(raw: Any, where: str) -> dict[str, Any]:
-    """Settings by name; nothing for none."""
-    if raw is None:
-        return {}
-    if isinstance(raw, dict):
-        return {str(key): value for key, value in raw.items()}
-    raise SettingError(f"{where}: expected settings by name, such as 'epochs: 3'; found {raw!r}")
+def _outside(raw: Any) -> tuple[str, ...]:
+    """Paths of delta files: a list, or a text with commas."""
+    items = raw.split(",") if isinstance(raw, str) else raw
+    if not isinstance(items, list | tuple):
+        raise SettingError(f"outside: found {raw!r}, expected paths of delta files")
+    return tuple(str(item).strip() for item in items if str(item).strip())
 
 
 def _knob(raw: Any, where: str) -> dict[str, tuple[Any, ...]]:
-    knob = _mapping(raw, where)
+    knob = mapping(raw, where)
     for key, values in knob.items():
         if not isinstance(values, list) or not values:
             raise SettingError(f"{where}, {key}: expected a list of values, found {values!r}")
     return {key: tuple(values) for key, values in knob.items()}
-
-
-def _text_of(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise SettingError(f"recipe file {path} can't be read as text: {error}") from error
-
-
-def _yaml(text: str, where: str) -> Any:
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        reason = " ".join(str(error).split())
-        raise SettingError(f"{where} is not YAML: {reason}; correct it") from error

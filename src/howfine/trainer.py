@@ -244,7 +244,7 @@ def _arguments(parts: Parts, seed: int, folder: Path, progress: bool) -> Trainin
     every = max(1, int(steps // training.evaluations)) if training.evaluations else 0
     rate = training.learning_rate
     if rate is None:
-        rate = parts.recipe.method.learning_rate(math.ceil(steps))
+        rate = parts.recipe.method.rate_for(parts.change, math.ceil(steps))
     return TrainingArguments(
         output_dir=str(folder),
         num_train_epochs=training.epochs,

@@ -16,6 +16,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
+from howfine import regions
 from howfine import start as start_of
 from howfine.base import Base
 from howfine.container import write_atomically
@@ -75,6 +76,7 @@ def tune(
     short = re.sub(r"[^\w.]+", "-", task.name).strip("-")
     out = Path(out or f"runs/{short}-{recipe.name}{SUFFIX}")
     _check(task, split, seed, out)
+    outside = regions.outside(recipe.outside, base)
     if resume and not work:
         raise SettingError("resume needs the folder of the checkpoints; name it with --work")
     with tempfile.TemporaryDirectory() as scratch:
@@ -82,7 +84,7 @@ def tune(
         checkpoint = _claim(folder, _record(base, task, recipe, seed), resume)
         with (
             _phases_before(base, task, recipe, seed, _starts(starts, work, out)) as before,
-            Fit(base, task, recipe, seed, folder, progress, before.start) as fit,
+            Fit(base, task, recipe, seed, folder, progress, before.start, outside) as fit,
         ):
             packed = _trained(fit, checkpoint, folder)
     main = fit.trainer.is_world_process_zero()
@@ -143,10 +145,11 @@ def _before(base: Base, task: Task, recipe: Recipe, seed: int, kept: Path) -> _B
 
 def _fit_phase(base: Base, task: Task, first: Recipe, seed: int, path: Path, costs: Path) -> None:
     """A phase as a file, and beside it what it and those before it cost."""
+    outside = regions.outside(first.outside, base)
     earlier = _before(base, task, first, seed, path.parent)
     with (
         tempfile.TemporaryDirectory() as scratch,
-        Fit(base, task, first, seed, Path(scratch), False, earlier.start) as fit,
+        Fit(base, task, first, seed, Path(scratch), False, earlier.start, outside) as fit,
     ):
         packed = _trained(fit, None, Path(scratch))
     steps = earlier.steps + fit.trainer.state.global_step

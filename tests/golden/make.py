@@ -28,7 +28,7 @@ from howfine.codec import PRECISIONS
 from howfine.delta import SUFFIX, Delta
 from howfine.method import Method, method
 from howfine.readout import readout
-from tiny import LABELS, tiny_task, tiny_tokenizer
+from tiny import LABELS, probe_for, tiny_task, tiny_tokenizer
 
 HERE = Path(__file__).parent
 FOLDERS = (HERE, HERE / "v2")
@@ -89,6 +89,7 @@ def cases() -> Iterator[tuple[str, Method, str]]:
     yield "mask", method("mask", initial_sparsity=0.2), "fp16"
     yield "mask-row", method("mask", granularity="row", where=["I", "O"]), "fp32"
     yield "sparse", method("sparse", density=0.03, by="random"), "int4"
+    yield "graft", method("graft", density=0.0, bias=1.1), "fp16"
     for store in PRECISIONS:
         yield f"select-{store}", method("select", train=["bias", "K@-1"]), store
     yield f"select{FLAT}", method("select", train=["bias", "K@-1"]), "int3"
@@ -103,7 +104,8 @@ def made(stem: str, chosen: Method, store: str, base: Base) -> Delta:
     """A change as training might leave it, drawn from a seed."""
     torch.manual_seed(sum(stem.encode()))
     read = readout("classifier", max_length=32)
-    with chosen.attach(base) as change:
+    probe = probe_for(chosen, read, base) if chosen.start == "needed" else None
+    with chosen.attach(base, probe) as change:
         for number, (path, value) in enumerate(change.trainable.items()):
             if stem == "mask":
                 kept = pattern(PATTERNS[number % len(PATTERNS)], value.shape)

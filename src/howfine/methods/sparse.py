@@ -12,7 +12,7 @@ Optimiser state and gradients exist for k numbers: see `howfine.sampled`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -92,6 +92,7 @@ class Sparse(Method):
 
     start: ClassVar[Any] = "optional"
     holds: ClassVar[Any] = "entries"
+    keeps_out: ClassVar[bool] = True
 
     # Which tensors the entries are taken from, as selectors (see `howfine.anatomy`).
     where: tuple[str, ...] = ("matrices",)
@@ -117,6 +118,8 @@ class Sparse(Method):
         begun = dict(probe.start) if probe is not None else {}
         paths = base.choose(self.where)
         chosen = self._chosen(base, paths, probe)
+        if probe is not None and probe.outside:
+            chosen = _without(chosen, probe.outside)
         chosen = {path: index for path, index in chosen.items() if len(index)}
         values = nn.Parameter(torch.cat([_moved(base, begun, *item) for item in chosen.items()]))
         overlays, at = {}, 0
@@ -180,7 +183,15 @@ class Sparse(Method):
         return {path: index.sort().values for path, index in both.items()}
 
     def _scores(self, base: Base, paths: list[str], probe: Probe | None) -> dict[str, Tensor]:
-        """How much each entry is wanted; higher is more."""
+        """How much each entry is wanted; higher is more, and those to keep out of the least."""
+        scores = self._wanted(base, paths, probe)
+        outside = {} if probe is None else probe.outside
+        for path in outside.keys() & scores.keys():
+            mask = outside[path].to(scores[path].device)
+            scores[path] = scores[path].masked_fill(mask, -1.0)
+        return scores
+
+    def _wanted(self, base: Base, paths: list[str], probe: Probe | None) -> dict[str, Tensor]:
         if self.by == "random":
             return {path: torch.rand(base.parameter(path).shape) for path in paths}
         if probe is None:
@@ -232,6 +243,22 @@ def _moved(base: Base, begun: Tensors, path: str, index: Tensor) -> Tensor:
     if path not in begun:
         return torch.zeros(len(index), device=index.device)
     return (begun[path].float() - base.original(path).float()).flatten()[index]
+
+
+def _without(chosen: dict[str, Tensor], outside: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The places that are not to be kept out of. Raises SettingError where none is left."""
+    left = {
+        path: index[~outside[path].flatten()[index.cpu()].to(index.device)]
+        if path in outside
+        else index
+        for path, index in chosen.items()
+    }
+    if not any(map(len, left.values())):
+        raise SettingError(
+            "sparse: every place to train lies in the region that 'outside' keeps out; choose "
+            "other tensors or another start"
+        )
+    return left
 
 
 def _put_on(base: Base, path: str, overlay: _Overlay) -> list[Undo]:
