@@ -21,7 +21,7 @@ ROOMS = [
     ("errors", "batch", "gates", "sampled", "adamw"),
     (
         *("plugins", "fingerprint", "anatomy", "codec", "codec.*", "container", "checkpoint"),
-        *("metrics", "calibration"),
+        *("metrics", "calibration", "lora", "spread"),
     ),
     ("task", "tasks", "tasks.*", "base", "pretrained"),
     ("surgery", "change"),
@@ -30,15 +30,16 @@ ROOMS = [
     ("methods", "methods.*", "readouts", "readouts.*"),
     ("streams",),
     ("delta", "recipe"),
-    ("start", "cost", "align", "distance", "compare", "sampler"),
-    ("tune", "loop", "trainer", "rates", "rounding", "evaluate", "merge", "attach"),
+    ("start", "cost", "align", "distance", "compare", "sampler", "pair"),
+    ("harvest",),
+    ("extract", "tune", "loop", "trainer", "rates", "rounding", "evaluate", "merge", "attach"),
     ("ledger", "answer", "plan", "stored"),
     ("queue", "study"),
     (
         *("report", "report_page", "report_tables", "wording", "catalogue"),
         *("figures", "figures_calibration", "figures_distance"),
     ),
-    ("cli", "options"),
+    ("cli", "cli_extract", "options"),
 ]
 # Files that never import another of their own folder.
 APART = ("methods.*", "readouts.*")

@@ -25,6 +25,7 @@ if TYPE_CHECKING:  # the same names as _HOME, for type checkers and editors; a t
     from howfine.distance import Distance
     from howfine.errors import HowfineError
     from howfine.evaluate import Score, evaluate, predict
+    from howfine.extract import extract
     from howfine.merge import merge
     from howfine.method import Method, methods
     from howfine.readout import Readout, readouts
@@ -50,6 +51,7 @@ __all__ = [
     "attach",
     "distance",
     "evaluate",
+    "extract",
     "inspect",
     "merge",
     "methods",
@@ -74,6 +76,7 @@ _HOME = {
     "attach": "attach",
     "distance": "compare:compare",
     "evaluate": "evaluate",
+    "extract": "extract",
     "inspect": "cost:parts",
     "merge": "merge",
     "methods": "method",

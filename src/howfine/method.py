@@ -59,6 +59,9 @@ class Method(ABC):
     starts_at_base: ClassVar[bool] = True
     # Whether a fit starts from the weights of an earlier phase or another checkpoint (Probe.start).
     start: ClassVar[Literal["none", "optional", "needed"]] = "none"
+    # Whether `unpack` takes any whole tensors of a base, or any entries of them (sparse tensors),
+    # wherever they come from: what `extract` stores its changes as. See `holding`.
+    holds: ClassVar[Literal["tensors", "entries", "other"]] = "other"
 
     def __init_subclass__(cls) -> None:
         if cls.__bases__ != (Method,):
@@ -118,6 +121,11 @@ def methods() -> dict[str, type[Method]]:
 def method(name: str, **settings: Any) -> Method:
     """A method by name. Raises SettingError with the near name for what is unknown."""
     return plugins.build("method", methods(), name, settings)
+
+
+def holding(what: Literal["tensors", "entries"]) -> Method:
+    """The method, at its defaults, whose file holds whole tensors or entries of any origin."""
+    return next(cls() for _, cls in sorted(methods().items()) if cls.holds == what)
 
 
 def examples() -> dict[str, Method]:

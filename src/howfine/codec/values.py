@@ -67,6 +67,17 @@ def encode_values(
     return Coded(precision, params, plain) if written is None else Coded("steps", params, written)
 
 
+def encode_steps_of(steps: Array, scales: Sequence[float]) -> Coded:
+    """Steps taken already, int8 (count,), of one scale, or of one for each part as they come.
+
+    For a quantiser of one's own: `encode_values` would look for another scale.
+    """
+    written = encode_steps(steps, steps.size) if steps.size else None
+    payload = steps.tobytes() if written is None else written
+    params = tuple(float(np.float32(scale)) for scale in scales)
+    return Coded("int8" if written is None else "steps", params, payload)
+
+
 def decode_values(coded: Coded, count: int, parts: Sequence[int] | None = None) -> torch.Tensor:
     """The float32 values (count,), as rounded by `encode_values` with the same `parts`.
 

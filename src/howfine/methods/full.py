@@ -7,6 +7,7 @@ pooler that the readout never reads costs nothing.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 from howfine import whole
 from howfine.base import Base
@@ -17,6 +18,8 @@ from howfine.method import Method, Probe, Tensors
 @dataclass(frozen=True)
 class Full(Method):
     """Train everything; there is nothing to set."""
+
+    holds: ClassVar[Any] = "tensors"
 
     def attach(self, base: Base, probe: Probe | None = None) -> Change:
         return whole.attach(base, base.paths())

@@ -91,6 +91,7 @@ class Sparse(Method):
     """Which entries train, how many, and how they are chosen."""
 
     start: ClassVar[Any] = "optional"
+    holds: ClassVar[Any] = "entries"
 
     # Which tensors the entries are taken from, as selectors (see `howfine.anatomy`).
     where: tuple[str, ...] = ("matrices",)
