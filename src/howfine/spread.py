@@ -30,7 +30,7 @@ LAST_STEP = 127
 _RATIOS = (0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.9, 1.0, 1.15, 1.3, 1.5, 1.75, 2.0)
 # Bits a value of precisions that are no steps. Halves have entropy-coded exponents.
 _VALUE_BITS = {"fp32": 32.0, "fp16": 13.5, "sign": 1.0}
-_LAW_BITS = 200  # of a stored law of steps, and of what a stack ends on
+_RAW = ((2, 1), (3, 3), (4, 7), (6, 31), (8, 127))  # bits of a raw step, and the last one
 
 
 class Spread:
@@ -105,11 +105,7 @@ class Search:
         squares = float(counts @ levels**2)
         scale = float(counts @ (levels * x)) / squares if squares else 0.0
         error += float(counts @ (x - scale * levels) ** 2)
-        bits += kept  # signs
-        if precision == "steps" and kept:
-            share = np.bincount(levels.astype(np.int64), counts)
-            share = share[share > 0]
-            bits += float(share @ np.log2(kept / share)) + min(_LAW_BITS, 8 * kept)
+        bits += _step_bits(np.bincount(levels.astype(np.int64), counts)) if kept else 0
         return Quantiser(
             precision, threshold, step if precision == "steps" else 0, scale, kept, bits, error
         )
@@ -171,6 +167,17 @@ class Search:
         first = self._first(bits, "steps", ratio)
         places = {min(first + more, len(self._x)) for more in _octaves(len(self._x) - first)}
         return min((self._at(p, "steps", ratio) for p in places), key=lambda q: q.error)
+
+
+def _step_bits(counts: Array) -> float:
+    """Bits of steps with their signs, by how many there are of each magnitude 0, 1, 2, …
+
+    Entropy coded, with a law, or each in as many bits as the largest takes.
+    """
+    seen, kept = counts[counts > 0], float(counts.sum())
+    raw = kept if len(counts) == 2 else kept * next(b for b, top in _RAW if top >= len(counts) - 1)
+    law = 8 * (4 + min(len(seen), 20))
+    return min(raw, kept + float(seen @ np.log2(kept / seen)) + law)
 
 
 def _octaves(room: int) -> Iterable[int]:

@@ -72,10 +72,15 @@ def encode_steps_of(steps: Array, scales: Sequence[float]) -> Coded:
 
     For a quantiser of one's own: `encode_values` would look for another scale.
     """
-    written = encode_steps(steps, steps.size) if steps.size else None
-    payload = steps.tobytes() if written is None else written
     params = tuple(float(np.float32(scale)) for scale in scales)
-    return Coded("int8" if written is None else "steps", params, payload)
+    if steps.size and steps.all() and np.abs(steps).max() == 1:
+        return Coded("sign", params, packed(steps > 0))
+    most = int(np.abs(steps).max(initial=0))
+    precision = min((name for name in TOPS if TOPS[name] >= most), key=TOPS.__getitem__)
+    top = TOPS[precision]
+    plain = steps.tobytes() if top > 31 else bits_packed(steps + top, top.bit_length() + 1)
+    written = encode_steps(steps, len(plain)) if steps.size else None
+    return Coded(precision, params, plain) if written is None else Coded("steps", params, written)
 
 
 def decode_values(coded: Coded, count: int, parts: Sequence[int] | None = None) -> torch.Tensor:
