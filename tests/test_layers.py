@@ -21,7 +21,7 @@ ROOMS = [
     ("errors", "batch", "gates", "concrete", "crossing", "sampled", "adamw"),
     (
         *("plugins", "fingerprint", "anatomy", "codec", "codec.*", "checkpoint"),
-        *("container", "folded", "metrics", "calibration", "text"),
+        *("container", "folded", "metrics", "calibration", "text", "lora", "spread"),
     ),
     ("task", "tasks", "tasks.*", "base", "pretrained"),
     ("surgery", "change"),
@@ -30,15 +30,28 @@ ROOMS = [
     ("methods", "methods.*", "readouts", "readouts.*"),
     ("streams", "recode"),
     ("delta", "recipe"),
-    ("operands", "joining", "start", "regions", "cost", "align", "distance", "compare", "sampler"),
-    ("tune", "loop", "trainer", "rates", "rounding", "evaluate", "merge", "attach", "compose"),
+    ("operands", "joining", "start", "regions", "cost", "align", "distance", "compare"),
+    ("sampler", "pair"),
+    ("harvest",),
+    (
+        "tune",
+        "loop",
+        "trainer",
+        "rates",
+        "rounding",
+        "evaluate",
+        "merge",
+        "attach",
+        "compose",
+        "extract",
+    ),
     ("ledger", "answer", "plan", "stored"),
     ("queue", "study"),
     (
         *("report", "report_page", "report_tables", "wording", "catalogue"),
         *("figures", "figures_calibration", "figures_distance"),
     ),
-    ("cli", "cli_compose", "options"),
+    ("cli", "cli_compose", "cli_extract", "options"),
 ]
 # Files that never import another of their own folder.
 APART = ("methods.*", "readouts.*")

@@ -26,6 +26,7 @@ if TYPE_CHECKING:  # the same names as _HOME, for type checkers and editors; a t
     from howfine.distance import Distance
     from howfine.errors import HowfineError
     from howfine.evaluate import Score, evaluate, predict
+    from howfine.extract import extract
     from howfine.merge import merge
     from howfine.method import Method, methods
     from howfine.readout import Readout, readouts
@@ -52,6 +53,7 @@ __all__ = [
     "compose",
     "distance",
     "evaluate",
+    "extract",
     "inspect",
     "merge",
     "methods",
@@ -77,6 +79,7 @@ _HOME = {
     "compose": "compose",
     "distance": "compare:compare",
     "evaluate": "evaluate",
+    "extract": "extract",
     "inspect": "cost:parts",
     "merge": "merge",
     "methods": "method",

@@ -83,11 +83,11 @@ class Base:
         found = base.fingerprint
         if known is None and Path(source).is_dir():
             fp.remember(source, kind, found)
-        base._settle_pooling(source, missing)
+        base.settle_pooling(source, missing)
         base.towers.to(device=torch.device(device), dtype=DTYPES[dtype])
         return base
 
-    def _settle_pooling(self, source: str, missing: list[str]) -> None:
+    def settle_pooling(self, source: str, missing: list[str]) -> None:
         """Pooling as the folder states it; no pooler where the checkpoint has none."""
         self.has_pooler = bool(self.anatomy.pooler) and not any(
             name.startswith(self.anatomy.pooler) for name in missing

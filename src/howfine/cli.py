@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from howfine import cli_compose, options
+from howfine.cli_extract import extract
 
 app = typer.Typer(
     name="howfine",
@@ -160,6 +161,9 @@ def distance(
         for row in rows
     ]
     options.show(as_json, [asdict(row) for row in rows], "\n".join(said))
+
+
+app.command()(extract)
 
 
 @app.command()

@@ -54,7 +54,7 @@ def delta_distance(
 ) -> list[Distance]:
     """Distances from a base to the same base with a delta on. Frozen tensors are at 0."""
     before = dict(base.tower.named_parameters())
-    with delta.applied(base):
+    with delta.changed(base):
         after = dict(base.tower.named_parameters())
         return distance(
             MemorySource(before),

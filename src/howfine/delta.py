@@ -14,11 +14,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from howfine import container, plugins, streams
 from howfine.base import Base
 from howfine.change import Change
 from howfine.codec import PRECISIONS
-from howfine.errors import DamagedDelta, SettingError, WrongBase, near
+from howfine.errors import DamagedDelta, DeltaError, SettingError, WrongBase, near
 from howfine.method import Method, Tensors, methods
 from howfine.readout import Head, Labels, Readout, Wired, readouts
 from howfine.streams import Stream
@@ -109,11 +111,40 @@ class Delta:
 
     @contextmanager
     def applied(self, base: Base) -> Iterator[Wired]:
-        """The base with this change on, in evaluation mode; taken off again on leaving."""
-        method_tensors, readout_tensors = self.tensors(base)
-        head = self.readout.unpack(base, self.labels, readout_tensors)
-        with self.method.unpack(base, method_tensors):
+        """The base with this change on, in evaluation mode; taken off again on leaving.
+
+        Raises DeltaError for a delta without a head, as `extract` makes of bare models.
+        """
+        self.check_head(base)
+        with self.changed(base) as head:
+            assert head is not None
             yield Wired(base, self.readout, head).eval()
+
+    def check_head(self, base: Base) -> None:
+        """Raises DeltaError for a delta that changes the base and has no head to answer with."""
+        if self._lacks_head(base):
+            raise DeltaError(
+                "the delta changes the base and has no head, so it gives no answers: it was "
+                "extracted from a model without one. Merge it, or extract from a delta that has a "
+                "head, or from a model for classification"
+            )
+
+    @contextmanager
+    def changed(self, base: Base) -> Iterator[Head | None]:
+        """The base with this change on, and the head; None for a delta that has none."""
+        method_tensors, readout_tensors = self.tensors(base)
+        head = None
+        if not self._lacks_head(base):
+            head = self.readout.unpack(base, self.labels, readout_tensors)
+        with self.method.unpack(base, method_tensors):
+            yield head
+
+    def _lacks_head(self, base: Base) -> bool:
+        """Whether nothing is stored of a head that has parameters."""
+        if any(stream.name.startswith("readout/") for stream in self.streams):
+            return False
+        with torch.random.fork_rng(devices=[]):  # what it draws is thrown away
+            return bool(self.readout.attach(base, self.labels).state_dict())
 
     def save(self, path: str | Path) -> int:
         """Write atomically; returns the file's bytes. Raises StorageError, leaving no half file."""

@@ -45,6 +45,16 @@ class Score:
         del found["predictions"]
         return {**found, "interval": list(self.interval)}
 
+    def stated(self) -> dict[str, Any]:
+        """What a delta's header says of it."""
+        return {
+            "metric": self.metric,
+            "value": round(self.value, 6),
+            "interval": [round(edge, 6) for edge in self.interval],
+            "on": f"{self.task}/{self.split}",
+            "n": self.n,
+        }
+
 
 def evaluate(
     delta: Delta | str | Path,
@@ -65,6 +75,7 @@ def evaluate(
     temperature that can't be fitted.
     """
     delta, base = opened(delta, base)
+    delta.check_head(base)
     if not isinstance(task, Task):
         task = Task.load(task or task_of(delta), data=data)
     _check_splits(task, split, temperature_from)

@@ -8,10 +8,12 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
@@ -27,12 +29,26 @@ def of_tensors(tensors: Mapping[str, Tensor]) -> str:
     Half-precision values are hashed as the float32 they equal, so a checkpoint has one
     fingerprint in whatever format it is stored.
     """
+    return of_chunks(
+        (path, tuple(parameter.shape), [_values(parameter)])
+        for path, parameter in sorted(tensors.items())
+    )
+
+
+def of_chunks(
+    tensors: Iterable[tuple[str, tuple[int, ...], Iterable[npt.NDArray[Any]]]],
+) -> str:
+    """`of_tensors` of (path, shape, float32 chunks in row-major order), sorted by path."""
     digest = hashlib.sha256()
-    for path, parameter in sorted(tensors.items()):
-        digest.update(f"{path}{tuple(parameter.shape)}".encode())
-        values = parameter.detach().to(device="cpu", dtype=torch.float32).contiguous()
-        digest.update(np.ascontiguousarray(values.numpy()).data)
+    for path, shape, chunks in tensors:
+        digest.update(f"{path}{shape}".encode())
+        for chunk in chunks:
+            digest.update(np.ascontiguousarray(chunk, np.float32).data)
     return digest.hexdigest()
+
+
+def _values(parameter: Tensor) -> npt.NDArray[Any]:
+    return parameter.detach().to(device="cpu", dtype=torch.float32).contiguous().numpy()
 
 
 def of_file(path: Path) -> str:

@@ -19,6 +19,7 @@ from howfine.base import Base
 from howfine.delta import Delta
 from howfine.errors import BaseNotFound, StorageError, WrongBase
 from howfine.evaluate import opened
+from howfine.readout import Head
 
 HEAD_FILE = "readout.safetensors"
 HEAD_CONFIG = "readout.json"
@@ -27,11 +28,11 @@ HEAD_CONFIG = "readout.json"
 def merge(delta: Delta | str | Path, out: str | Path, base: Base | None = None) -> Path:
     """Write the changed base, its tokenizer and the readout's head to the folder `out`.
 
-    `AutoModel.from_pretrained(out)` loads the body with no need of howfine. The head lies beside
-    it in `readout.safetensors`, with its settings and labels in `readout.json`. Raises
-    StorageError where `out` exists or can't be written; a half-written folder is removed. Raises
-    BaseNotFound, WrongBase where the base is an encoder and the encoder-decoder that it was taken
-    from is not to be had.
+    `AutoModel.from_pretrained(out)` loads the body with no need of howfine. The head, if there is
+    one, lies beside it in `readout.safetensors`, with its settings and labels in `readout.json`.
+    Raises StorageError where `out` exists or can't be written; a half-written folder is removed.
+    Raises BaseNotFound, WrongBase where the base is an encoder and the encoder-decoder that it was
+    taken from is not to be had.
     """
     delta, base = opened(delta, base)
     out = Path(out)
@@ -39,20 +40,15 @@ def merge(delta: Delta | str | Path, out: str | Path, base: Base | None = None) 
         raise StorageError(f"{out} exists already; choose another folder or remove it first")
     partial = out.with_name(f".{out.name}.partial")
     try:
-        with delta.applied(base) as model, pretrained.quiet_transformers():
+        with delta.changed(base) as head, pretrained.quiet_transformers():
             whole = _whole(base)
             whole.save_pretrained(partial, state_dict=_own_tensors(base, whole))
-            save_file(
-                {name: value.contiguous() for name, value in model.head.state_dict().items()},
-                partial / HEAD_FILE,
-            )
+            if head is not None:
+                _save_head(delta, head, partial)
         if base.tokenizer is not None:
             _as_loaded(base.tokenizer).save_pretrained(partial)
         if base.pooling != base.default_pooling:
             pretrained.state_pooling(partial, base.pooling, base.hidden_size)
-        header = delta.header()
-        stated = {"readout": header["readout"], "labels": header["labels"]}
-        (partial / HEAD_CONFIG).write_text(json.dumps(stated, indent=2) + "\n")
         partial.rename(out)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
@@ -63,6 +59,14 @@ def merge(delta: Delta | str | Path, out: str | Path, base: Base | None = None) 
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return out
+
+
+def _save_head(delta: Delta, head: Head, folder: Path) -> None:
+    tensors = {name: value.contiguous() for name, value in head.state_dict().items()}
+    save_file(tensors, folder / HEAD_FILE)
+    header = delta.header()
+    stated = {"readout": header["readout"], "labels": header["labels"]}
+    (folder / HEAD_CONFIG).write_text(json.dumps(stated, indent=2) + "\n")
 
 
 def _whole(base: Base) -> Any:

@@ -135,6 +135,11 @@ def method(name: str, **settings: Any) -> Method:
     return plugins.build("method", methods(), name, settings)
 
 
+def holding(what: Literal["tensors", "entries"]) -> Method:
+    """The method, at its defaults, whose file holds whole tensors or entries of any origin."""
+    return next(cls() for _, cls in sorted(methods().items()) if cls.holds == what)
+
+
 def examples() -> dict[str, Method]:
     """Every method's own EXAMPLE, by name: what laws, docs and benches run."""
     return plugins.examples("methods", Method)

@@ -86,14 +86,31 @@ def read(source: str, kind: str, revision: str | None) -> tuple[nn.Module, Any, 
         )
     known = dict(model.named_parameters(remove_duplicate=False))
     lost = {id(known[path]) for path in info["missing_keys"] if path in known}
-    parts = dict(model.named_children())
-    if kind == "body" and {"encoder", "decoder"} <= parts.keys():
-        model = parts["encoder"]  # whatever the decoder lacks
+    model = _used(model, kind)  # whatever the decoder lacks
     missing = [path for path, value in model.named_parameters() if id(value) in lost]
     _zero_pooler(model, missing, source, kind)
     if tokenizer is not None and tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return model, tokenizer, missing
+
+
+def outline(folder: str, kind: str) -> nn.Module:
+    """The module that `read` would give, without its weights: on the meta device.
+
+    Raises OSError or ValueError where transformers can't tell from the folder what it is.
+    """
+    import transformers
+
+    with quiet_transformers():
+        config = transformers.AutoConfig.from_pretrained(folder)
+        with torch.device("meta"):
+            return _used(getattr(transformers, KINDS[kind]).from_config(config), kind)
+
+
+def _used(model: Any, kind: str) -> Any:
+    """The encoder of an encoder-decoder's body, any other model as it is."""
+    parts = dict(model.named_children())
+    return parts["encoder"] if kind == "body" and {"encoder", "decoder"} <= parts.keys() else model
 
 
 def _zero_pooler(model: Any, missing: list[str], source: str, kind: str) -> None:

@@ -21,7 +21,7 @@ from howfine.codec import (
     encode_values,
 )
 from howfine.errors import SettingError
-from howfine.streams import JOINED, Stream, as_number, members_of
+from howfine.streams import Stream, joined_name, members_of
 
 # The precision whose values a coding by entropy holds. Steps of fewer bits are steps of int8 too.
 _PRECISION = {"steps": "int8", "fp16h": "fp16"}
@@ -81,7 +81,7 @@ def _joined(
         return None
     together = torch.cat(list(left.values()))
     owner = stream.name.partition("/")[0]
-    name = f"{owner}/{JOINED}{as_number(list(left), base):x}"
+    name = joined_name(owner, list(left), base)
     return Stream(name, (len(together),), encode_places(together), difference, again)
 
 

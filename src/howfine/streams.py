@@ -117,9 +117,8 @@ def _joined(owner: str, entries: Mapping[str, Tensor], store: str, base: Base) -
     together, found = torch.cat(places), torch.cat(values)
     if store != "fp32":
         found = found - torch.cat(originals)
-    name = f"{owner}/{JOINED}{as_number(members, base):x}"
     yield Stream(
-        name,
+        joined_name(owner, members, base),
         (len(together),),
         encode_places(together),
         difference=store != "fp32",
@@ -127,10 +126,11 @@ def _joined(owner: str, entries: Mapping[str, Tensor], store: str, base: Base) -
     )
 
 
-def as_number(members: list[str], base: Base) -> int:
-    """A set of the base's paths as a number: bit i for its i-th path."""
+def joined_name(owner: str, members: list[str], base: Base) -> str:
+    """Name of a stream with entries of the tensors at `members`."""
     chosen = set(members)
-    return sum(1 << bit for bit, path in enumerate(base.paths()) if path in chosen)
+    number = sum(1 << bit for bit, path in enumerate(base.paths()) if path in chosen)
+    return f"{owner}/{JOINED}{number:x}"
 
 
 def decode(streams: tuple[Stream, ...], base: Base) -> dict[str, Tensors]:
@@ -185,7 +185,8 @@ def _taken_apart(stream: Stream, name: str, coded: Coded, base: Base) -> Tensors
     places = decode_places(stream.coded, stream.count).split(sizes)
     indices = [place.nonzero().flatten() for place in places]
     counts = [len(index) for index in indices]
-    values = decode_values(coded, sum(counts)).split(counts)
+    parts = counts if len(coded.params) > 1 else None  # each tensor with a scale of its own
+    values = decode_values(coded, sum(counts), parts).split(counts)
     found = {}
     for path, index, value in zip(members, indices, values, strict=True):
         original = base.original(path)

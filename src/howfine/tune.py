@@ -233,13 +233,5 @@ def _store(packed: Delta, out: Path, base: Base, task: Task, split: str) -> Scor
         score = evaluate(Delta.load(trial), base, task, split=split)
     finally:
         trial.unlink()
-    low, high = score.interval
-    stated = {
-        "metric": score.metric,
-        "value": round(score.value, 6),
-        "interval": [round(low, 6), round(high, 6)],
-        "on": f"{task.name}/{split}",
-        "n": score.n,
-    }
-    packed.with_score(stated).save(out)
+    packed.with_score(score.stated()).save(out)
     return score

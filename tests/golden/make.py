@@ -90,6 +90,7 @@ def cases() -> Iterator[tuple[str, Method, str]]:
     yield "mask-row", method("mask", granularity="row", where=["I", "O"]), "fp32"
     yield "sparse", method("sparse", density=0.03, by="random"), "int4"
     yield "graft", method("graft", density=0.0, bias=1.1), "fp16"
+    yield "diff", method("diff", density=0.05, structure="none"), "int3"
     for store in PRECISIONS:
         yield f"select-{store}", method("select", train=["bias", "K@-1"]), store
     yield f"select{FLAT}", method("select", train=["bias", "K@-1"]), "int3"

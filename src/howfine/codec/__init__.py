@@ -33,7 +33,7 @@ Only the padding after the last bit of a DEFLATE stream escapes the decoders: zl
 from howfine.codec.coded import PRECISIONS, VALUES, Coded
 from howfine.codec.places import combinatorial_bits, decode_places, encode_places
 from howfine.codec.steps import entropy_bits
-from howfine.codec.values import decode_values, encode_values, rounded
+from howfine.codec.values import decode_values, encode_steps_of, encode_values, rounded
 
 __all__ = [
     "PRECISIONS",
@@ -43,6 +43,7 @@ __all__ = [
     "decode_places",
     "decode_values",
     "encode_places",
+    "encode_steps_of",
     "encode_values",
     "entropy_bits",
     "rounded",

@@ -71,6 +71,22 @@ def encode_values(
     return Coded(precision, params, plain) if written is None else Coded("steps", params, written)
 
 
+def encode_steps_of(steps: Array, scales: Sequence[float]) -> Coded:
+    """Steps taken already, int8 (count,), of one scale, or of one for each part as they come.
+
+    For a quantiser of one's own: `encode_values` would look for another scale.
+    """
+    params = tuple(float(np.float32(scale)) for scale in scales)
+    if steps.size and steps.all() and np.abs(steps).max() == 1:
+        return Coded("sign", params, packed(steps > 0))
+    most = int(np.abs(steps).max(initial=0))
+    precision = min((name for name in TOPS if TOPS[name] >= most), key=TOPS.__getitem__)
+    top = TOPS[precision]
+    plain = steps.tobytes() if top > 31 else bits_packed(steps + top, top.bit_length() + 1)
+    written = encode_steps(steps, len(plain)) if steps.size else None
+    return Coded(precision, params, plain) if written is None else Coded("steps", params, written)
+
+
 def decode_values(coded: Coded, count: int, parts: Sequence[int] | None = None) -> torch.Tensor:
     """The float32 values (count,), as rounded by `encode_values` with the same `parts`.
 

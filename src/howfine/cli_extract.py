@@ -1,0 +1,58 @@
+"""The command `extract`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from howfine import options
+
+_Target = Annotated[int | None, typer.Option("--bytes", help="The largest file that fits.")]
+
+
+def extract(
+    before: Annotated[str, typer.Argument(help="The base: 'minilm', a folder, or a name.")],
+    after: Annotated[
+        Path,
+        typer.Argument(help="Tuned from it: a checkpoint, a PEFT LoRA folder, or a delta file."),
+    ],
+    out: Annotated[Path, typer.Argument(help="The *.delta.safetensors file to write.")],
+    most: _Target = None,
+    density: Annotated[
+        float | None, typer.Option(help="Keep at most this share of all entries.")
+    ] = None,
+    loss: Annotated[
+        float | None, typer.Option(help="The smallest file with (1 - LOSS) of AFTER's score.")
+    ] = None,
+    task: Annotated[str | None, typer.Option(help="As for tune: what scores are taken on.")] = None,
+    split: options.Split = "dev",
+    store: Annotated[str, typer.Option(help="steps, sign, bitdelta, fp16 or fp32.")] = "steps",
+    weigh: Annotated[
+        str, typer.Option(help="none, or fisher: finer steps where the task is sensitive.")
+    ] = "none",
+    data: options.DataDir = None,
+    text: options.TextColumns = None,
+    label: options.LabelColumn = None,
+    as_json: options.AsJson = False,
+) -> None:
+    """Store what AFTER changes of BEFORE in the fewest bytes.
+
+    One target: --bytes, --density, or --loss with a --task. The models are streamed.
+    """
+    from howfine.extract import extract as run
+
+    found = options.load_task(options.stated_task(task, data, text, label)) if task else None
+    targets: dict[str, Any] = {"bytes": most, "density": density, "loss": loss}
+    chosen: dict[str, Any] = {"store": store, "weigh": weigh, "split": split}
+    made = run(before, after, out, task=found, progress=not as_json, **targets, **chosen)
+    said = f"{made.path}: {made.bytes:,} bytes, {made.kept:,} of {made.entries:,} entries, "
+    said += f"squared error {made.error:.2%}"
+    if made.score is not None and made.reference is not None:
+        said += f"; {options.said(made.score)}; the tuned model {made.reference.value:.4f}"
+    elif not made.head:
+        said += "; without a head, so it can be merged and not evaluated"
+    if made.left_out:
+        said += f"; left out: {', '.join(made.left_out)}"
+    options.show(as_json, made.as_dict(), said)

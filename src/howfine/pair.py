@@ -1,0 +1,333 @@
+"""A base and what was tuned from it, tensor by tensor, under the base's paths.
+
+Both are streamed from disk where their names are those of the model; otherwise transformers, which
+knows how old checkpoints are renamed, loads them. Of a base that is only streamed there is an
+outline: names, shapes and anatomy without weights.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from howfine import container, lora, pretrained
+from howfine import fingerprint as fp
+from howfine.base import Base
+from howfine.checkpoint import CHUNK, Checkpoint, MemorySource, Source
+from howfine.delta import Delta
+from howfine.errors import BaseError, BaseNotFound, SettingError, UnknownArchitecture
+from howfine.method import Tensors
+from howfine.readout import Labels, Readout
+from howfine.recipe import default_readout
+from howfine.start import weight_at
+
+Array = npt.NDArray[Any]
+_HEADS = ({"classifier.weight", "classifier.bias"}, {"score.weight"})
+
+
+@dataclass(frozen=True)
+class Answer:
+    """How a tuned model answers: a readout, its classes and its head's tensors (none: no head)."""
+
+    readout: Readout
+    labels: Labels
+    head: Tensors
+
+
+class Named:
+    """A Source under other names; a name that stands for nothing is a tensor of zeros."""
+
+    def __init__(self, source: Source, names: Mapping[str, str], shapes: Mapping[str, Any]) -> None:
+        self.source, self._names, self._shapes = source, dict(names), dict(shapes)
+
+    def names(self) -> list[str]:
+        """The paths, in the base's order."""
+        return list(self._shapes)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """As the base has it."""
+        return tuple(self._shapes[name])
+
+    def dtype(self, name: str) -> str:
+        """As Source.dtype."""
+        return self.source.dtype(self._names[name]) if name in self._names else "F32"
+
+    def chunks(self, name: str, entries: int = CHUNK) -> Iterator[Array]:
+        """As Source.chunks."""
+        if name in self._names:
+            yield from self.source.chunks(self._names[name], entries)
+            return
+        for left in range(math.prod(self.shape(name)), 0, -entries):
+            yield np.zeros(min(entries, left), np.float32)
+
+
+@dataclass(frozen=True)
+class Pair:
+    """`before` and `after` have a tensor for every path of `base`, which may be an outline."""
+
+    base: Base
+    before: Source
+    after: Source
+    answer: Answer
+    # Float tensors of the tuned model that no part of the delta holds.
+    left_out: tuple[str, ...] = ()
+
+    def chunks(self, path: str) -> Iterator[tuple[Array, Array]]:
+        """The two tensors at a path, as chunks of equal lengths."""
+        before, after = self.before.chunks(path), self.after.chunks(path)
+        for old, new in zip(before, after, strict=True):
+            yield old.astype(np.float32, copy=False), new.astype(np.float32, copy=False)
+
+
+def opened(before: str | Base, after: str | Path, *, loaded: bool, kind: str = "body") -> Pair:
+    """The pair of a base (by name, folder or as it is) and a tuned checkpoint, adapter or delta.
+
+    With `loaded`, the base has its weights. Raises BaseError for another architecture, vocabulary
+    or number format, and for a damaged checkpoint; BaseNotFound; DeltaError and WrongBase.
+    """
+    path = Path(after)
+    if container.is_delta(path):
+        return _of_delta(before, Delta.load(path))
+    base, source = _base(before, kind, loaded)
+    if lora.is_adapter(path):
+        return _of_adapter(base, source, path)
+    if not path.exists():
+        raise BaseNotFound(
+            f"{path}: no such file or folder; expected a checkpoint, a folder with a PEFT adapter, "
+            "or a delta file. Download a hub model to a folder first"
+        )
+    return _of_checkpoint(base, source, path)
+
+
+def _base(before: str | Base, kind: str, loaded: bool) -> tuple[Base, Source]:
+    if isinstance(before, str) and not loaded:
+        found = _outlined(before, kind)
+        if found is not None:
+            return found
+    base = before if isinstance(before, Base) else Base.load(before, kind=kind)
+    return base, MemorySource({path: base.original(path) for path in base.paths()})
+
+
+def _outlined(name: str, kind: str) -> tuple[Base, Source] | None:
+    """A base that is read from its folder as it goes; None where transformers must load it."""
+    folder = pretrained.embedded_path() if name == pretrained.EMBEDDED else name
+    if not Path(folder).is_dir():
+        return None
+    try:
+        base = Base(name, pretrained.outline(folder, kind), kind=kind)
+        checkpoint = Checkpoint.open(folder)
+    except (OSError, ValueError, BaseNotFound):
+        return None
+    names = _names_in(checkpoint, base)
+    missing = [path for path in base.paths() if path not in names]
+    if not _are_pooler(base, missing):
+        return None
+    shapes = _checked_shapes(base, checkpoint, names, folder)
+    source = Named(checkpoint, names, shapes)
+    found = fp.cached(folder, kind)
+    if found is None:
+        found = fp.of_chunks((p, shapes[p], source.chunks(p)) for p in sorted(shapes))
+        fp.remember(folder, kind, found)
+    base = Base(name, base.tower, kind=kind, fingerprint=found)
+    base.settle_pooling(folder, [_inside(base, path) for path in missing])
+    return base, source
+
+
+def _inside(base: Base, path: str) -> str:
+    return path.removeprefix(f"{base.tower_name}.")
+
+
+def _are_pooler(base: Base, paths: list[str]) -> bool:
+    """Whether these are parameters of the pooler, which a checkpoint may lack."""
+    pooler = base.anatomy.pooler
+    return all(pooler and _inside(base, path).startswith(pooler) for path in paths)
+
+
+def _names_in(source: Source, base: Base) -> dict[str, str]:
+    """Path of the base -> the source's name for it, where it has one."""
+    current = {}
+    for name in source.names():  # checkpoints converted from TensorFlow say gamma and beta
+        plain = re.sub(r"LayerNorm\.gamma$", "LayerNorm.weight", name)
+        current[re.sub(r"LayerNorm\.beta$", "LayerNorm.bias", plain)] = name
+    found: dict[str, str] = {}
+    for prefix in ("", f"{base.tower.base_model_prefix}."):
+        named = {path: prefix + _inside(base, path) for path in base.paths()}
+        here = {path: current[name] for path, name in named.items() if name in current}
+        found = max(found, here, key=len)
+    return found
+
+
+def _checked_shapes(
+    base: Base, source: Source, names: Mapping[str, str], where: str | Path
+) -> dict[str, tuple[int, ...]]:
+    shapes = {path: tuple(base.parameter(path).shape) for path in base.paths()}
+    for path, name in names.items():
+        if source.shape(name) != shapes[path]:
+            raise BaseError(
+                f"{where}: {name} has shape {source.shape(name)}, where {base.name} has "
+                f"{shapes[path]}: it is another architecture or vocabulary; give a model that was "
+                "tuned from this base"
+            )
+    return shapes
+
+
+def _of_checkpoint(base: Base, before: Source, path: Path) -> Pair:
+    config = _config(path)
+    theirs, ours = config.get("model_type"), base.config.model_type
+    if theirs not in (None, ours):
+        raise BaseError(
+            f"{path} is a model of type {theirs}, the base {base.name} of type {ours}; give a "
+            "model that was tuned from this base"
+        )
+    checkpoint = Checkpoint.open(path)
+    names = _names_in(checkpoint, base)
+    shapes = _checked_shapes(base, checkpoint, names, path)
+    missing = [each for each in base.paths() if each not in names]
+    if not _are_pooler(base, missing):
+        return Pair(base, before, _loaded(base, path, missing), _no_answer())
+    _check_formats(base, before, checkpoint, names, path)
+    after: Source = Named(checkpoint, names, shapes)
+    if missing:
+        after = _Patched(before, after, set(names))
+    used = set(names.values())
+    outside = {n: n for n in checkpoint.names() if n not in used and _is_float(checkpoint.dtype(n))}
+    answer = _answer(base, config, {n: _whole(checkpoint, n) for n in _head_in(outside)})
+    return Pair(base, before, after, answer, _left(outside, answer))
+
+
+class _Patched:
+    """One Source, and another where the first says nothing."""
+
+    def __init__(self, below: Source, above: Source, known: set[str]) -> None:
+        self._below, self._above, self._known = below, above, known
+
+    def names(self) -> list[str]:
+        return self._below.names()
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._below.shape(name)
+
+    def dtype(self, name: str) -> str:
+        return self._below.dtype(name)
+
+    def chunks(self, name: str, entries: int = CHUNK) -> Iterator[Array]:
+        return (self._above if name in self._known else self._below).chunks(name, entries)
+
+
+def _loaded(base: Base, path: Path, missing: list[str]) -> Source:
+    """Weights whose names only transformers knows how to read."""
+    if not path.is_dir():
+        raise BaseError(
+            f"{path} has no {_inside(base, missing[0])}, and {len(missing) - 1} more of the base's "
+            f"{len(base.paths())} tensors are missing: it is another architecture, or a part of a "
+            "model; give a model that was tuned from this base"
+        )
+    tower, _, _ = pretrained.read(str(path), base.kind, None)
+    found = {f"{base.tower_name}.{name}": value for name, value in tower.named_parameters()}
+    source = MemorySource(found)
+    lost = [each for each in base.paths() if each not in found]
+    if lost:
+        raise BaseError(f"{path} has no {lost[0]}, which {base.name} has: another architecture")
+    _checked_shapes(base, source, {each: each for each in base.paths()}, path)
+    return source
+
+
+def _check_formats(
+    base: Base, before: Source, after: Source, names: Mapping[str, str], where: Path
+) -> None:
+    """Between two number formats the difference is mostly rounding."""
+    if isinstance(before, MemorySource):  # the file's own format is not known any more
+        return
+    for path, name in names.items():
+        ours, theirs = before.dtype(path), after.dtype(name)
+        if ours != theirs:
+            raise BaseError(
+                f"{where}: {name} is stored as {theirs}, the base's as {ours}: what differs would "
+                "be mostly rounding. Save both models in one number format first"
+            )
+
+
+def _of_adapter(base: Base, before: Source, folder: Path) -> Pair:
+    paths = {_inside(base, path): path for path in base.paths()}
+    after = lora.Merged(folder, before, paths, base.anatomy.linear_axes == ("in", "out"))
+    outside = after.outside
+    head = {name: after.full(outside[name]) for name in _head_in(outside)}
+    answer = _answer(base, {}, {name: torch.from_numpy(each) for name, each in head.items()})
+    return Pair(base, before, after, answer, _left(outside, answer))
+
+
+def _of_delta(before: str | Base, delta: Delta) -> Pair:
+    base = before if isinstance(before, Base) else Base.load(before, kind=delta.base_kind)
+    delta.check_head(base)
+    with delta.applied(base):
+        present = set(dict(base.towers.named_parameters()))
+        if present != set(base.paths()):
+            raise SettingError(
+                "the delta puts parameters of its own beside the base's: a difference of weights "
+                "can't say what it does. Extract from a delta or a model that changes weights"
+            )
+        after = {path: weight_at(base, path).clone() for path in base.paths()}
+    answer = Answer(delta.readout, delta.labels, delta.tensors(base)[1])
+    source = MemorySource({path: base.original(path) for path in base.paths()})
+    return Pair(base, source, MemorySource(after), answer)
+
+
+def _config(path: Path) -> dict[str, Any]:
+    """The config.json of a checkpoint; empty where there is none."""
+    file = (path if path.is_dir() else path.parent) / "config.json"
+    try:
+        return dict(json.loads(file.read_text())) if file.is_file() else {}
+    except (ValueError, TypeError) as error:
+        raise BaseError(f"{file} is no config of a model ({error}); save it again") from None
+
+
+def _head_in(outside: Mapping[str, str]) -> list[str]:
+    """Names of a linear head, if that is all that the tuned model has outside the base."""
+    return sorted(outside) if set(outside) in _HEADS else []
+
+
+def _left(outside: Mapping[str, str], answer: Answer) -> tuple[str, ...]:
+    return () if answer.head else tuple(outside)
+
+
+def _answer(base: Base, config: Mapping[str, Any], head: Tensors) -> Answer:
+    """The tuned model's own head, where our readout says the same; else none."""
+    if not head:
+        return _no_answer()
+    weight = next(each for each in head.values() if each.ndim == 2)
+    bias = next((each for each in head.values() if each.ndim == 1), torch.zeros(len(weight)))
+    classes = config.get("id2label") or {str(i): f"LABEL_{i}" for i in range(len(weight))}
+    labels = tuple(str(classes.get(str(i), f"LABEL_{i}")) for i in range(len(weight)))
+    labels = () if len(weight) == 1 else labels
+    readout: Any = default_readout()
+    try:
+        readout = replace(readout, pooling=base.anatomy.pooling).settled(base)
+        state = readout.attach(base, labels).state_dict()
+    except (SettingError, UnknownArchitecture):  # such as a pooler that the base never had
+        return _no_answer()
+    found = {name: weight if value.ndim == 2 else bias for name, value in state.items()}
+    if {n: t.shape for n, t in found.items()} != {n: t.shape for n, t in state.items()}:
+        return _no_answer()
+    return Answer(readout, labels, found)
+
+
+def _no_answer() -> Answer:
+    return Answer(default_readout(), (), {})
+
+
+def _whole(source: Source, name: str) -> torch.Tensor:
+    flat = np.concatenate([np.empty(0, np.float32), *source.chunks(name)])
+    return torch.from_numpy(flat).view(source.shape(name))
+
+
+def _is_float(dtype: str) -> bool:
+    return dtype.startswith(("F", "BF"))
