@@ -32,6 +32,7 @@ from howfine.merge import merge
 from howfine.method import holding, method, methods
 from howfine.readout import readout
 from howfine.recipe import default_readout
+from howfine.recode import recode
 from howfine.spread import Search, Spread
 from howfine.start import weight_at
 from tiny import LABELS, fit_a_little, tiny_task, wire
@@ -186,7 +187,7 @@ def top_k_int4(d: Tensor, k: int, base: Base, file: Path) -> tuple[int, float]:
     return delta.save(file), float(left.square().sum())
 
 
-@pytest.mark.parametrize("share", [0.01, 0.03, 0.3])
+@pytest.mark.parametrize("share", [0.03, 0.1, 0.3])
 def test_less_error_than_the_largest_in_four_bits(
     models: Models, tmp_path: Path, share: float
 ) -> None:
@@ -298,10 +299,31 @@ def test_fisher_gives_sensitive_tensors_finer_steps(models: Models, tmp_path: Pa
     assert len(set(values.params)) > 3
     assert found.bytes <= 6000
     assert plain.error < found.error  # in squares that all count alike
+    check_scaled(tmp_path / OUT, base, values.params)
     now = put_on(tmp_path / OUT, base)
     for path in base.paths():  # what the readout never reads has no gradient, and gets nothing
         same = torch.equal(now[path.removeprefix("text.")], before[path])
         assert same == ("pooler" in path) or before[path].numel() < 100
+
+
+def check_scaled(path: Path, base: Base, scales: tuple[float | int, ...]) -> None:
+    """Steps of several scales stay what they are where entries go or the change is scaled."""
+    found = next(s for s in Delta.load(path).streams if s.values is not None)
+    members = streams.members_of(found, base.paths())
+    first = torch.ones(base.parameter(members[0]).numel(), dtype=torch.bool)
+    made = recode(found, base, {members[0]: first}, times=0.5)
+    assert made is not None
+    assert made.values is not None
+    assert made.values.coding == "steps"
+    assert made.values.params == tuple(0.5 * scale for scale in scales[1:])
+    whole = streams.decode((found,), base)["method"]
+    half = streams.decode((made,), base)["method"]
+    assert set(half) == set(members[1:])
+    for name, tensor in half.items():
+        start = base.original(name)
+        expected = start + (whole[name].to_dense() - start) / 2
+        moved = tensor.to_dense() != 0
+        assert torch.allclose(tensor.to_dense()[moved], expected[moved], atol=1e-6)
 
 
 def test_large_models_are_cut_into_groups(

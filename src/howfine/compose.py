@@ -24,7 +24,7 @@ from howfine.delta import Delta
 from howfine.entries import flat_entries
 from howfine.errors import DeltaError, SettingError, near
 from howfine.joining import OnOverlap
-from howfine.method import Method, Tensors, methods
+from howfine.method import Method, Tensors, holding
 from howfine.operands import Operand, differs, operands
 from howfine.streams import Stream
 
@@ -225,7 +225,7 @@ def _result(
     made = Delta(
         base_name=chosen.base_name,
         base_fingerprint=chosen.base_fingerprint,
-        method=method or _method("tensors" if whole else "entries"),
+        method=method or holding("tensors" if whole else "entries"),
         readout=chosen.readout,
         labels=chosen.labels,
         streams=(*found, *(s for s in chosen.streams if s.name.startswith("readout/"))),
@@ -269,8 +269,3 @@ def _head(given: Sequence[Operand], head: int | None) -> int:
                 f"{list(operand.delta.labels)}; a delta has one readout: say whose with head"
             )
     return 0
-
-
-def _method(holds: str) -> Method:
-    """The registry's method that puts such a change on."""
-    return next(each for each in methods().values() if each.holds == holds)()

@@ -120,7 +120,7 @@ def sparse(
 
 def _kept(pair: Pair, path: str, quantiser: Quantiser, weight: float, tally: Tally) -> _Kept:
     found, start = _Kept(path, pair.before.shape(path)), 0
-    scale = np.float32(quantiser.scale / weight) if weight else np.float32(0)
+    scale = np.float32(_scale(quantiser, weight))
     for before, after in pair.chunks(path):
         d = after - before
         size = np.abs(d)
@@ -210,8 +210,13 @@ def _coded_values(values: Array, quantiser: Quantiser, weights: list[float]) -> 
         return encode_values(torch.from_numpy(values), quantiser.precision)
     alike = len(set(weights)) == 1
     return encode_steps_of(
-        values, [quantiser.scale / weight for weight in weights[: 1 if alike else None]]
+        values, [_scale(quantiser, weight) for weight in weights[: 1 if alike else None]]
     )
+
+
+def _scale(quantiser: Quantiser, weight: float) -> float:
+    """What a step stands for, in three digits: they cost no error to speak of, and few bytes."""
+    return float(np.float32(f"{quantiser.scale / weight:.2e}")) if weight else 0.0
 
 
 def dense(

@@ -136,8 +136,13 @@ def method(name: str, **settings: Any) -> Method:
 
 
 def holding(what: Literal["tensors", "entries"]) -> Method:
-    """The method, at its defaults, whose file holds whole tensors or entries of any origin."""
-    return next(cls() for _, cls in sorted(methods().items()) if cls.holds == what)
+    """A method at its defaults whose file holds whole tensors, or entries, of any origin.
+
+    One that can begin at the base comes before those that need a start.
+    """
+    found = [name for name, cls in methods().items() if cls.holds == what]
+    name = min(found, key=lambda name: (methods()[name].start == "needed", name))
+    return methods()[name]()
 
 
 def examples() -> dict[str, Method]:

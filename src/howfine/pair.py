@@ -11,7 +11,7 @@ import json
 import math
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,23 +24,11 @@ from howfine import fingerprint as fp
 from howfine.base import Base
 from howfine.checkpoint import CHUNK, Checkpoint, MemorySource, Source
 from howfine.delta import Delta
-from howfine.errors import BaseError, BaseNotFound, SettingError, UnknownArchitecture
-from howfine.method import Tensors
-from howfine.readout import Labels, Readout
-from howfine.recipe import default_readout
+from howfine.errors import BaseError, BaseNotFound, SettingError
+from howfine.head import Answer, answer_of, head_in, left_out, no_answer
 from howfine.start import weight_at
 
 Array = npt.NDArray[Any]
-_HEADS = ({"classifier.weight", "classifier.bias"}, {"score.weight"})
-
-
-@dataclass(frozen=True)
-class Answer:
-    """How a tuned model answers: a readout, its classes and its head's tensors (none: no head)."""
-
-    readout: Readout
-    labels: Labels
-    head: Tensors
 
 
 class Named:
@@ -193,15 +181,15 @@ def _of_checkpoint(base: Base, before: Source, path: Path) -> Pair:
     shapes = _checked_shapes(base, checkpoint, names, path)
     missing = [each for each in base.paths() if each not in names]
     if not _are_pooler(base, missing):
-        return Pair(base, before, _loaded(base, path, missing), _no_answer())
+        return Pair(base, before, _loaded(base, path, missing), no_answer())
     _check_formats(base, before, checkpoint, names, path)
     after: Source = Named(checkpoint, names, shapes)
     if missing:
         after = _Patched(before, after, set(names))
     used = set(names.values())
     outside = {n: n for n in checkpoint.names() if n not in used and _is_float(checkpoint.dtype(n))}
-    answer = _answer(base, config, {n: _whole(checkpoint, n) for n in _head_in(outside)})
-    return Pair(base, before, after, answer, _left(outside, answer))
+    answer = answer_of(base, config, {n: _whole(checkpoint, n) for n in head_in(outside)})
+    return Pair(base, before, after, answer, left_out(outside, answer))
 
 
 class _Patched:
@@ -260,9 +248,9 @@ def _of_adapter(base: Base, before: Source, folder: Path) -> Pair:
     paths = {_inside(base, path): path for path in base.paths()}
     after = lora.Merged(folder, before, paths, base.anatomy.linear_axes == ("in", "out"))
     outside = after.outside
-    head = {name: after.full(outside[name]) for name in _head_in(outside)}
-    answer = _answer(base, {}, {name: torch.from_numpy(each) for name, each in head.items()})
-    return Pair(base, before, after, answer, _left(outside, answer))
+    head = {name: after.full(outside[name]) for name in head_in(outside)}
+    answer = answer_of(base, {}, {name: torch.from_numpy(each) for name, each in head.items()})
+    return Pair(base, before, after, answer, left_out(outside, answer))
 
 
 def _of_delta(before: str | Base, delta: Delta) -> Pair:
@@ -288,40 +276,6 @@ def _config(path: Path) -> dict[str, Any]:
         return dict(json.loads(file.read_text())) if file.is_file() else {}
     except (ValueError, TypeError) as error:
         raise BaseError(f"{file} is no config of a model ({error}); save it again") from None
-
-
-def _head_in(outside: Mapping[str, str]) -> list[str]:
-    """Names of a linear head, if that is all that the tuned model has outside the base."""
-    return sorted(outside) if set(outside) in _HEADS else []
-
-
-def _left(outside: Mapping[str, str], answer: Answer) -> tuple[str, ...]:
-    return () if answer.head else tuple(outside)
-
-
-def _answer(base: Base, config: Mapping[str, Any], head: Tensors) -> Answer:
-    """The tuned model's own head, where our readout says the same; else none."""
-    if not head:
-        return _no_answer()
-    weight = next(each for each in head.values() if each.ndim == 2)
-    bias = next((each for each in head.values() if each.ndim == 1), torch.zeros(len(weight)))
-    classes = config.get("id2label") or {str(i): f"LABEL_{i}" for i in range(len(weight))}
-    labels = tuple(str(classes.get(str(i), f"LABEL_{i}")) for i in range(len(weight)))
-    labels = () if len(weight) == 1 else labels
-    readout: Any = default_readout()
-    try:
-        readout = replace(readout, pooling=base.anatomy.pooling).settled(base)
-        state = readout.attach(base, labels).state_dict()
-    except (SettingError, UnknownArchitecture):  # such as a pooler that the base never had
-        return _no_answer()
-    found = {name: weight if value.ndim == 2 else bias for name, value in state.items()}
-    if {n: t.shape for n, t in found.items()} != {n: t.shape for n, t in state.items()}:
-        return _no_answer()
-    return Answer(readout, labels, found)
-
-
-def _no_answer() -> Answer:
-    return Answer(default_readout(), (), {})
 
 
 def _whole(source: Source, name: str) -> torch.Tensor:

@@ -73,27 +73,37 @@ def _joined(
     kept = places & ~lost
     if times == 1 and torch.equal(kept, places):
         return stream
-    values = decode_values(coded, int(places.count_nonzero()))[kept[places]]
-    original = torch.cat([base.original(path).flatten().float().cpu() for path in members])[kept]
-    again, difference = _again(values, original, coded, stream.difference, times)
     left = {p: part for p, part in zip(members, kept.split(sizes), strict=True) if part.any()}
     if not left:
         return None
+    counts = [int(part.count_nonzero()) for part in places.split(sizes)]
+    parts = counts if len(coded.params) > 1 else None  # each tensor with a scale of its own
+    values = decode_values(coded, sum(counts), parts)[kept[places]]
+    original = torch.cat([base.original(path).flatten().float().cpu() for path in members])[kept]
+    if parts is not None:
+        parts = [int(part.count_nonzero()) for part in kept.split(sizes)]
+        scales = [scale for scale, part in zip(coded.params, parts, strict=True) if part]
+        coded, parts = replace(coded, params=tuple(scales)), [part for part in parts if part]
+    again, difference = _again(values, original, coded, stream.difference, times, parts)
     together = torch.cat(list(left.values()))
-    owner = stream.name.partition("/")[0]
-    name = joined_name(owner, list(left), base)
+    name = joined_name(stream.name.partition("/")[0], list(left), base)
     return Stream(name, (len(together),), encode_places(together), difference, again)
 
 
 def _again(
-    values: Tensor, original: Tensor, coded: Coded, difference: bool, times: float
+    values: Tensor,
+    original: Tensor,
+    coded: Coded,
+    difference: bool,
+    times: float,
+    parts: list[int] | None = None,
 ) -> tuple[Coded, bool]:
     """(values times `times` coded anew, whether they are differences from `original`)."""
     if not difference:
         new = values if times == 1 else (original.double() + times * _apart(values, original))
         return encode_values(new.float(), "fp32"), False
     new = values * times
-    made = _as_before(new, coded, times)
+    made = _as_before(new, coded, times, parts)
     if made is not None:
         return made, True
     return encode_values((original.double() + times * values.double()).float(), "fp32"), False
@@ -103,16 +113,16 @@ def _apart(values: Tensor, original: Tensor) -> Tensor:
     return values.double() - original.double()
 
 
-def _as_before(new: Tensor, coded: Coded, times: float) -> Coded | None:
+def _as_before(new: Tensor, coded: Coded, times: float, parts: list[int] | None) -> Coded | None:
     """`new` in the precision and the steps of `coded`; None where they don't fit it."""
     scales = [float(torch.tensor(abs(times) * scale)) for scale in coded.params]
     if any(not 0 < scale < 1e30 for scale in scales):
         return None
     precision = _PRECISION.get(coded.coding, coded.coding)
     try:
-        made = encode_values(new, precision, None, scales or None)
+        made = encode_values(new, precision, parts, scales or None)
     except SettingError:  # beyond what half a number holds
         return None
-    found = decode_values(made, new.numel())
+    found = decode_values(made, new.numel(), parts)
     same = torch.allclose(found, new, rtol=_SAME_STEPS if scales else 0, atol=0)
     return made if same else None
