@@ -223,7 +223,7 @@ def test_more_bytes_less_error(models: Models, tmp_path: Path) -> None:
     assert errors[0] > 0.3 > 0.01 > errors[-1]
 
 
-@pytest.mark.parametrize("density", [0.001, 0.05, 0.5])
+@pytest.mark.parametrize("density", [0.001, 0.3])
 @pytest.mark.parametrize("store", ["steps", "sign", "fp16", "fp32"])
 def test_a_density_keeps_the_largest(
     models: Models, tmp_path: Path, density: float, store: Any
