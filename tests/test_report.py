@@ -317,7 +317,7 @@ def test_the_page_has_its_parts_in_order(page: str, result: Report) -> None:
         result["sentence"], "Score against bytes", "Every recipe", "How far its confidence", "ECE",
         "The bins in numbers", "R1: base to a fresh random",
         "R2: between two random", "Which layers are critical", "matrices@-2,-1",
-        "Where the change lies", "A file of every recipe", "changed in numbers", "Use it",
+        "Where the change lies", "A file of every recipe", "changed entries in numbers", "Use it",
         "howfine evaluate deltas/mask", "howfine predict deltas/mask",
         "howfine merge deltas/mask",
         "How it was measured", "drawn at random, seed 0", "howfine study --x", "Failed runs",
@@ -582,10 +582,11 @@ def test_the_heatmap_of_shares_tells_unchanged_parts_from_those_the_base_lacks()
             if row is None:
                 assert (logarithm, zero, changed["text"][i][j]) == (None, None, "")
             elif row["changed"]:
-                assert zero is None
+                assert (zero, unchanged["text"][i][j]) == (None, "")
                 assert 10**logarithm == pytest.approx(row["changed"] / row["entries"])
             else:
-                assert (logarithm, zero, unchanged["text"][i][j]) == (None, 0, "0 %")
+                assert (logarithm, changed["text"][i][j]) == (None, "")  # else written twice
+                assert (zero, unchanged["text"][i][j]) == (0, "0 %")
     assert changed["hovertext"][LAYERS][5] == "layer 5, O: 10 %"
     assert changed["hovertext"][0][8] == "outside the layers, embedding: 0 %"
 
@@ -593,7 +594,7 @@ def test_the_heatmap_of_shares_tells_unchanged_parts_from_those_the_base_lacks()
 def test_who_cannot_see_the_heatmap_of_shares_reads_it(page: str, result: Report) -> None:
     rows = where(least=2)
     changed, entries = (sum(row[name] for row in rows) for name in ("changed", "entries"))
-    said = f"{changed:,} of {entries:,} entries changed ({100 * changed / entries:.2g} %). "
+    said = f"{changed:,} of {entries:,} entries changed ({100 * changed / entries:.2f} %). "
     said += "The largest shares: "
     text = report_where.said(rows)
     assert text.startswith(said)
@@ -619,7 +620,7 @@ def test_every_recipe_says_how_much_it_changes_and_where(result: Report) -> None
     assert table.rows[0][2].text == str(result["recommended"]["seed"])
     assert table.rows[0][3:6] == [
         (f"{changed:,}", changed),
-        (f"{100 * changed / sum(row['entries'] for row in rows):.2g} %", table.rows[0][4].order),
+        (f"{100 * changed / sum(row['entries'] for row in rows):.2f} %", table.rows[0][4].order),
         (f"5 ({100 * top / changed:.0f} %)", "5"),
     ]
     (name, layers), *_ = shown["tables"]
@@ -665,7 +666,8 @@ def test_markdown_tables(result: Report) -> None:
     markdown = report_page.markdown(result)
     assert_tables_are_rectangular(markdown)
     rows = [line for line in markdown.splitlines() if line.startswith("| **")]
-    assert len(rows) == 1
+    assert len(rows) == 2  # of all recipes, and of where they change the base
+    assert rows[1].startswith("| **mask** | where matrices@-2,-1 · initial sparsity 0.02 | 2 | ")
     assert rows[0].startswith("| **mask** | where matrices@-2,-1 · initial sparsity 0.02 | ")
     assert f"| {result['groups'][0]['bytes']:,} | 100 % |" in markdown
     assert "    howfine evaluate deltas/mask" in markdown

@@ -57,20 +57,26 @@ def shares(rows: Sequence[Mapping[str, Any]]) -> Figure:
     """Layer × part: the share of entries that changed. Parts without any are grey, with a 0."""
     figure = heatmap(rows, "share")
     (cells,) = figure["data"]
-    cells["hoverongaps"] = False
     layers, parts = _axes(rows)
     at_zero = {(row["layer"], row["part"]) for row in rows if not row["changed"]}
     none = [[0 if (layer, part) in at_zero else None for part in parts] for layer in layers]
+    cells["hoverongaps"] = False
     unchanged = {
-        **cells,
+        **{name: value for name, value in cells.items() if name != "colorbar"},
         "z": none,
         "zmin": 0,
         "zmax": 1,
         "colorscale": [[0, "var(--line)"], [1, "var(--line)"]],
         "showscale": False,
     }
-    del unchanged["colorbar"]
     figure["data"].append(unchanged)
+    figure["layout"]["height"] += _ROW  # names of parts are long: on narrow pages they lean
+    written = cells.get("text")
+    for trace in figure["data"] if written else ():  # plotly writes into gaps too
+        trace["text"] = [
+            [text if z is not None else "" for text, z in zip(*lines, strict=True)]
+            for lines in zip(written, trace["z"], strict=True)
+        ]
     return figure
 
 
