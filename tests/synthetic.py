@@ -148,3 +148,32 @@ def distances(layers: int = LAYERS) -> list[Distance]:
             )  # fmt: skip
     norm = Distance("encoder.layer.0.norm", 0, "norm", 384, 1.0, 0.1, 0.1, 0.1, 1.0)
     return [*rows, norm]
+
+
+def where(layers: int = LAYERS, least: int = 0, share: float = 1e-4) -> list[dict[str, Any]]:
+    """Rows of a change that is denser the nearer it is to the output, of none below `least`."""
+    rows: list[dict[str, Any]] = []
+    sizes = {**dict.fromkeys(PARTS, 147_456), "bias": 3_456, "norm": 1_536}
+    places = [(layer, part) for layer in range(layers) for part in sizes]
+    outside = {"norm": 768, "embedding": 11_720_448, "other": 197_376}
+    for layer, part in [*places, *((None, part) for part in outside)]:
+        entries = outside[part] if layer is None else sizes[part]
+        changed = 0
+        if layer is not None and layer >= least:
+            changed = min(entries, round(entries * share * 4**layer))
+        row = {"layer": layer, "part": part, "changed": changed, "entries": entries}
+        rows.append({**row, "share": changed / entries})
+    return rows
+
+
+def located(result: Any) -> Any:
+    """The report with such rows for every recipe, as if their files had been counted in."""
+    for number, group in enumerate(result["groups"]):
+        if group["recipe"] not in result["where"]:
+            share = 1.0 if group["role"] == "ceiling" else 1e-6 * 4**number
+            result["where"][group["recipe"]] = where(share=share, least=number % 3)
+            result["where_runs"][group["recipe"]] = group["keys"][0]
+    chosen = result["recommended"]
+    result["where"][chosen["recipe"]] = where(least=2)
+    result["where_runs"][chosen["recipe"]] = chosen["key"]
+    return result

@@ -218,6 +218,41 @@ def test_inspect_accounts_for_every_byte(inputs: Inputs) -> None:
     assert f"{len(data):,}  in all (the file has {len(data):,})" in words
 
 
+def test_inspect_counts_where_a_base_changes(inputs: Inputs) -> None:
+    """Of a mask, the entries it drops; a word embedding or a bias is none of its matters."""
+    found = howfine_here("inspect", inputs.delta, "--base", inputs.base, "--json").json
+    assert "where" not in howfine_here("inspect", inputs.delta, "--json").json
+    parts = [part for part in found["parts"] if part["name"].startswith("method/")]
+    assert [(row["layer"], row["part"]) for row in found["where"]] == [
+        (layer, part) for layer in (0, 1) for part in "QKVDIO"
+    ]
+    assert sum(row["entries"] for row in found["where"]) == sum(p["entries"] for p in parts)
+    dropped = sum(part["entries"] - part["kept"] for part in parts)
+    assert sum(row["changed"] for row in found["where"]) == dropped
+    words = howfine_here("inspect", inputs.delta, "--base", inputs.base).out.splitlines()
+    assert words[-1].split() == [f"{dropped:,}", "changed", "in", "all"]
+    last = found["where"][-1]
+    assert words[-2].split() == [
+        f"{last['changed']:,}", f"{last['entries']:,}", f"{100 * last['share']:.0f}", "%", "1", "O"
+    ]  # fmt: skip
+
+
+def test_inspect_counts_in_a_stream_of_many_tensors_and_behind_a_map(
+    inputs: Inputs, tmp_path: Path
+) -> None:
+    out = tmp_path / "delta"
+    inputs.tune("--out", out, recipe="sparse")
+    found = howfine_here("inspect", out, "--base", inputs.base, "--json").json
+    (joined,) = (p for p in found["parts"] if p["name"].startswith("method/*") and p["kept"])
+    changed = sum(row["changed"] for row in found["where"])
+    assert 0 < changed <= joined["kept"]  # a difference that the store rounds to 0 changes nothing
+    assert len({row["layer"] for row in found["where"]}) == 2
+    inputs.tune("--out", out, recipe="lora-xs")
+    found = howfine_here("inspect", out, "--base", inputs.base, "--json").json
+    assert [row["part"] for row in found["where"]] == list("QKVDIO" * 2)
+    assert min(row["share"] for row in found["where"]) > 0.9
+
+
 def test_merge_is_a_plain_checkpoint(inputs: Inputs, tmp_path: Path) -> None:
     """The body through AutoModel, the head by hand: the answers of predict."""
     out = tmp_path / "merged"

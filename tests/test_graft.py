@@ -482,7 +482,7 @@ def test_effect_is_the_share_of_each_tasks_gain() -> None:
         regions.effect([[0.1]], before, tuned)
 
 
-@pytest.mark.parametrize("name", ["full", "select", "mask", "sparse", "graft"])
+@pytest.mark.parametrize("name", ["full", "select", "mask", "sparse", "graft", "subspace"])
 def test_where_a_delta_changes_the_base(name: str) -> None:
     """Of whole tensors, masks and entries alike: counted against the weights that are read."""
     base = tiny_base("bert")

@@ -42,10 +42,10 @@ ROOMS = [
     ("ledger", "answer", "plan", "stored"),
     ("queue", "study"),
     (
-        *("report", "report_page", "report_tables", "wording", "catalogue"),
+        *("report", "report_page", "report_tables", "report_where", "wording", "catalogue"),
         *("figures", "figures_calibration", "figures_distance"),
     ),
-    ("cli", "cli_compose", "cli_extract", "options"),
+    ("cli", "cli_compose", "cli_extract", "cli_inspect", "options"),
 ]
 # Files that never import another of their own folder.
 APART = ("methods.*", "readouts.*")

@@ -23,12 +23,15 @@ from howfine import (
     figures_distance,
     report_page,
     report_tables,
+    report_where,
     wording,
 )
+from howfine.delta import Delta
 from howfine.errors import SettingError
 from howfine.ledger import Ledger
 from howfine.plan import Plan
 from howfine.report import Report, report, summarise
+from howfine.start import weight_at
 from howfine.study import study
 from synthetic import (
     BASE,
@@ -37,10 +40,12 @@ from synthetic import (
     ROWS,
     distances,
     failed,
+    located,
     record,
     records,
     scores_task,
     synthetic_task,
+    where,
 )
 from tiny import tiny_base, tiny_task
 
@@ -52,7 +57,9 @@ def result() -> Report:
     task = synthetic_task()
     runs = records(task)
     runs[-1] = failed(runs[-1], "the loss became nan")
-    return summarise(runs, BASE, task, 0.01, distances=distances(), command="howfine study --x")
+    return located(
+        summarise(runs, BASE, task, 0.01, distances=distances(), command="howfine study --x")
+    )
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +99,7 @@ class Tags(HTMLParser):
 def test_report_json_has_the_keys_that_were_promised(result: Report) -> None:
     assert set(result) == {
         "sentence", "caveats", "base", "task", "margin", "full", "floor", "recommended", "groups",
-        "runs", "distance", "machine", "date", "command",
+        "runs", "distance", "where", "where_runs", "machine", "date", "command",
     }  # fmt: skip
     assert set(result["task"]) == {"name", "metric", "provenance", "labels", "sizes", "texts"}
     assert result["task"]["sizes"] == {"train": 2, "dev": 2, "test": 400}
@@ -304,12 +311,13 @@ def test_the_page_loads_nothing(page: str) -> None:
 def test_the_page_has_its_parts_in_order(page: str, result: Report) -> None:
     parser = Tags(page)
     plots = [a["data-plot"] for _, a in parser.tags if "data-plot" in a]
-    assert plots == ["score", "reliability", "relative", "angle", "layers", "parts"]
+    assert plots == ["score", "reliability", "relative", "angle", "layers", "parts", "where"]
     text = parser.text.replace("\xa0", " ")
     parts = [
         result["sentence"], "Score against bytes", "Every recipe", "How far its confidence", "ECE",
         "The bins in numbers", "R1: base to a fresh random",
-        "R2: between two random", "Which layers are critical", "matrices@-2,-1", "Use it",
+        "R2: between two random", "Which layers are critical", "matrices@-2,-1",
+        "Where the change lies", "A file of every recipe", "changed entries in numbers", "Use it",
         "howfine evaluate deltas/mask", "howfine predict deltas/mask",
         "howfine merge deltas/mask",
         "How it was measured", "drawn at random, seed 0", "howfine study --x", "Failed runs",
@@ -326,7 +334,7 @@ def test_the_page_says_when_the_distance_is_not_known(result: Report) -> None:
     found["distance"] = None
     parser = Tags(report_page.html(found))
     assert [a["data-plot"] for _, a in parser.tags if "data-plot" in a] == [
-        "score", "reliability"
+        "score", "reliability", "where"
     ]  # fmt: skip
     assert "Not measured: the delta file of full fine-tuning is no longer" in parser.text
     assert "Not measured" in report_page.markdown(found)
@@ -340,7 +348,7 @@ def test_hostile_names_are_text() -> None:
     found = summarise(
         runs, {**BASE, "name": HOSTILE}, task, 0.5, distances=distances(), command=HOSTILE
     )
-    page = report_page.html(found)
+    page = report_page.html(located(found))
     parser = Tags(page)
     assert not [tag for tag, _ in parser.tags if tag == "img"]
     assert not [a for _, a in parser.tags if any(name.startswith("on") for name in a)]
@@ -370,6 +378,7 @@ def test_figures_are_what_plotly_can_draw(result: Report) -> None:
     drawable(figures_calibration.reliability(result))
     drawable(figures_distance.heatmap(rows, "angle"))
     drawable(figures_distance.ranking(rows, "part"))
+    drawable(figures_distance.shares(where()))
 
 
 def test_every_colour_of_a_figure_is_one_of_the_page(result: Report, page: str) -> None:
@@ -556,6 +565,88 @@ def test_references_are_said_in_the_unit_of_the_movement(result: Report) -> None
     )
 
 
+# Where the change lies.
+
+
+def test_the_heatmap_of_shares_tells_unchanged_parts_from_those_the_base_lacks() -> None:
+    rows = where(least=2)
+    changed, unchanged = figures_distance.shares(rows)["data"]
+    layers = [None, *range(LAYERS)]
+    assert changed["y"] == unchanged["y"] == ["outside", *map(str, range(LAYERS))]
+    assert changed["x"] == unchanged["x"] == [*PARTS, "bias", "norm", "embedding", "other"]
+    cells = {(row["layer"], row["part"]): row for row in rows}
+    for i, layer in enumerate(layers):
+        for j, part in enumerate(changed["x"]):
+            row = cells.get((layer, part))
+            logarithm, zero = changed["z"][i][j], unchanged["z"][i][j]
+            if row is None:
+                assert (logarithm, zero, changed["text"][i][j]) == (None, None, "")
+            elif row["changed"]:
+                assert (zero, unchanged["text"][i][j]) == (None, "")
+                assert 10**logarithm == pytest.approx(row["changed"] / row["entries"])
+            else:
+                assert (logarithm, changed["text"][i][j]) == (None, "")  # else written twice
+                assert (zero, unchanged["text"][i][j]) == (0, "0 %")
+    assert changed["hovertext"][LAYERS][5] == "layer 5, O: 10 %"
+    assert changed["hovertext"][0][8] == "outside the layers, embedding: 0 %"
+
+
+def test_who_cannot_see_the_heatmap_of_shares_reads_it(page: str, result: Report) -> None:
+    rows = where(least=2)
+    changed, entries = (sum(row[name] for row in rows) for name in ("changed", "entries"))
+    said = f"{changed:,} of {entries:,} entries changed ({100 * changed / entries:.2f} %). "
+    said += "The largest shares: "
+    text = report_where.said(rows)
+    assert text.startswith(said)
+    assert text.count(" of layer 5 (10 %)") == 3  # the densest first
+    assert text.endswith(" Nothing changed in layers 0, 1.")
+    (label,) = (
+        a["aria-label"] for _, a in Tags(page).tags if a.get("data-plot") == "where"
+    )  # fmt: skip
+    assert label
+    assert label.endswith(text)
+    assert text.replace("(", r"(") in report_page.markdown(result)
+
+
+def test_every_recipe_says_how_much_it_changes_and_where(result: Report) -> None:
+    shown = report_where.view(result)
+    assert shown
+    table = shown["overview"]
+    assert sorted(row[0].text for row in table.rows) == sorted({row[0] for row in ROWS})
+    assert (table.chosen, table.rows[0][0].text) == (0, "mask")
+    rows = where(least=2)
+    top = sum(row["changed"] for row in rows if row["layer"] == 5)
+    changed = sum(row["changed"] for row in rows)
+    assert table.rows[0][2].text == str(result["recommended"]["seed"])
+    assert table.rows[0][3:6] == [
+        (f"{changed:,}", changed),
+        (f"{100 * changed / sum(row['entries'] for row in rows):.2f} %", table.rows[0][4].order),
+        (f"5 ({100 * top / changed:.0f} %)", "5"),
+    ]
+    (name, layers), *_ = shown["tables"]
+    assert name == "mask"
+    assert [cell.text for cell in layers.rows[5]][:2] == ["5", "10 %"]
+    assert [cell.text for cell in layers.rows[0]] == ["0", *["0"] * 8, "–", "–"]
+    assert [c.text for c in layers.rows[-1]] == ["outside", *["–"] * 7, "0", "0", "0"]
+
+
+def test_a_change_of_the_head_alone_has_no_heatmap(result: Report) -> None:
+    found = copy.deepcopy(result)
+    found["where"] = {"mask": where(share=0.0)}
+    page = report_page.html(found)
+    assert 'data-plot="where"' not in page
+    assert "entries changed; the head alone was trained" in page
+    shown = report_where.view(found)
+    assert shown
+    assert shown["tables"] == []
+    assert [cell.text for cell in shown["overview"].rows[0][3:]] == ["0", "0", "–", "–"]
+    missing = "Not counted, as the file is gone or can't be decoded: full, head-only, bitfit"
+    assert missing in html.unescape(page)
+    found["where"] = {}
+    assert "Not counted: no delta file is left" in report_page.html(found)
+    assert "Not counted: no delta file is left" in report_page.markdown(found)
+
+
 # Markdown.
 
 
@@ -575,7 +666,8 @@ def test_markdown_tables(result: Report) -> None:
     markdown = report_page.markdown(result)
     assert_tables_are_rectangular(markdown)
     rows = [line for line in markdown.splitlines() if line.startswith("| **")]
-    assert len(rows) == 1
+    assert len(rows) == 2  # of all recipes, and of where they change the base
+    assert rows[1].startswith("| **mask** | where matrices@-2,-1 · initial sparsity 0.02 | 2 | ")
     assert rows[0].startswith("| **mask** | where matrices@-2,-1 · initial sparsity 0.02 | ")
     assert f"| {result['groups'][0]['bytes']:,} | 100 % |" in markdown
     assert "    howfine evaluate deltas/mask" in markdown
@@ -635,7 +727,6 @@ def test_the_folder_gets_three_files_and_the_recommended_delta(folder: Any) -> N
 
 def test_distances_are_those_of_the_ceilings_best_seed(folder: Any) -> None:
     from howfine.compare import delta_distance
-    from howfine.delta import Delta
 
     found = made(folder)
     best = max(
@@ -647,6 +738,40 @@ def test_distances_are_those_of_the_ceilings_best_seed(folder: Any) -> None:
     assert len(found["distance"]) == 2 * 6
     for row in found["distance"]:
         assert row["relative"] == expected[row["path"]] > 0
+
+
+def test_where_counts_in_the_recommended_file_and_in_one_of_every_recipe(folder: Any) -> None:
+    better(folder, role="ceiling")
+    found = made(folder, margin=0.0)
+    assert set(found["where"]) == {"full", "head-only"}
+    runs = {run["key"]: run for run in found["runs"]}
+    assert found["where_runs"]["full"] == found["recommended"]["key"]
+    assert runs[found["where_runs"]["head-only"]]["seed"] == 0
+    base = tiny_base("bert")
+    file = folder / runs[found["recommended"]["key"]]["file"]
+    with Delta.load(file).applied(base):
+        now = {path: weight_at(base, path).clone() for path in base.paths()}
+    counts: dict[tuple[int | None, str], int] = {}
+    for path, value in now.items():
+        place, theta = base.place(path), base.original(path).flatten().tolist()
+        differ = sum(a != b for a, b in zip(theta, value.flatten().tolist(), strict=True))
+        counts[place] = counts.get(place, 0) + differ
+    rows = found["where"]["full"]
+    assert {(row["layer"], row["part"]): row["changed"] for row in rows} == counts
+    assert [row["part"] for row in rows if row["layer"] == 0] == [*PARTS, "bias", "norm"]
+    assert not any(row["changed"] for row in found["where"]["head-only"])
+    assert 'data-plot="where"' in (folder / "report.html").read_text()
+
+
+def test_a_file_that_cannot_be_decoded_costs_its_rows_and_no_report(folder: Any) -> None:
+    for path in (folder / "deltas").glob("head-only*"):
+        path.write_bytes(path.read_bytes()[:-9])
+    better(folder, role="ceiling")
+    assert set(made(folder, margin=0.0)["where"]) == {"full"}
+    text = (folder / "report.md").read_text()
+    assert "Not counted, as the file is gone or can't be decoded: head-only." in text
+    shutil.rmtree(folder / "deltas")
+    assert made(folder)["where"] == {}
 
 
 def test_another_report_replaces_the_earlier_file_and_no_other(folder: Any) -> None:

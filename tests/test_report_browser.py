@@ -12,7 +12,7 @@ import pytest
 
 from howfine import report_page
 from howfine.report import Report, summarise
-from synthetic import BASE, ROWS, distances, records, synthetic_task
+from synthetic import BASE, ROWS, distances, located, records, synthetic_task
 
 CHROMIUM = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
@@ -65,8 +65,8 @@ def picture(path: Path) -> tuple[int, int, int]:
 
 def summary(name: str = "rotten-tomatoes") -> Report:
     task = synthetic_task(name=name, labels=("negative", name))
-    return summarise(
-        records(task), BASE, task, 0.01, distances=distances(), command="howfine study"
+    return located(
+        summarise(records(task), BASE, task, 0.01, distances=distances(), command="howfine study")
     )
 
 
@@ -102,7 +102,7 @@ def test_every_plot_is_drawn_as_wide_as_its_place(page: str, tmp_path: Path) -> 
     )
     assert "CONSOLE" not in log
     plots = re.findall(r"(\d+):(\d+):(\d+)", dom.partition('data-plots="')[2].partition('"')[0])
-    assert len(plots) == 6
+    assert len(plots) == 7
     for place, drawn, elements in plots:
         assert place == drawn
         assert int(drawn) > 300

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from pathlib import Path
@@ -12,6 +11,7 @@ import typer
 
 from howfine import cli_compose, options
 from howfine.cli_extract import extract
+from howfine.cli_inspect import inspect
 
 app = typer.Typer(
     name="howfine",
@@ -164,34 +164,7 @@ def distance(
 
 
 app.command()(extract)
-
-
-@app.command()
-def inspect(delta: options.DeltaFile, as_json: options.AsJson = False) -> None:
-    """Account for every byte of a delta file."""
-    from dataclasses import asdict
-
-    from howfine.cost import parts
-    from howfine.delta import Delta
-
-    opened = Delta.load(delta)
-    found = parts(delta)
-    total = sum(part.bytes for part in found)
-    result = {
-        "file": str(delta),
-        "bytes": delta.stat().st_size,
-        "header": opened.header(),
-        "parts": [asdict(part) for part in found],
-    }
-    lines = [json.dumps(opened.header(), indent=2, ensure_ascii=False)]
-    lines += [f"{'bytes':>12}  {'coding':<10}{'entries':>12}{'kept':>12}{'bound':>12}  part"]
-    for part in found:
-        kept = "" if part.kept is None else f"{part.kept:,}"
-        bound = "" if part.bound_bytes is None else f"{part.bound_bytes:,.0f}"
-        row = f"{part.bytes:>12,}  {part.coding:<10}{part.entries:>12,}{kept:>12}{bound:>12}"
-        lines.append(f"{row}  {part.name}")
-    lines.append(f"{total:>12,}  in all (the file has {delta.stat().st_size:,})")
-    options.show(as_json, result, "\n".join(lines))
+app.command()(inspect)
 
 
 @app.command()

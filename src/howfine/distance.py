@@ -37,7 +37,7 @@ from howfine.errors import BaseError, SettingError, near
 # dot product to be split over threads, which is slower here and rounds by the number of cores.
 _BLOCK = 8192
 _NO_LAW = ("norm", "bias")  # parts that start at a constant, so a random init says nothing
-_ORDER = ("QKV", "Q", "K", "V", "QP", "KP", "D", "G", "I", "O")  # a block's matrices, in to out
+ORDER = ("QKV", "Q", "K", "V", "QP", "KP", "D", "G", "I", "O")  # a block's matrices, in to out
 
 
 @dataclass
@@ -194,7 +194,7 @@ def table(rows: Iterable[Distance], value: str = "relative") -> Table:
                 f"{row.part}; expected one matrix there. Give the second a letter of its own."
             )
     layers = sorted({row.layer for row in cells.values() if row.layer is not None})
-    known = {part: index for index, part in enumerate(_ORDER)}
+    known = {part: index for index, part in enumerate(ORDER)}
     parts = sorted({part for _, part in cells}, key=lambda part: (known.get(part, 99), part))
     values = [[getattr(cells.get((i, j)), value, None) for j in parts] for i in layers]
     return Table(layers, parts, values)

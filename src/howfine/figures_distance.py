@@ -1,4 +1,4 @@
-"""The report's plots of how far fine-tuning moved each matrix, from the report's distance rows."""
+"""The report's plots over layers and parts: how far each moved, and what share of it changed."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ _ROW, _AXES = 24, 60  # pixels
 
 
 def heatmap(rows: Sequence[Mapping[str, Any]], value: str) -> Figure:
-    """Layer × matrix of one column of the distance rows, on a logarithmic colour scale.
+    """Layer × part of one column of the rows, on a logarithmic colour scale.
 
-    Matrices at 0 have no logarithm: their cell is empty and says 0.
+    What is at 0 has no logarithm: its cell is empty and says 0. `rows` are the report's of the
+    distance, or of where a change lies; those outside the layers are below them.
     """
-    layers = sorted({row["layer"] for row in rows})
-    parts = list(dict.fromkeys(row["part"] for row in rows))
+    layers, parts = _axes(rows)
     cells = {(row["layer"], row["part"]): row[value] for row in rows}
     found = [[cells.get((layer, part)) for part in parts] for layer in layers]
     said = [[_said(value, number) for number in line] for line in found]
     trace = {
         "type": "heatmap",
         "x": parts,
-        "y": [str(layer) for layer in layers],
+        "y": ["outside" if layer is None else str(layer) for layer in layers],
         "z": [[math.log10(number) if number else None for number in line] for line in found],
         "hovertext": [
-            [f"layer {layer}, {part}: {text}" for part, text in zip(parts, line, strict=True)]
-            for layer, line in zip(layers, said, strict=True)
+            [f"{place}, {part}: {text}" for part, text in zip(parts, line, strict=True)]
+            for place, line in zip(map(_layer, layers), said, strict=True)
         ],
         "hoverinfo": "text",
         "xgap": 1.5,
@@ -44,16 +44,57 @@ def heatmap(rows: Sequence[Mapping[str, Any]], value: str) -> Figure:
     return plot(
         [trace],
         _AXES + max(_ROW * len(layers), 160),
-        xaxis={"title": {"text": "matrix"}, "type": "category", "showgrid": False},
+        xaxis={
+            "title": {"text": "part" if value == "share" else "matrix"},
+            "type": "category",
+            "showgrid": False,
+        },
         yaxis={"title": {"text": "layer"}, "type": "category", "showgrid": False},
     )
 
 
+def shares(rows: Sequence[Mapping[str, Any]]) -> Figure:
+    """Layer × part: the share of entries that changed. Parts without any are grey, with a 0."""
+    figure = heatmap(rows, "share")
+    (cells,) = figure["data"]
+    layers, parts = _axes(rows)
+    at_zero = {(row["layer"], row["part"]) for row in rows if not row["changed"]}
+    none = [[0 if (layer, part) in at_zero else None for part in parts] for layer in layers]
+    cells["hoverongaps"] = False
+    unchanged = {
+        **{name: value for name, value in cells.items() if name != "colorbar"},
+        "z": none,
+        "zmin": 0,
+        "zmax": 1,
+        "colorscale": [[0, "var(--line)"], [1, "var(--line)"]],
+        "showscale": False,
+    }
+    figure["data"].append(unchanged)
+    figure["layout"]["height"] += _ROW  # names of parts are long: on narrow pages they lean
+    written = cells.get("text")
+    for trace in figure["data"] if written else ():  # plotly writes into gaps too
+        trace["text"] = [
+            [text if z is not None else "" for text, z in zip(*lines, strict=True)]
+            for lines in zip(written, trace["z"], strict=True)
+        ]
+    return figure
+
+
+def _axes(rows: Sequence[Mapping[str, Any]]) -> tuple[list[int | None], list[str]]:
+    """Layers from the lowest, after what is in none; and parts as the rows have them."""
+    layers = sorted({row["layer"] for row in rows}, key=lambda n: -1 if n is None else n)
+    return layers, list(dict.fromkeys(row["part"] for row in rows))
+
+
+def _layer(layer: int | None) -> str:
+    return "outside the layers" if layer is None else f"layer {layer}"
+
+
 def _said(value: str, number: float | None, digits: int = 2) -> str:
-    """A cell: the relative movement as a percentage, the angle as it is."""
+    """A cell: movements and shares as percentages, the angle as it is."""
     if number is None:
         return ""
-    if value == "relative":
+    if value in ("relative", "share"):
         return f"{significant(100 * number, digits)} %"
     return significant(number, digits)
 

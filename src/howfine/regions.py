@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -26,9 +27,11 @@ Region = dict[str, Tensor]
 def support(delta: Delta, base: Base) -> Region:
     """The entries whose value with the delta on differs from the base's, of whatever method.
 
-    Raises WrongBase for a delta of another base, DamagedDelta for one that can't be decoded.
+    What the file stores takes no part: a few numbers through a map (`subspace`) change nearly every
+    entry of the tensors they reach. Raises WrongBase for a delta of another base, DamagedDelta for
+    one that can't be decoded.
     """
-    with delta.applied(base):
+    with delta.changed(base):
         found = {path: weight_at(base, path) != base.original(path) for path in base.paths()}
     return {path: mask.cpu() for path, mask in found.items() if bool(mask.any())}
 
@@ -113,9 +116,18 @@ class Place:
         """Changed entries over all."""
         return self.changed / self.entries
 
+    def as_dict(self) -> dict[str, Any]:
+        """As JSON types, with the share."""
+        return {**asdict(self), "share": self.share}
+
 
 def where_changed(delta: Delta, base: Base) -> list[Place]:
     """A row for every part of every layer that has a changed entry, in the base's order."""
+    return [place for place in everywhere(delta, base) if place.changed]
+
+
+def everywhere(delta: Delta, base: Base) -> list[Place]:
+    """A row for every part of every layer, changed or not, in the base's order."""
     region = support(delta, base)
     changed: dict[tuple[int | None, str], int] = {}
     entries: dict[tuple[int | None, str], int] = {}
@@ -124,4 +136,4 @@ def where_changed(delta: Delta, base: Base) -> list[Place]:
         entries[place] = entries.get(place, 0) + base.parameter(path).numel()
         found = int(region[path].count_nonzero()) if path in region else 0
         changed[place] = changed.get(place, 0) + found
-    return [Place(*place, changed[place], entries[place]) for place in entries if changed[place]]
+    return [Place(*place, changed[place], entries[place]) for place in entries]

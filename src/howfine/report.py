@@ -28,7 +28,7 @@ from typing import Any, TypedDict
 import numpy as np
 import torch
 
-from howfine import answer, report_page, stored, wording
+from howfine import answer, report_page, report_where, stored, wording
 from howfine.base import Base
 from howfine.compare import delta_distance
 from howfine.container import write_atomically
@@ -59,6 +59,8 @@ class Report(TypedDict):
     groups: list[dict[str, Any]]  # answer.groups, with the method's record
     runs: list[dict[str, Any]]
     distance: list[dict[str, Any]] | None  # the blocks' matrices, from base to ceiling
+    where: dict[str, list[dict[str, Any]]]  # recipe: layer, part, changed, entries, share
+    where_runs: dict[str, str]  # recipe: key of the run whose file was counted in
     machine: dict[str, Any]  # cpu, cores, torch, howfine
     date: str
     command: str
@@ -95,6 +97,9 @@ def report(
         command=command or study.get("command", ""),
         folder=folder,
     )
+    result["where"], result["where_runs"] = report_where.measure(
+        folder, records, result["groups"], result["recommended"], base
+    )
     _hand_over(folder, records, result)
     text = json.dumps(result, indent=2, ensure_ascii=False, allow_nan=False)
     write_atomically(folder / "report.md", report_page.markdown(result).encode())
@@ -118,7 +123,7 @@ def summarise(
 
     `base_facts` has name, sha256 and parameters. With a `folder`, the recommended file is named as
     `report` copies it, and None where it is gone; without one, as the study stored it. Raises
-    SettingError where no ceiling run finished.
+    SettingError where no ceiling run finished. `where` is empty: `report` counts in the files.
     """
     targets = np.asarray([example.label for example in task.splits["test"]])
     groups = _with_method(answer.groups(records, targets, margin), records)
@@ -138,6 +143,8 @@ def summarise(
         groups=groups,
         runs=[{name: record[name] for name in _RUN if name in record} for record in records],
         distance=_matrices(distances) if distances else None,
+        where={},
+        where_runs={},
         machine=_machine(),
         date=datetime.datetime.now(datetime.UTC).date().isoformat(),
         command=command,

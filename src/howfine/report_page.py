@@ -17,6 +17,7 @@ from howfine import (
     figures_calibration,
     figures_distance,
     report_tables,
+    report_where,
     wording,
 )
 from howfine.wording import interval_said, score_said, share_said, significant
@@ -37,6 +38,9 @@ def html(result: Mapping[str, Any]) -> str:
             "layers": figures_distance.ranking(rows, "layer"),
             "parts": figures_distance.ranking(rows, "part"),
         }
+    rows = result["where"].get(result["recommended"]["recipe"], [])
+    if any(row["changed"] for row in rows):
+        plots["where"] = figures_distance.shares(rows)
     return (
         _environment()
         .get_template("report.html.j2")
@@ -93,6 +97,7 @@ def _view(result: Mapping[str, Any]) -> dict[str, Any]:
         "failed": [run for run in result["runs"] if "error" in run],
         "scale": report_tables.scale_table(result["distance"]) if result["distance"] else None,
         "moved": _moved(result["distance"]) if result["distance"] else "",
+        "where": report_where.view(result),
         "partial": report_tables.layers_table(result),
         "commands": commands(result),
         "seeds": sorted({seed for group in result["groups"] for seed in group["seeds"]}),
