@@ -392,7 +392,8 @@ def test_a_second_region_is_found_outside_the_first(tmp_path: Path) -> None:
 def test_the_region_to_keep_out_of_is_checked_and_part_of_the_record(tmp_path: Path) -> None:
     recipe = Recipe.load("sparse")
     assert "outside" not in recipe.as_dict()
-    assert recipe.override(outside="a, b").as_dict()["outside"] == ["a", "b"]
+    named = [{"path": "a", "sha256": ""}, {"path": "b", "sha256": ""}]
+    assert recipe.override(outside="a, b").as_dict()["outside"] == named
     record = {key: value for key, value in recipe.as_dict().items() if key != "recipe"}
     assert Recipe.parse("x", {**record, "outside": ["a"]}).outside == ("a",)
     with pytest.raises(SettingError, match="outside: found 3, expected paths of delta files"):

@@ -23,6 +23,7 @@ from tiny import (
     READOUT,
     TinyProbe,
     fit_a_little,
+    logits_of,
     tiny_base,
     tiny_task,
     tuned_weights,
@@ -381,3 +382,121 @@ def test_evaluation_mode_trains_without_dropout() -> None:
 def logits_of_training(wired: nn.Module, base: Base) -> Tensor:
     batch = READOUT.collate(base, tiny_task().splits["train"][:8], labelled=False)
     return wired(**batch.as_kwargs())["logits"].detach()
+
+
+def test_a_start_may_be_named_from_the_outside(tmp_path: Path) -> None:
+    """A file, a recipe, or nothing, whatever the recipe itself says."""
+    made = recipe(by="movement")
+    assert made.override(start=str(tmp_path / "x")).start == str(tmp_path / "x")
+    assert made.override(start=None).start is None
+    named = made.override(start="full").start
+    assert isinstance(named, Recipe)
+    assert named.readout == made.readout
+    assert made.override(start="full", max_length=16).start.readout.max_length == 16
+
+
+def test_every_phase_reads_alike() -> None:
+    first = {"method": {"select": {"train": ["none"]}}}
+    raw = {"method": "sparse", "start": {"method": "full", "start": first}}
+    made = Recipe.parse("three", {**raw, "readout": {"classifier": {"max_length": 9}}})
+    assert made.start.readout.max_length == 9
+    assert made.start.start.readout.max_length == 9
+    assert made.override(max_length=7).start.start.readout.max_length == 7
+
+
+def test_a_start_counts_by_what_it_holds(tmp_path: Path) -> None:
+    """Another file under the same name is another training."""
+    path = tmp_path / f"start{SUFFIX}"
+    made = recipe(by="movement").override(start=str(path))
+    records = []
+    for content in (b"one", b"two"):
+        path.write_bytes(content)
+        records.append(made.as_dict()["start"])
+    assert records[0]["path"] == records[1]["path"]
+    assert records[0]["sha256"] != records[1]["sha256"]
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_a_base_that_is_cast_meanwhile_comes_back(late: bool) -> None:
+    """Switches write where the parameters are now, in the format that they have now."""
+    base, expected = tiny_base("bert"), tiny_base("bert")
+    tensors = packed(base, 0)
+    change = entries.unpack(base, tensors)
+    switch = change.parts["switch"]
+    if late:
+        switch.off()
+        base.towers.to(torch.bfloat16)
+        switch.on()
+        path = next(iter(tensors))
+        index, values = flat_entries(tensors[path])
+        assert torch.equal(base.parameter(path).flatten()[index], values.bfloat16())
+    else:
+        base.towers.to(torch.bfloat16)
+    change.remove()
+    expected.towers.to(torch.bfloat16)
+    for path in base.paths():
+        assert torch.equal(base.parameter(path), expected.parameter(path)), path
+
+
+def test_an_interrupted_switch_goes_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    base = tiny_base("bert")
+    tensors = packed(base, 0)
+    write, calls = entries._Entries.write, []
+
+    def interrupted(self: entries._Entries, values: Tensor) -> None:
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        write(self, values)
+
+    monkeypatch.setattr(entries._Entries, "write", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        entries.unpack(base, tensors)
+    assert base.is_untouched()
+    assert not base.switches
+
+
+def test_switching_twice_does_nothing_more() -> None:
+    base = tiny_base("bert")
+    change = entries.unpack(base, packed(base, 0))
+    switch = change.parts["switch"]
+    switch.on()
+    switch.off()
+    switch.off()
+    change.remove()
+    assert base.is_untouched()
+
+
+def test_weights_in_another_order_of_memory() -> None:
+    """A transposed weight trains, is switched, and shares entries with nobody unasked."""
+    base = tiny_base("bert")
+    path = base.choose(("matrices",))[0]
+    parameter = base.parameter(path)
+    parameter.data = parameter.data.t().contiguous().t()
+    assert not parameter.is_contiguous()
+    before = parameter.detach().clone()
+    fitted = fit_a_little(base, method("sparse", where=("matrices",), by="random", density=0.1))
+    trained, delta = fitted.logits(), fitted.delta()
+    fitted.change.remove()
+    with delta.applied(base) as wired:
+        assert torch.equal(logits_of(wired, base), trained)
+    assert torch.equal(parameter, before)
+    shape = tuple(parameter.shape)
+    first = entries.unpack(base, {path: entries.sparse(torch.tensor([1]), torch.ones(1), shape)})
+    second = entries.unpack(base, {path: entries.sparse(torch.tensor([5]), torch.ones(1), shape)})
+    assert parameter.flatten()[[1, 5]].tolist() == [1, 1]
+    first.remove()
+    assert parameter.flatten()[[1, 5]].tolist() == [float(before.flatten()[1]), 1]
+    second.remove()
+    assert torch.equal(parameter, before)
+
+
+def test_regrowth_without_room_is_refused() -> None:
+    base = tiny_base("bert")
+    with pytest.raises(SettingError, match="others are free"):
+        supports(base, TinyProbe(READOUT, base), by="gradient", regrow=0.25)
+
+
+def test_places_that_repeat_are_refused() -> None:
+    with pytest.raises(SettingError, match="repeat or fall"):
+        entries.sparse(torch.tensor([1, 1]), torch.ones(2), (2, 2))

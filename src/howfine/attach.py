@@ -28,8 +28,12 @@ class Attached:
         self.base, self.method, self.change = base, method, change
 
     def parameters(self) -> list[dict[str, Any]]:
-        """Groups for a torch optimiser: only what the method trains."""
-        known = ("params", "weight_decay")
+        """Groups for a torch optimiser: only what the method trains.
+
+        A group that has a rate of its own (`lr`) keeps it. A scheduler would change that one too,
+        and clipping is the loop's own affair.
+        """
+        known = ("params", "weight_decay", "lr")
         return [
             {key: value for key, value in group.items() if key in known}
             for group in self.method.groups(self.change)

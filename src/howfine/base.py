@@ -178,7 +178,7 @@ class Base:
         value = self._parameters[path].detach()
         entries = [switch.entries[path] for switch in self.switches if path in switch.entries]
         if entries:
-            value = value.clone()
+            value = value.clone(memory_format=torch.contiguous_format)
         for entry in entries:
             value.view(-1)[entry.index] = entry.old
         return value

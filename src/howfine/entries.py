@@ -6,13 +6,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from howfine import surgery
 from howfine.base import Base
-from howfine.change import Change, Undo, all_or_nothing
+from howfine.change import Change, all_or_nothing
 from howfine.errors import DamagedDelta, SettingError
-from howfine.method import Tensors, as_parameter
+from howfine.method import Tensors
 
 
 def flat_entries(tensor: Tensor) -> tuple[Tensor, Tensor]:
@@ -25,7 +24,15 @@ def flat_entries(tensor: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def sparse(index: Tensor, values: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """A sparse tensor of `shape` from row-major indices ascending and values, (k,) each."""
+    """A sparse tensor of `shape` from row-major indices ascending and values, (k,) each.
+
+    Raises SettingError where an index stands twice or out of order: no file could say that.
+    """
+    if not bool((index[1:] > index[:-1]).all()):
+        raise SettingError(
+            f"{len(index):,} changed entries of a tensor of shape {shape}: found indices that "
+            "repeat or fall, expected them in ascending order"
+        )
     where = torch.stack(torch.unravel_index(index, shape))
     return torch.sparse_coo_tensor(where, values, shape, is_coalesced=True, check_invariants=False)
 
@@ -58,10 +65,19 @@ def strongest(scores: Mapping[str, Tensor], count: int) -> dict[str, Tensor]:
 class _Entries:
     """New values of some entries of one parameter, by row-major index."""
 
-    flat: Tensor  # the parameter's own memory, (n,)
+    parameter: nn.Parameter
     index: Tensor
     new: Tensor
     old: Tensor
+
+    def write(self, values: Tensor) -> None:
+        """Put `values` at the places, wherever and in whatever format the parameter is by now."""
+        data = self.parameter.data
+        index, values = self.index.to(data.device), values.to(data.device, data.dtype)
+        if data.is_contiguous():
+            data.view(-1).scatter_(0, index, values)  # a third of index_put_'s time
+        else:
+            data[torch.unravel_index(index, data.shape)] = values
 
 
 class Switch:
@@ -74,15 +90,18 @@ class Switch:
         self._base = base
         self.entries: dict[str, _Entries] = {}
         for path, tensor in tensors.items():
-            parameter = base.parameter(path)
-            flat = parameter.data.view(-1)
+            parameter, original = base.parameter(path), base.original(path)
             index, new = flat_entries(tensor)
-            index, new = index.to(flat.device), new.to(flat.device, flat.dtype)
-            old = base.original(path).flatten()[index]
-            self.entries[path] = _Entries(flat, index, new, old)
+            index, new = index.to(original.device), new.to(original.device, original.dtype)
+            self.entries[path] = _Entries(parameter, index, new, original.flatten()[index])
 
     def on(self) -> None:
-        """Write the new values. Raises SettingError where another switch has an entry in use."""
+        """Write the new values, unless they are on.
+
+        Raises SettingError where another switch has an entry in use.
+        """
+        if self in self._base.switches:
+            return
         for other in self._base.switches:
             for path in self.entries.keys() & other.entries.keys():
                 shared = torch.isin(self.entries[path].index, other.entries[path].index)
@@ -91,14 +110,16 @@ class Switch:
                         f"entries in use by another delta: {int(shared.sum()):,} of {path}; take "
                         "that one off first, or join the two with howfine compose"
                     )
+        self._base.switches.append(self)  # first: who interrupts the writing can still go back
         for entry in self.entries.values():
-            entry.flat.scatter_(0, entry.index, entry.new)  # a third of index_put_'s time
-        self._base.switches.append(self)
+            entry.write(entry.new)
 
     def off(self) -> None:
-        """Write the old values back."""
+        """Write the old values back, unless they are there."""
+        if self not in self._base.switches:
+            return
         for entry in self.entries.values():
-            entry.flat.scatter_(0, entry.index, entry.old)
+            entry.write(entry.old)
         self._base.switches.remove(self)
 
 
@@ -116,20 +137,8 @@ def unpack(base: Base, tensors: Tensors) -> Change:
                 f"({tensor.dtype}), which the base {base.name} has not; the file is damaged, or "
                 "made for another model"
             )
-    in_place = {p: t for p, t in tensors.items() if base.parameter(p).is_contiguous()}
+    switch = Switch(base, tensors)
     with all_or_nothing() as undo:
-        for path in tensors.keys() - in_place.keys():
-            undo.append(_replace(base, path, tensors[path]))
-        switch = Switch(base, in_place)
-        switch.on()
         undo.append(switch.off)
+        switch.on()
         return Change({}, undo, parts={"switch": switch})
-
-
-def _replace(base: Base, path: str, tensor: Tensor) -> Undo:
-    """The same for a parameter whose memory can't be written as one row: a copy takes its place."""
-    index, new = flat_entries(tensor)
-    value = base.original(path).flatten()
-    value = value.index_put((index.to(value.device),), new.to(value.device, value.dtype))
-    parameter = base.parameter(path)
-    return surgery.replace(base.towers, path, as_parameter(value.view(parameter.shape), parameter))

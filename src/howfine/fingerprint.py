@@ -51,6 +51,15 @@ def _values(parameter: Tensor) -> npt.NDArray[Any]:
     return parameter.detach().to(device="cpu", dtype=torch.float32).contiguous().numpy()
 
 
+def of_path(path: Path) -> str:
+    """SHA-256 of a file, or of the weight files in a folder; "" where there is neither."""
+    if path.is_dir():
+        files = sorted(p for p in path.iterdir() if p.suffix in (".safetensors", ".bin", ".gguf"))
+        named = "".join(f"{file.name}:{of_file(file)}\n" for file in files)
+        return hashlib.sha256(named.encode()).hexdigest()
+    return of_file(path) if path.is_file() else ""
+
+
 def of_file(path: Path) -> str:
     """SHA-256 of a file's bytes, cached under the file's state: see `_state`."""
     key = f"{path.resolve()}|{_state(path)}"

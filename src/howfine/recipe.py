@@ -10,7 +10,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
-from howfine import plugins
+from howfine import fingerprint, plugins
 from howfine.codec import PRECISIONS
 from howfine.errors import SettingError, near
 from howfine.method import Method, methods
@@ -170,12 +170,13 @@ class Recipe:
             part, name = self._home(key)
             parts.setdefault(part, {})[name] = value
         found = self
-        if isinstance(self.start, Recipe):
-            # Phases share a readout; what else an earlier one is told begins with "start".
-            before = parts.pop("start", {}) | parts.get("readout", {})
-            found = dataclasses.replace(found, start=self.start.override(**before))
         if "start" in parts:
-            found = dataclasses.replace(found, start=str(parts.pop("start")["start"]))
+            start = _start(parts.pop("start")["start"], self.name, self.readout)
+            found = dataclasses.replace(found, start=start)
+        if isinstance(found.start, Recipe):
+            # Phases share a readout; what else an earlier one is told begins with "start".
+            before = parts.pop("before", {}) | parts.get("readout", {})
+            found = dataclasses.replace(found, start=found.start.override(**before))
         for part, changed in parts.items():
             if part == "store":
                 found = dataclasses.replace(found, **changed)
@@ -194,13 +195,11 @@ class Recipe:
 
         "store", "start" and "outside" are their own; "start_epochs" are epochs of the phase before.
         """
-        known = {"store": "store"}
+        known = {"store": "store", "start": "start"}
         if self.method.keeps_out:
             known["outside"] = "outside"
         if isinstance(self.start, Recipe) and key.startswith("start_"):
-            return "start", key.removeprefix("start_")
-        if not isinstance(self.start, Recipe):
-            known["start"] = "start"
+            return "before", key.removeprefix("start_")
         for part in ("readout", "method", "training"):
             known |= dict.fromkeys((f.name for f in dataclasses.fields(getattr(self, part))), part)
         if key not in known:
@@ -218,14 +217,14 @@ class Recipe:
             "training": plugins.settings_of(self.training),
             "store": self.store,
             **({} if self.start is None else {"start": self._start_as_dict()}),
-            **({"outside": list(self.outside)} if self.outside else {}),
+            **({"outside": list(map(_with_content, self.outside))} if self.outside else {}),
         }
 
     def _start_as_dict(self) -> Any:
         if isinstance(self.start, Recipe):
             record = self.start.as_dict()
             return {key: value for key, value in record.items() if key != "recipe"}
-        return self.start
+        return None if self.start is None else _with_content(self.start)
 
 
 def recipes() -> list[str]:
@@ -256,10 +255,26 @@ def _shipped() -> dict[str, str]:
 
 def _start(raw: Any, name: str, readout: Readout) -> Recipe | str | None:
     """The phase before, inline or a recipe's name, with the same readout; or a path."""
-    if raw is None or (isinstance(raw, str) and raw not in recipes()):
-        return raw
-    found = Recipe.load(raw) if isinstance(raw, str) else Recipe.parse(f"{name}, start", raw)
-    return dataclasses.replace(found, readout=readout, knob={})
+    if isinstance(raw, Path) or (isinstance(raw, str) and raw not in recipes()):
+        return str(raw)
+    if raw is None or isinstance(raw, Recipe):
+        found = raw
+    else:
+        found = Recipe.load(raw) if isinstance(raw, str) else Recipe.parse(f"{name}, start", raw)
+    return found and _reading(found, readout)
+
+
+def _reading(recipe: Recipe, readout: Readout) -> Recipe:
+    """A phase and those before it with another readout."""
+    start = recipe.start
+    if isinstance(start, Recipe):
+        start = _reading(start, readout)
+    return dataclasses.replace(recipe, readout=readout, start=start, knob={})
+
+
+def _with_content(path: str) -> dict[str, str]:
+    """A file or folder that a fit depends on: what it holds counts, not only its name."""
+    return {"path": path, "sha256": fingerprint.of_path(Path(path))}
 
 
 def _outside(raw: Any) -> tuple[str, ...]:

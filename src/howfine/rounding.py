@@ -34,9 +34,14 @@ class Rounding:
     # Share of the steps, the last ones, that are taken so.
     share: float
 
+    @property
+    def coarse(self) -> bool:
+        """Whether what is stored differs enough from what is trained to matter."""
+        return self.store not in FINE
+
     def due(self, progress: float) -> bool:
         """Whether a step at `progress` (0 to 1) of the training is one of them."""
-        return self.store not in FINE and progress >= 1 - self.share
+        return self.coarse and progress >= 1 - self.share
 
     @contextmanager
     def stored(self) -> Iterator[None]:

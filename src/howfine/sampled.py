@@ -139,7 +139,7 @@ class Put(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, weight: Tensor, index: Tensor, values: Tensor) -> Tensor:
         ctx.save_for_backward(index)
-        made = weight.clone()
+        made = weight.clone(memory_format=torch.contiguous_format)
         made.view(-1)[index] = values.to(made.dtype)
         return made
 

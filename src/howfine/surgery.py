@@ -86,10 +86,14 @@ def reweight(model: nn.Module, path: str, gate: nn.Module) -> Undo:
 
 def rewire(module: nn.Module, forward: Callable[..., Tensor]) -> Undo:
     """Let a module compute by `forward` instead of its own: the same outputs, another backward."""
+    before = module.__dict__.get("forward")  # an instance's own: accelerate's hooks are
     module.forward = forward
 
     def undo() -> None:
-        del module.__dict__["forward"]
+        if before is None:
+            del module.__dict__["forward"]
+        else:
+            module.forward = before
 
     return undo
 

@@ -170,14 +170,15 @@ class PartsTrainer(Trainer):
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """Trainer's, of what would be stored now: the best state is to be the best file."""
-        with self._as_stored():
+        with self._as_stored(evaluating=True):
             return super().evaluation_loop(*args, **kwargs)
 
-    def _as_stored(self) -> AbstractContextManager[None]:
+    def _as_stored(self, evaluating: bool = False) -> AbstractContextManager[None]:
         made = self.parts
         training, store = made.recipe.training, made.recipe.store
         rounding = Rounding(made.recipe.method, made.change, made.head, store, training.rounding)
-        due = rounding.due(self.state.global_step / max(1, self.state.max_steps))
+        progress = self.state.global_step / max(1, self.state.max_steps)
+        due = rounding.coarse if evaluating else rounding.due(progress)
         return rounding.stored() if due else nullcontext()
 
     def compute_loss(

@@ -69,6 +69,7 @@ class _Gate(nn.Module):
 
     def forward(self, weight: Tensor) -> Tensor:
         if self.training:
+            self.region.forget()  # fused optimisers write scores without counting versions up
             return _Soft.apply(self.scores, weight, self.tuned, self.held, self.region.bias)
         return torch.where(self.region.masks()[self.path], self.tuned, weight)
 
@@ -80,6 +81,10 @@ class _Region:
         self.bias, self.size = bias, size  # size 0: by rounding
         self.gates: dict[str, _Gate] = {}
         self._made: tuple[list[int], dict[str, Tensor]] | None = None
+
+    def forget(self) -> None:
+        """Training goes on: what was settled is out of date."""
+        self._made = None
 
     def masks(self) -> dict[str, Tensor]:
         """γ by path, made again whenever a score was written."""

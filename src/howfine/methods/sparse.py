@@ -1,11 +1,11 @@
 """Train k chosen entries of the base and nothing else: θ + w at the places, θ elsewhere.
 
 The places are drawn at random (Sung et al. 2021's control), or are those that moved most in an
-earlier training (movement; diff pruning's non-adaptive baseline, Guo et al. 2021), have the largest
-gradient, Fisher information E[(∂L/∂θ)²] (FISH mask, Sung et al. 2021, eq. 4) or saliency |θ·∂L/∂θ|,
-or are those of an earlier delta, such as the support that a learned gate found (diff pruning,
-stage 3). With `regrow`, some of an earlier delta's places are given up for others, as in RigL
-(Evci et al. 2020), once a phase.
+earlier training (movement; diff pruning's non-adaptive baseline, Guo et al. 2021), or those of
+largest gradient, Fisher information E[(∂L/∂θ)²] (FISH mask, Sung et al. 2021, eq. 4, with the
+gradients of batches for those of examples) or saliency |θ·∂L/∂θ|, or those of an earlier delta,
+such as the support that a learned gate found (diff pruning, stage 3). With `regrow`, some of an
+earlier delta's places are given up for others, as in RigL (Evci et al. 2020), once a phase.
 
 Optimiser state and gradients exist for k numbers: see `howfine.sampled`.
 """
@@ -52,7 +52,7 @@ class _Copy:
 
     def __init__(self, overlay: _Overlay, weight: Tensor) -> None:
         self.overlay = overlay
-        self.weight = weight.detach().clone()
+        self.weight = weight.detach().clone(memory_format=torch.contiguous_format)
         columns = overlay.shape[1]
         index = overlay.index
         shape = (overlay.shape[0], columns)
@@ -170,9 +170,15 @@ class Sparse(Method):
         """The start's places without the least moved, and as many others by score."""
         count = sum(map(len, held.values()))
         given_up = round(self.regrow * count)
-        kept = entries.strongest(moved, count - given_up)
         if not given_up:
-            return kept
+            return held
+        free = sum(base.parameter(path).numel() for path in paths) - count
+        if free < given_up or given_up == count:
+            raise SettingError(
+                f"sparse regrow {self.regrow}: {given_up:,} of {count:,} places would be given up, "
+                f"and {free:,} others are free; start from a sparser change, or lower regrow"
+            )
+        kept = entries.strongest(moved, count - given_up)
         scores = self._scores(base, paths, probe)
         for path, index in held.items():
             scores[path] = scores[path].flatten().clone()
@@ -209,7 +215,8 @@ class Sparse(Method):
             }
         found = probe.gradients(base, paths, _GRADIENT[self.by], probe.start)
         if self.by == "saliency":
-            found = {p: g.abs() * base.original(p).abs() for p, g in found.items()}
+            weights = {p: probe.start.get(p, base.original(p)) for p in found}
+            found = {p: g.abs() * weights[p].abs() for p, g in found.items()}
         return found if self.by != "gradient" else {p: g.abs() for p, g in found.items()}
 
     def pack(self, base: Base, change: Change) -> Tensors:
@@ -221,7 +228,11 @@ class Sparse(Method):
         }
 
     def stored(self, change: Change, store: str) -> Tensors:
-        return {"values": rounded(change.trainable["values"], store)}
+        values = change.trainable["values"].detach()
+        moved = torch.cat([part.now() != part.original for part in change.parts.values()])
+        made = values.clone()  # what did not move is not stored, and has no say in the scale
+        made[moved] = rounded(values[moved], store).to(values.device)
+        return {"values": made}
 
     def groups(self, change: Change) -> list[dict[str, Any]]:
         # Decay would pull the weights towards the base's, unevenly: Adam has scaled their steps.
