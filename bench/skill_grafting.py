@@ -1,4 +1,4 @@
-"""Skill grafting's claims on MiniLM: small regions, calibration, overlap, several tasks, a sequence.
+"""Skill grafting's claims on MiniLM: size of regions, calibration, overlap, tasks in a row.
 
     python bench/skill_grafting.py --data DIR [--tasks sst2,mrpc,qnli] [--minutes 90]
                                    [--page | --smoke]
@@ -7,7 +7,7 @@ Each task is fine-tuned once a seed; regions are found in that change and grafte
 equal sizes, beside controls. Runs what the ledger lacks, a line each, the most telling first, and
 stops between two runs when the time is up. Call it again to go on: files of changes are kept under
 --work, and made again where they are gone. `--page` writes docs/results/skill-grafting.md and runs
-nothing; `--smoke` runs every cell once on 64 rows and a few steps, into a ledger of its own.
+nothing; `--smoke` runs every cell once on 32 rows and two steps, into a ledger of its own.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import os
 import platform
-import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -186,14 +185,16 @@ class Bench:
         task = self.cells.task(run.task)
         path = self.cells.get(run.task, run.cell, run.seed)
         delta = Delta.load(path)
-        result = evaluate(delta, self.base, task, split="test", temperature_from="dev")
+        heated = "dev" if run.cell in ("ft", f"learned@{REGION}") else None
+        result = evaluate(delta, self.base, task, split="test", temperature_from=heated)
         assert result.calibration is not None
         count = entries_changed(delta, self.base)
         found: Record = {"task": run.task, "cell": run.cell, "seed": run.seed}
         found |= {"score": result.scores.get("accuracy", result.value), "n": result.n}
         found |= {"ece": result.calibration["ece"], "ece_10": result.calibration["ece_10"]}
-        found |= {"tempered": result.calibration["temperature"]["ece"]}
-        found |= {"temperature": result.calibration["temperature"]["value"]}
+        if heated:
+            found["tempered"] = result.calibration["temperature"]["ece"]
+            found["temperature"] = result.calibration["temperature"]["value"]
         found |= {"dev": float(delta.score.get("value", 0.0))}
         found |= {"entries": count, "density": count / self.entries, "bytes": path.stat().st_size}
         labels = [example.label for example in task.splits["test"]]
@@ -216,11 +217,18 @@ class Bench:
         """Every ordered pair of learned regions of the middle size that are there."""
         cell, records = f"learned@{REGION}", self.ledger.records()
         there = [r for r in records.values() if r.get("cell") == cell]
-        files = {(r["task"], r["seed"]): self.cells.get(r["task"], cell, r["seed"]) for r in there}
+        names = [(r["task"], r["seed"]) for r in there]
+        if all(_pair(a, b) in records for a in names for b in names if a != b):
+            return
+        files = {name: self.cells.get(name[0], cell, name[1]) for name in names}
         for record in overlap(self.base, files, self.entries):
-            key = "overlap/{by}-s{by_seed}/{of}-s{of_seed}".format(**record)
-            if key not in records:
+            pair = ((record["by"], record["by_seed"]), (record["of"], record["of_seed"]))
+            if (key := _pair(*pair)) not in records:
                 yield {**record, "key": key}
+
+
+def _pair(by: tuple[str, int], of: tuple[str, int]) -> str:
+    return f"overlap/{by[0]}-s{by[1]}/{of[0]}-s{of[1]}"
 
 
 if __name__ == "__main__":

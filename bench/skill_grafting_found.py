@@ -15,6 +15,9 @@ REGION = "0.01"
 # Tasks that stand beside another one only for the overlap of regions.
 SIMILAR = {"rotten-tomatoes": "sst2", "qqp": "mrpc"}
 
+# (share of the entries, accuracy) from small to large.
+Curve = list[tuple[float, float]]
+
 
 class Found:
     """The ledger's records, by task, cell and seed."""
@@ -54,21 +57,38 @@ class Found:
             return None
         return [statistics.fmean(column) for column in zip(*known, strict=True)]
 
-    def curve(self, task: str, kind: str, end: str = "ft") -> list[tuple[float, float]]:
-        """(share of the entries, accuracy) from small to large, over the seeds of all of it."""
-        grid = [density for density in GRID if self.rows(task, f"{kind}@{density}")]
-        full = [d for d in grid if self._seeds(task, f"{kind}@{d}") >= self._seeds(task, end)]
-        grid = full if len(full) > 1 else grid
-        means = self.means(task, [*(f"{kind}@{density}" for density in grid), end])
+    def curves(
+        self, task: str, kinds: Sequence[str], end: str = "ft", also: Sequence[str] = ("head",)
+    ) -> tuple[list[Curve], list[float]] | None:
+        """A curve for each kind and the accuracies of `also`, all over the same sizes and seeds.
+
+        Sizes that not every seed has are left out, unless fewer than two are left. None where runs
+        are lacking.
+        """
+        sizes = {d: [f"{kind}@{d}" for kind in kinds] for d in GRID}
+        begun = [d for d in GRID if all(self._seeds(task, cell) for cell in sizes[d])]
+        whole = [
+            d
+            for d in begun
+            if all(self._seeds(task, c) >= self._seeds(task, end) for c in sizes[d])
+        ]
+        grid = whole if len(whole) > 1 else begun
+        cells = [f"{kind}@{d}" for kind in kinds for d in grid]
+        means = self.means(task, [*cells, end, *also])
         if means is None or not grid:
-            return []
-        return [*zip(map(float, grid), means, strict=False), (1.0, means[-1])]
+            return None
+        last = (1.0, means[len(cells)])
+        found = [
+            [*zip(map(float, grid), means[n * len(grid) : (n + 1) * len(grid)], strict=True), last]
+            for n in range(len(kinds))
+        ]
+        return found, means[len(cells) + 1 :]
 
     def _seeds(self, task: str, cell: str) -> set[int]:
         return {row["seed"] for row in self.rows(task, cell)}
 
 
-def needed(curve: Sequence[tuple[float, float]], target: float) -> float:
+def needed(curve: Curve, target: float) -> float:
     """The share of the entries at which a curve first reaches the target.
 
     Between two points by the logarithm of the share. The first share where that reaches it.

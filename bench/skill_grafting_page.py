@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+import textwrap
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -19,6 +20,7 @@ NAMES = {
     "bitfit": "BitFit: biases trained",
 }
 KINDS = {"same": "the same task", "like": "like tasks", "unlike": "unlike tasks"}
+KINDS |= {f"{kind}, one seed": f"{text}, one seed" for kind, text in KINDS.items()}
 
 
 def write(
@@ -44,26 +46,26 @@ def _intro(found: Found, sizes: Mapping[str, tuple[int, int]], test: int) -> str
     tested = {r["task"]: r["n"] for r in found.cells.values()}
     tests = ", ".join(f"{task} {n:,}" for task, n in tested.items()) or "none yet"
     seeds = ", ".join(map(str, sorted({seed for _, _, seed in found.cells}))) or "none yet"
-    return f"""# Skill grafting
-
-Written by `python bench/skill_grafting.py` from {len(found.records)} records of {dates[0]} to
-{dates[-1]} on {machines}. Base MiniLM (6 × 384, the embedded base). Training:
-{trained}; 3 epochs of AdamW, batches of 16, bf16. Seeds {seeds}; the
-column *seeds* says how many a row has. Test rows (official dev or test sets, cut to {test:,} by a
-fixed sample): {tests}. Accuracy throughout, for MRPC and QQP too. Figures
-are of files, loaded again, but for one body tuned on task after task, which is scored in memory.
-
-The letters are those of claims taken from Panigrahi, Saunshi, Zhao & Arora 2023 (arXiv 2302.06600),
-on RoBERTa-base with prompts. What is checked is whether they carry over to a small base, a linear
-head and two thousand rows; no figure here is the paper's.
-
-θ_ft moves all of the blocks; embeddings stay the base's. Shares are of the blocks' entries. Every
-graft has θ_ft's head. *learned* is the mask's training (20 steps of 256 examples), *movement* the
-entries that moved most, *random* as many at random: values are θ_ft's and nothing is trained.
-*zero* is θ_ft in the region and 0 elsewhere. *wise* is θ + α Δ. *retrain* trains a learned region's
-entries from the base on, with θ_ft's head to begin with. ECE has 15 bins; *with T* is after a
-temperature fitted on held-out rows. Both in percent.
-"""
+    paragraphs = [
+        f"Written by `python bench/skill_grafting.py` from {len(found.records)} records of "
+        f"{dates[0]} to {dates[-1]} on {machines}. Base MiniLM (6 × 384, the embedded base). "
+        f"Training: {trained}; 3 epochs of AdamW, batches of 16, bf16. Seeds {seeds}; the column "
+        "*seeds* says how many a row has. Test rows (official dev or test sets, cut to "
+        f"{test:,} by a fixed sample): {tests}. Accuracy throughout, for MRPC and QQP too. Figures "
+        "are of files, loaded again, but for one body tuned on task after task, which is scored "
+        "in memory.",
+        "The letters are those of claims taken from Panigrahi, Saunshi, Zhao & Arora 2023 (arXiv "
+        "2302.06600), on RoBERTa-base with prompts. What is checked is whether they carry over to "
+        "a small base, a linear head and two thousand rows; no figure here is the paper's.",
+        "θ_ft moves all of the blocks; embeddings stay the base's. Shares are of the blocks' "
+        "entries. Every graft has θ_ft's head. *learned* is the mask's training (20 steps of 256 "
+        "examples), *movement* the entries that moved most, *random* as many at random: values "
+        "are θ_ft's and nothing else is trained. *zero* is θ_ft in the region and 0 elsewhere. "
+        "*wise* is θ + α Δ. *retrain* trains a learned region's entries from the base on, with "
+        "θ_ft's head to begin with. ECE has 15 bins; *with T* is after a temperature fitted on "
+        "held-out rows. Both in percent.",
+    ]
+    return "\n\n".join(["# Skill grafting", *(textwrap.fill(p, 100) for p in paragraphs), ""])
 
 
 def _scores(found: Found, task: str) -> list[str]:
@@ -77,10 +79,11 @@ def _scores(found: Found, task: str) -> list[str]:
         def mean(of: str, rows: list[Record] = rows) -> float:
             return statistics.fmean(float(row[of]) for row in rows)
 
+        tempered = f"{100 * mean('tempered'):.1f}" if "tempered" in rows[0] else ""
         lines.append(
             f"| {_name(cell)} | {len(rows)} | {statistics.fmean(values):.1f} | {spread} "
             f"| {mean('entries'):,.0f} ({mean('density'):.2%}) | {100 * mean('ece'):.1f} "
-            f"| {100 * mean('tempered'):.1f} | {mean('bytes'):,.0f} |"
+            f"| {tempered} | {mean('bytes'):,.0f} |"
         )
     tuned = found.rows(task, "ft")
     if not tuned:
@@ -120,7 +123,7 @@ def _overlaps(found: Found) -> list[str]:
     for kind, rows in groups.items():
         for row in rows:
             both = " and ".join(sorted((row["by"], row["of"])))
-            pairs.setdefault((both, KINDS.get(kind, kind)), []).append(row)
+            pairs.setdefault((both, KINDS[kind]), []).append(row)
     for (both, kind), rows in pairs.items():
         share, chance = (statistics.fmean(r[of] for r in rows) for of in ("overlap", "chance"))
         lines.append(f"| {both} | {kind} | {len(rows)} | {share:.1%} | {chance:.1%} |")

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import statistics
 
-from skill_grafting_found import REGION, SIMILAR, Found, needed
+from skill_grafting_found import REGION, SIMILAR, Curve, Found, needed
+
+from howfine.ledger import Record
 
 SMALL, LARGE = "0.001", "0.1"
 KINDS = ("learned", "movement", "random")
@@ -14,6 +16,7 @@ ALIKE, LEAST_GAIN, LEAST_FORGOTTEN = 0.02, 0.02, 0.01
 SEVERAL = 3.0
 Verdict = tuple[str, str]
 _NONE = "Not run."
+_PENALTY = "AdamW with an ℓ1 penalty: not run."
 
 
 def verdicts(found: Found) -> list[Verdict]:
@@ -41,8 +44,9 @@ def _order(found: Found) -> Verdict:
     learned, movement, random, pre, tuned = means
     holds = learned >= movement > random and abs(random - pre) <= ALIKE
     text = (
-        f"{_said(holds)} Mean over tasks: learned {_points(learned)}, movement {_points(movement)}, "
-        f"random {_points(random)}; none at all {_points(pre)}, fine-tuned {_points(tuned)}."
+        f"{_said(holds)} Mean over tasks: learned {_points(learned)}, movement "
+        f"{_points(movement)}, random {_points(random)}; none at all {_points(pre)}, fine-tuned "
+        f"{_points(tuned)}. {_ahead(found)}"
     )
     tasks = {task: found.means(task, cells[:3]) for task in found.tasks}
     text += " By task: " + ", ".join(
@@ -56,6 +60,17 @@ def _order(found: Found) -> Verdict:
     return name, f"{text}. Best less worst of the three, by share: {', '.join(spreads)} points."
 
 
+def _ahead(found: Found) -> str:
+    """In how many runs the mask's training is ahead of movement."""
+    gaps = [
+        record["score"] - found.cells[task, f"movement@{SMALL}", seed]["score"]
+        for (task, cell, seed), record in found.cells.items()
+        if cell == f"learned@{SMALL}" and (task, f"movement@{SMALL}", seed) in found.cells
+    ]
+    ahead, level = sum(gap > 0 for gap in gaps), sum(gap == 0 for gap in gaps)
+    return f"Learned is ahead of movement in {ahead} of {len(gaps)} runs, level in {level}."
+
+
 def _size(found: Found) -> Verdict:
     name = (
         f"G5: for {KEPT:.0%} of the gain over the frozen base with its own head, a learned region "
@@ -63,20 +78,22 @@ def _size(found: Found) -> Verdict:
     )
     said, ratios = [], []
     for task in found.tasks:
-        ends = found.means(task, ["head", "ft"])
-        curves = [found.curve(task, kind) for kind in KINDS[:2]]
-        if ends is None or not all(curves):
+        known = found.curves(task, KINDS[:2], also=("head", "pre"))
+        if known is None:
             continue
-        if ends[1] - ends[0] < LEAST_GAIN:
-            gain = _points(ends[1] - ends[0])
-            said.append(f"{task}: void, fine-tuning gains {gain} points only")
+        (learned, movement), (head, pre) = known
+        gain = learned[-1][1] - head
+        target = head + KEPT * gain
+        if gain < LEAST_GAIN or pre >= target:
+            why = f"gains {_points(gain)} points" if gain < LEAST_GAIN else "needs no graft at all"
+            said.append(f"{task}: void, fine-tuning {why}")
             continue
-        target = ends[0] + KEPT * (ends[1] - ends[0])
-        learned, movement = (needed(curve, target) for curve in curves)
-        ratios.append(movement / learned)
+        sizes = [needed(curve, target) for curve in (learned, movement)]
+        ratios.append(sizes[1] / sizes[0])
+        shares = [_share(*pair) for pair in zip(sizes, (learned, movement), strict=True)]
         said.append(
-            f"{task}: {_points(target)} needs {_share(learned)} learned, {_share(movement)} by "
-            f"movement ({movement / learned:.1f} times)"
+            f"{task}: {_points(target)} needs {shares[0]} learned, {shares[1]} by movement "
+            f"({ratios[-1]:.1f} times)"
         )
     if not said:
         return name, _NONE
@@ -85,7 +102,9 @@ def _size(found: Found) -> Verdict:
     return name, f"{verdict} {'; '.join(said)}. {interpolated}; the last step is 10 % to 100 %."
 
 
-def _share(value: float) -> str:
+def _share(value: float, curve: Curve) -> str:
+    if value == curve[0][0]:
+        return f"at most {value:.2%}"
     return "all of it" if value == 1 else f"{value:.2%}"
 
 
@@ -129,13 +148,13 @@ def _interpolation(found: Found, task: str, accuracy: float) -> str:
     cells = [c for t, c, _ in found.cells if t == task and c.startswith("wise@")]
     nearest = []
     for cell in dict.fromkeys(cells):
-        score, error = (found.means(task, [cell], of) for of in ("score", "ece"))
-        assert score is not None and error is not None
-        nearest.append((abs(score[0] - accuracy), cell.removeprefix("wise@"), score[0], error[0]))
+        rows = found.rows(task, cell)
+        score, error = (statistics.fmean(row[of] for row in rows) for of in ("score", "ece"))
+        nearest.append((abs(score - accuracy), cell.removeprefix("wise@"), score, error))
     if not nearest:
         return ""
-    _, alpha, score_, error_ = min(nearest)
-    return f", θ + {alpha} Δ {_points(error_)} at {_points(score_)}"
+    _, alpha, score, error = min(nearest)
+    return f", θ + {alpha} Δ {_points(error)} at {_points(score)}"
 
 
 def _sgd(found: Found) -> Verdict:
@@ -147,22 +166,20 @@ def _sgd(found: Found) -> Verdict:
     best = max(runs, key=lambda record: record["dev"])
     task, seed = best["task"], best["seed"]
     one = Found({r["key"]: r for r in found.cells.values() if r["seed"] == seed})
-    ends = one.means(task, ["head", "ft", best["cell"]])
-    if ends is None:
+    adam = one.curves(task, ["learned"])
+    sgd = one.curves(task, ["sgd:learned"], best["cell"])
+    if adam is None or sgd is None:
         return name, _NONE
-    figures = f"{task}, one seed: AdamW {_points(ends[1])}, SGD {_points(ends[2])}"
-    figures += f" (rate {best['cell'].removeprefix('sgd-')}), head alone {_points(ends[0])}"
-    if abs(ends[2] - ends[1]) > ALIKE or min(ends[1:]) - ends[0] < LEAST_GAIN:
-        return (
-            name,
-            f"Void: the two are not alike, or gain too little. {figures}. AdamW+ℓ1: not run.",
-        )
-    sizes = [
-        needed(one.curve(task, kind, end), ends[0] + KEPT * (ends[place] - ends[0]))
-        for kind, end, place in (("learned", "ft", 1), ("sgd:learned", best["cell"], 2))
-    ]
-    text = f"{figures}. {KEPT:.0%} of each one's gain: AdamW {_share(sizes[0])}, SGD"
-    return name, f"{_said(sizes[1] < sizes[0])} {text} {_share(sizes[1])}. AdamW+ℓ1: not run."
+    head, curves = adam[1][0], (adam[0][0], sgd[0][0])
+    ends = [curve[-1][1] for curve in curves]
+    figures = f"{task}, one seed: AdamW {_points(ends[0])}, SGD {_points(ends[1])}"
+    figures += f" (rate {best['cell'].removeprefix('sgd-')}), head alone {_points(head)}"
+    if abs(ends[0] - ends[1]) > ALIKE or min(ends) - head < LEAST_GAIN:
+        return name, f"Void: the two are not alike, or gain too little. {figures}. {_PENALTY}"
+    sizes = [needed(curve, head + KEPT * (curve[-1][1] - head)) for curve in curves]
+    shares = [_share(*pair) for pair in zip(sizes, curves, strict=True)]
+    text = f"{figures}. {KEPT:.0%} of each one's gain: AdamW {shares[0]}, SGD {shares[1]}"
+    return name, f"{_said(sizes[1] < sizes[0])} {text}. {_PENALTY}"
 
 
 def _overlap(found: Found) -> Verdict:
@@ -179,36 +196,38 @@ def _overlap(found: Found) -> Verdict:
     return name, f"{_said(chance < shares[0] < 0.2 and shares[1] > shares[0])} {text}."
 
 
-def overlaps(found: Found) -> dict[str, list[dict[str, object]] | list]:  # type: ignore[type-arg]
-    """Pairs of regions found with unequal seeds: of one task, of like tasks, of unlike ones."""
-    groups: dict[str, list] = {}  # type: ignore[type-arg]
+def overlaps(found: Found) -> dict[str, list[Record]]:
+    """Pairs of regions: of one task, of like tasks, of unlike ones; those of one seed apart."""
+    groups: dict[str, list[Record]] = {}
     for record in found.about("overlap"):
         by, of = record["by"], record["of"]
-        if record["by_seed"] == record["of_seed"]:
-            groups.setdefault("same seed", []).append(record)
-            continue
         alike = SIMILAR.get(by) == of or SIMILAR.get(of) == by
         kind = "same" if by == of else "like" if alike else "unlike"
-        groups.setdefault(kind, []).append(record)
+        apart = "" if record["by_seed"] != record["of_seed"] else ", one seed"
+        groups.setdefault(kind + apart, []).append(record)
     return groups
 
 
 def _effect(found: Found) -> Verdict:
-    name = "G10: in one model of all tasks a region brings 80 % of its own task's gain, 30 % at most of another's"
+    name = (
+        "G10: in one model of all tasks a region brings 80 % of its own task's gain or more, and "
+        "30 % of another's at most"
+    )
     records = found.about("multi")
     if not records:
         return name, "Not run: it needs one model trained on all tasks."
-    table = records[0]["effect"]
-    own = [row[number] for number, row in enumerate(table)]
-    others = [v for i, row in enumerate(table) for j, v in enumerate(row) if i != j]
-    holds = min(own) >= 0.8 and max(others) <= 0.3
-    figures = ", ".join(
-        f"{task} {value:.2f}" for task, value in zip(records[0]["tasks"], own, strict=True)
-    )
-    return (
-        name,
-        f"{_said(holds)} Own task: {figures}; another's: {min(others):.2f} to {max(others):.2f}.",
-    )
+    record = records[0]
+    gains = [high - low for low, high in zip(record["before"], record["tuned"], strict=True)]
+    counted = [place for place, gain in enumerate(gains) if gain >= LEAST_GAIN]
+    tasks, table = record["tasks"], record["effect"]
+    own = {tasks[t]: table[t][t] for t in counted}
+    others = [table[i][t] for t in counted for i in range(len(tasks)) if i != t]
+    if len(counted) < 2:
+        return name, "Void: the model of all tasks gains too little over the base with its head."
+    holds = min(own.values()) >= 0.8 and max(others) <= 0.3
+    figures = ", ".join(f"{task} {value:.2f}" for task, value in own.items())
+    text = f"Own task: {figures}; another's: {min(others):.2f} to {max(others):.2f}. One seed"
+    return name, f"{_said(holds)} {text}, tasks that gain 2 points or more."
 
 
 def forgotten(scores: list[list[float]]) -> float:
@@ -232,12 +251,18 @@ def _sequence(found: Found) -> Verdict:
         for own, both in list(zip(r["own"], r["union"], strict=True))[:-1]
     )
     last = [
-        statistics.fmean(v)
-        for v in zip(*((r["sequential"][-1][-1], r["union"][-1]) for r in records), strict=True)
+        statistics.fmean(scores)
+        for scores in (
+            [r["sequential"][-1][-1] for r in records],
+            [r["union"][-1] for r in records],
+        )
     ]
-    text = f"{' → '.join(records[0]['order'])}, {len(records)} seeds: one body forgets {_points(naive)}"
-    text += f" points, the union {_points(union)}, a graft by itself none (no later training reaches its "
-    text += f"file). Last task: {_points(last[0])} one body, {_points(last[1])} union."
+    text = (
+        f"{' → '.join(records[0]['order'])}, seeds: {len(records)}. One body tuned on forgets "
+        f"{_points(naive)} points, the union {_points(union)}; a graft by itself none, as no later "
+        f"training reaches its file. Last task: {_points(last[0])} one body, {_points(last[1])} "
+        "union."
+    )
     if naive < LEAST_FORGOTTEN:
         return name, f"Void: too little is forgotten to begin with. {text}"
     return name, f"{_said(union <= naive / 4 and last[1] >= last[0] - ALIKE)} {text}"
