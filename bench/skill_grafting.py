@@ -29,6 +29,7 @@ from skill_grafting_several import continual, multi, overlap
 
 from howfine.base import Base
 from howfine.delta import Delta
+from howfine.errors import HowfineError, SettingError
 from howfine.evaluate import evaluate
 from howfine.ledger import Ledger, Record
 from howfine.task import DATA_VARIABLE
@@ -158,14 +159,21 @@ class Bench:
             if time.monotonic() > self.deadline:
                 print("time is up; call again to go on")
                 return
-            if run.cell.startswith("sgd:"):
-                self.cells.sgd = self.best_sgd()
-            start = time.perf_counter()
-            for record in self.measured(run):
-                record |= {"wall_seconds": round(time.perf_counter() - start, 1)}
-                record |= {"machine": f"{os.cpu_count()} CPU cores ({platform.machine()})"}
-                self.ledger.add({**record, "date": date.today().isoformat()})
-                print(record["key"], record.get("score", ""), record["wall_seconds"], flush=True)
+            try:
+                if run.cell.startswith("sgd:"):
+                    self.cells.sgd = self.best_sgd()
+                self.write(run)
+            except HowfineError as error:  # not recorded: the next call tries again
+                print(run.key, f"failed: {error}", flush=True)
+
+    def write(self, run: Run) -> None:
+        """Measure a run and add its lines to the ledger."""
+        start = time.perf_counter()
+        for record in self.measured(run):
+            record |= {"wall_seconds": round(time.perf_counter() - start, 1)}
+            record |= {"machine": f"{os.cpu_count()} CPU cores ({platform.machine()})"}
+            self.ledger.add({**record, "date": date.today().isoformat()})
+            print(record["key"], record.get("score", ""), record["wall_seconds"], flush=True)
 
     def measured(self, run: Run) -> Iterator[Record]:
         """The records of a run: one, or of overlaps one a pair that has none yet."""
@@ -203,6 +211,8 @@ class Bench:
         if run.cell == "ft" or run.cell.startswith("sgd-"):
             fitted = evaluate(delta, self.base, task, split="train")
             found["train_score"] = fitted.scores.get("accuracy", fitted.value)
+        if run.cell.startswith(("zero-", "wise@")):
+            path.unlink()  # as large as θ_ft, made in a second, and no other cell needs it
         return found
 
     def best_sgd(self) -> str:
@@ -210,6 +220,8 @@ class Bench:
         records = self.ledger.records()
         keys = [Run(SGD_TASK, f"sgd-{rate}", SEEDS[0]).key for rate in SGD_RATES]
         done = [records[key] for key in keys if key in records]
+        if not done:
+            raise SettingError("no fine-tuning by SGD ran, so there is nothing to graft from")
         best: str = max(done, key=lambda record: record["dev"])["cell"]
         return best
 

@@ -65,7 +65,7 @@ def _intro(found: Found, sizes: Mapping[str, tuple[int, int]], test: int) -> str
         "θ_ft's head to begin with. ECE has 15 bins; *with T* is after a temperature fitted on "
         "held-out rows. Both in percent.",
     ]
-    return "\n\n".join(["# Skill grafting", *(textwrap.fill(p, 100) for p in paragraphs), ""])
+    return "\n\n".join(["# Skill grafting", *(textwrap.fill(p, 100) for p in paragraphs)]) + "\n"
 
 
 def _scores(found: Found, task: str) -> list[str]:
