@@ -45,17 +45,23 @@ def of_file(path: str | Path, base: Base, readout: Readout, labels: Labels) -> S
 
 
 def of_delta(delta: Delta, base: Base, readout: Readout, labels: Labels) -> Start:
-    """The start that a delta is, decoded as evaluation decodes it."""
-    if delta.labels != labels or delta.readout != readout.settled(base):
+    """The start that a delta is, decoded as evaluation decodes it; its head where it has one."""
+    with delta.changed(base) as head:
+        present = set(dict(base.towers.named_parameters()))
+        if present != set(base.paths()):
+            raise SettingError(
+                "the delta to start from puts parameters of its own beside the base's, which a fit "
+                "of another change can't go on from; start from one that changes weights"
+            )
+        found = {path: weight_at(base, path).clone() for path in base.paths()}
+    known = delta.labels == labels and delta.readout == readout.settled(base)
+    if head is not None and not known:
         raise SettingError(
             f"the delta to start from answers {list(delta.labels)} by {delta.readout}, this fit "
             f"{list(labels)} by {readout.settled(base)}: its head would mean something else; "
             "start from one of the same task and readout"
         )
-    with delta.applied(base) as wired:
-        found = {path: weight_at(base, path).clone() for path in base.paths()}
-        head = wired.head
-    moved = {p: w for p, w in found.items() if not torch.equal(w, base.parameter(p))}
+    moved = {p: w for p, w in found.items() if not torch.equal(w, base.original(p))}
     return Start(moved, head)
 
 
