@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from howfine.base import Base
 from howfine.codec import decode_values, encode_places, encode_values
 from howfine.delta import Delta
 from howfine.errors import BaseError, BaseNotFound, DeltaError, HowfineError, SettingError
-from howfine.evaluate import evaluate
+from howfine.evaluate import Score, evaluate
 from howfine.extract import extract
 from howfine.merge import merge
 from howfine.method import holding, method, methods
@@ -35,6 +36,8 @@ from howfine.recipe import default_readout
 from howfine.recode import recode
 from howfine.spread import Search, Spread
 from howfine.start import weight_at
+from howfine.targets import Asked, _blank
+from howfine.task import Task
 from tiny import LABELS, fit_a_little, tiny_task, wire
 
 OUT = "out.delta.safetensors"
@@ -212,6 +215,34 @@ def test_a_byte_budget_is_met_and_used(
     found = extract(str(models.base), models.tuned, tmp_path / OUT, bytes=budget, store=store)
     assert found.bytes == (tmp_path / OUT).stat().st_size <= budget
     assert found.bytes >= 0.9 * budget
+
+
+def long_task() -> Task:
+    """The tiny task with a dev split of 97 rows: scores of many digits."""
+    task = tiny_task()
+    rows = [row for split in task.splits.values() for row in split]
+    return replace(task, splits={**task.splits, "dev": [*rows, *rows, *rows, rows[0]]})
+
+
+def test_a_blank_score_is_no_shorter_than_any_other(models: Models, tmp_path: Path) -> None:
+    found = extract(str(models.base), models.delta, tmp_path / OUT, density=0.01).delta
+    asked = Asked(tmp_path / OUT, "steps", 5000, None, None, long_task(), "dev", False)
+    blank = found.with_score(_blank(asked)).save(tmp_path / "blank")
+    for right in range(98):
+        low, high = max(right - 11, 0) / 97, min(right + 9, 97) / 97
+        score = Score("accuracy", right / 97, (low, high), "dev", 97, "tiny", {}, np.empty(0))
+        assert found.with_score(score.stated()).save(tmp_path / "real") <= blank
+
+
+def test_a_byte_budget_holds_where_the_score_is_longer_than_expected(
+    models: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("howfine.targets._blank", lambda asked: {})
+    asked: dict[str, Any] = {"bytes": 5000, "task": long_task()}
+    found = extract(str(models.base), models.classifier, tmp_path / OUT, **asked)
+    assert (tmp_path / OUT).stat().st_size == found.bytes <= 5000
+    assert found.score is not None
+    assert len(found.tried) > 1
 
 
 def test_more_bytes_less_error(models: Models, tmp_path: Path) -> None:

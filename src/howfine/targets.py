@@ -74,12 +74,15 @@ class Work:
 
 
 def _blank(asked: Asked) -> dict[str, Any]:
-    """As long as any score there: a byte budget holds for the file with its score in it."""
+    """About as long as a score deflated: a byte budget is to hold for the file with its score.
+
+    The numbers have nothing in common that would deflate, and a digit more than a score's.
+    """
     if asked.task is None:
         return {}
-    on, digits = f"{asked.task.name}/{asked.split}", -0.123457
-    stated = {"metric": asked.task.metric, "value": digits, "interval": [digits, digits], "on": on}
-    return {**stated, "n": len(asked.task.splits[asked.split])}
+    on, digits = f"{asked.task.name}/{asked.split}", (-0.8274913, -0.1639057, -0.9458216)
+    stated = {"metric": asked.task.metric, "value": digits[0], "interval": list(digits[1:])}
+    return {**stated, "on": on, "n": len(asked.task.splits[asked.split])}
 
 
 @dataclass(frozen=True)
@@ -111,7 +114,7 @@ def made_of(work: Work, reference: Score | None) -> Made:
     work.passes += 1
     search = Search(spread)
     if asked.bytes is not None:
-        return _within_bytes(work, search, asked.bytes, floor)
+        return _with_score_within(work, search, asked.bytes, floor)
     if asked.loss is not None:
         assert reference is not None
         return _within_loss(work, search, asked.loss, reference)
@@ -164,10 +167,22 @@ def _floor(work: Work) -> int:
     return floor
 
 
+def _with_score_within(work: Work, search: Search, budget: int, floor: int) -> Made:
+    """The largest file that is within a budget with its score in it, where it has one."""
+    left = budget
+    while True:
+        made = _within_bytes(work, search, left, floor)
+        if work.asked.task is not None and work.answer.head:
+            made = scored(work, made)
+        if made.size <= budget:
+            return made
+        left -= made.size - budget  # the score took more than its blank
+
+
 def _within_bytes(work: Work, search: Search, budget: int, floor: int) -> Made:
     """The largest file within a budget: estimate, code, correct the estimate."""
     best: Made | None = None
-    bits = 8.0 * (budget - floor)
+    bits = 8.0 * max(budget - floor, 1)
     last: Quantiser | None = None
     tight = _TIGHT if search.total <= harvest.MOST_JOINED else _TIGHT_LARGE
     for attempt in range(4 * _CODINGS):
@@ -180,11 +195,11 @@ def _within_bytes(work: Work, search: Search, budget: int, floor: int) -> Made:
             if attempt + 1 >= _CODINGS or made.size >= tight * budget:
                 break
         aim = (1 + tight) / 2 if attempt < _CODINGS else 0.9 ** (attempt - _CODINGS + 1)
-        bits *= aim * (budget - floor) / max(made.size - floor, 1)
+        bits *= aim * max(budget - floor, 1) / max(made.size - floor, 1)
     if best is None or not best.tally.kept:
         raise SettingError(
-            f"bytes: found {budget:,}; header and head take {floor:,}, and no entry fits beside "
-            "them; give more"
+            f"bytes: found {work.asked.bytes:,}; header and head take {floor:,}, and no entry fits "
+            "beside them; give more"
         )
     return best
 
