@@ -19,7 +19,7 @@ from howfine.compose import compose, difference, negate, overlap, scale, scaled_
 from howfine.delta import SUFFIX, Delta
 from howfine.entries import flat_entries, sparse
 from howfine.errors import DamagedDelta, DeltaError, SettingError, WrongBase
-from howfine.method import Tensors, examples, method
+from howfine.method import Tensors, examples, method, methods
 from howfine.readout import readout
 from tiny import LABELS, READOUT, fit_a_little, logits_of, tiny_base
 
@@ -369,6 +369,37 @@ def test_other_bases_and_methods_without_entries_are_refused() -> None:
     fitted.change.remove()
     with pytest.raises(DeltaError, match="'subspace', whose file does not hold new values"):
         union([a, odd], base)
+
+
+def test_a_result_names_the_neutral_method(base: Base) -> None:
+    given = [replace(graft(base, part), method=method("graft")) for part in (0, 1)]
+    assert union(given, base).method == method("sparse")
+    assert union([*given, whole(base, 1)], base, on_overlap="sum").method == method("full")
+
+
+def test_what_diff_pruning_packs_is_composed(base: Base) -> None:
+    fitted = fit_a_little(base, examples()["diff"])
+    made = fitted.delta()
+    fitted.change.remove()
+    assert methods()["diff"].holds == "entries"
+    assert scale([made], base, by=2.0).method == method("sparse")
+
+
+def test_a_folded_and_a_flat_delta_of_one_base(base: Base) -> None:
+    """A folded file holds 32 of 64 digits of the base's fingerprint."""
+    a, b = graft(base, 0), graft(base, 1)
+    folded = replace(a, base_fingerprint=a.base_fingerprint[:32])
+    for given in ([folded, b], [b, folded]):
+        found = union(given, base)
+        assert found.base_fingerprint == base.fingerprint
+        assert same(found, union([a, b], base), base)
+    assert (
+        union([folded, folded], base, on_overlap="first").base_fingerprint
+        == (base.fingerprint[:32])
+    )
+    for odd in (a.base_fingerprint[:12], "", a.base_fingerprint[:31] + "x"):
+        with pytest.raises(WrongBase):
+            union([b, replace(a, base_fingerprint=odd)], base)
 
 
 def test_nothing_left_is_refused(base: Base) -> None:

@@ -100,9 +100,28 @@ def put_on(path: Path, base: Base) -> dict[str, Tensor]:
 
 def test_methods_that_hold_anything() -> None:
     for what in ("tensors", "entries"):
-        found = [cls for cls in methods().values() if cls.holds == what]
-        assert len(found) >= 1
-        assert type(holding(what)) in found
+        expected = {"tensors": method("full"), "entries": method("sparse")}[what]
+        assert holding(what) == expected
+
+
+def test_two_neutral_methods_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(methods()["graft"], "neutral", True)
+    with pytest.raises(SettingError, match="hold entries: found graft and sparse, expected exact"):
+        holding("entries")
+    monkeypatch.setattr(methods()["full"], "neutral", False)
+    with pytest.raises(SettingError, match="hold tensors: found none"):
+        holding("tensors")
+
+
+@pytest.mark.parametrize(
+    ("asked", "name"), [({"bytes": 4000}, "sparse"), ({"store": "fp16"}, "full")]
+)
+def test_a_file_names_the_neutral_method(
+    models: Models, tmp_path: Path, asked: dict[str, Any], name: str
+) -> None:
+    found = extract(str(models.base), models.tuned, tmp_path / OUT, **asked)
+    assert list(found.delta.header()["method"]) == [name]
+    assert list(Delta.load(tmp_path / OUT).header()["method"]) == [name]
 
 
 @pytest.mark.parametrize("name", ["bert", "gpt2", "llama", "vit", "distilbert"])

@@ -224,7 +224,7 @@ def _result(
     whole = any(stream.values is None for stream in found)
     made = Delta(
         base_name=chosen.base_name,
-        base_fingerprint=chosen.base_fingerprint,
+        base_fingerprint=max((o.delta.base_fingerprint for o in given), key=len),
         method=method or holding("tensors" if whole else "entries"),
         readout=chosen.readout,
         labels=chosen.labels,

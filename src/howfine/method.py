@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from howfine import plugins
 from howfine.base import Base
 from howfine.change import Change
+from howfine.errors import SettingError
 
 Tensors = dict[str, Tensor]
 
@@ -68,6 +69,9 @@ class Method(ABC):
     # What it packs and unpacks, whatever its settings: the new values of some entries of any
     # tensors of the base (sparse tensors at their paths), of any whole tensors, or something else.
     holds: ClassVar[Literal["entries", "tensors", "other"]] = "other"
+    # Whether files of that kind that no training made, as by extraction or composition, name it:
+    # it reads them at its defaults. One method for each kind.
+    neutral: ClassVar[bool] = False
     # Whether it leaves entries alone that a recipe names as `outside` (Probe.outside).
     keeps_out: ClassVar[bool] = False
 
@@ -136,13 +140,17 @@ def method(name: str, **settings: Any) -> Method:
 
 
 def holding(what: Literal["tensors", "entries"]) -> Method:
-    """A method at its defaults whose file holds whole tensors, or entries, of any origin.
+    """The neutral method at its defaults, for a file of whole tensors, or entries, of any origin.
 
-    One that can begin at the base comes before those that need a start.
+    Raises SettingError unless exactly one method says that it is that.
     """
-    found = [name for name, cls in methods().items() if cls.holds == what]
-    name = min(found, key=lambda name: (methods()[name].start == "needed", name))
-    return methods()[name]()
+    found = [name for name, cls in methods().items() if cls.holds == what and cls.neutral]
+    if len(found) != 1:
+        raise SettingError(
+            f"neutral methods that hold {what}: found {' and '.join(found) or 'none'}, expected "
+            "exactly one; let one of them set `neutral = True`, and remove it from the others"
+        )
+    return methods()[found[0]]()
 
 
 def examples() -> dict[str, Method]:

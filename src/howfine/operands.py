@@ -18,6 +18,8 @@ from howfine.errors import DeltaError, SettingError, WrongBase
 from howfine.method import Method, Tensors
 from howfine.streams import Stream
 
+_DIGITS = 64  # hexadecimal, of a SHA-256
+
 # What a method packed: new values of entries, of whole tensors, what is kept of the weights, or
 # nothing where the head is all that was trained.
 Kind = Literal["entries", "tensors", "masks", "nothing"]
@@ -86,7 +88,8 @@ def operands(deltas: Sequence[Delta | str | Path], base: Base | None) -> tuple[B
     ]
     first = opened[0]
     for name, delta in zip(names, opened, strict=True):
-        if (delta.base_fingerprint, delta.base_kind) != (first.base_fingerprint, first.base_kind):
+        alike = same_base(delta.base_fingerprint, first.base_fingerprint)
+        if not alike or delta.base_kind != first.base_kind:
             raise WrongBase(
                 f"{names[0]} was made on {first.base_name} ({first.base_fingerprint[:12]}…), "
                 f"{name} on {delta.base_name} ({delta.base_fingerprint[:12]}…); only changes of "
@@ -95,6 +98,16 @@ def operands(deltas: Sequence[Delta | str | Path], base: Base | None) -> tuple[B
     if base is None:
         base = Base.load(first.base_name, kind=first.base_kind)
     return base, [_operand(*each, base) for each in zip(names, opened, strict=True)]
+
+
+def same_base(one: str, other: str) -> bool:
+    """Whether fingerprints agree as far as both go: a folded file holds half of a base's.
+
+    Of other lengths than a whole one (64 digits) and a half none agrees with any.
+    """
+    shorter, longer = sorted((one, other), key=len)
+    known = {len(shorter), len(longer)} <= {_DIGITS // 2, _DIGITS}
+    return known and longer.startswith(shorter)
 
 
 def _operand(name: str, delta: Delta, base: Base) -> Operand:

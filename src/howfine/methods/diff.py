@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -119,6 +119,8 @@ class _Budget:
 @dataclass(frozen=True)
 class Diff(Method):
     """Change few entries anywhere: learn a gated difference, keep its largest entries."""
+
+    holds: ClassVar[Any] = "entries"
 
     # Which parameters get a gated difference, as selectors (see `howfine.anatomy`).
     where: tuple[str, ...] = ("all",)

@@ -20,6 +20,7 @@ class Full(Method):
     """Train everything; there is nothing to set."""
 
     holds: ClassVar[Any] = "tensors"
+    neutral: ClassVar[bool] = True
 
     def attach(self, base: Base, probe: Probe | None = None) -> Change:
         return whole.attach(base, base.paths())

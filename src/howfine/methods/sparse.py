@@ -92,6 +92,7 @@ class Sparse(Method):
 
     start: ClassVar[Any] = "optional"
     holds: ClassVar[Any] = "entries"
+    neutral: ClassVar[bool] = True
     keeps_out: ClassVar[bool] = True
 
     # Which tensors the entries are taken from, as selectors (see `howfine.anatomy`).
