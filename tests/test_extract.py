@@ -18,6 +18,9 @@ from transformers import (
     AutoModel,
     AutoModelForSequenceClassification,
     BertForSequenceClassification,
+    BertForTokenClassification,
+    T5Config,
+    T5ForConditionalGeneration,
 )
 
 from console import howfine_here
@@ -38,7 +41,7 @@ from howfine.spread import Search, Spread
 from howfine.start import weight_at
 from howfine.targets import Asked, _blank
 from howfine.task import Task
-from tiny import LABELS, fit_a_little, tiny_task, wire
+from tiny import LABELS, fit_a_little, tiny_task, tiny_tokenizer, tiny_tower, wire
 
 OUT = "out.delta.safetensors"
 
@@ -413,6 +416,34 @@ def test_labels_come_from_the_task_where_the_model_has_none(models: Models, tmp_
     assert found.bytes <= 6000
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"architectures": ["BertForTokenClassification"]},
+        {"architectures": None},
+        {"problem_type": "multi_label_classification"},
+    ],
+)
+def test_heads_that_give_no_sentence_one_class(
+    models: Models, tmp_path: Path, change: dict[str, Any]
+) -> None:
+    folder = models.write(tmp_path / "other", weights(models.classifier))
+    config = json.loads((models.classifier / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **change}))
+    found = extract(str(models.base), folder, tmp_path / OUT, store="fp16")
+    assert not found.head
+    assert set(found.left_out) == {"classifier.weight", "classifier.bias"}
+
+
+def test_an_adapter_for_tokens_brings_no_head(models: Models, tmp_path: Path) -> None:
+    model = BertForTokenClassification.from_pretrained(models.base)
+    settings = {"task_type": "TOKEN_CLS", "target_modules": ["query"]}
+    folder, _ = adapters(models, tmp_path / "adapter", model, **settings)
+    found = extract(str(models.base), folder, tmp_path / OUT, store="fp16")
+    assert not found.head
+    assert set(found.left_out) == {"classifier.weight", "classifier.bias"}
+
+
 def test_without_a_head_it_merges_and_says_so(models: Models, tmp_path: Path) -> None:
     found = extract(str(models.base), models.tuned, tmp_path / OUT, store="fp32")
     assert not found.head
@@ -499,6 +530,7 @@ def test_a_lora_adapter_brings_its_head(models: Models, tmp_path: Path) -> None:
     [
         ({"peft_type": "IA3"}, "an adapter of type IA3, expected LORA"),
         ({"use_dora": True}, "the adapter has use_dora"),
+        ({"layer_replication": [[0, 2], [1, 2]]}, "the adapter has layer_replication"),
         ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights=pissa"),
     ],
 )
@@ -518,6 +550,59 @@ def test_an_adapter_of_another_model(models: Models, tmp_path: Path) -> None:
         models, tmp_path / "adapter", other, target_modules=["c_attn"], fan_in_fan_out=True
     )
     refused(models, folder, tmp_path, "c_attn, which the base has not", error=BaseError)
+
+
+def encoder_decoder(folder: Path) -> Path:
+    """A tiny T5 with its decoder and tokenizer, as a Hugging Face folder."""
+    config = tiny_tower("t5").config.to_dict() | {"is_encoder_decoder": True, "use_cache": True}
+    model = T5ForConditionalGeneration(T5Config(**config))
+    model.save_pretrained(folder)
+    tiny_tokenizer(pair=False).save_pretrained(folder)
+    return folder
+
+
+def test_an_adapter_of_a_decoder_is_none_of_the_encoder(models: Models, tmp_path: Path) -> None:
+    folder = encoder_decoder(tmp_path / "t5")
+    base = Base.load(str(folder))
+    for only, name in ((r"encoder.*\.q", "encoder"), (r".*\.q", "both"), (r"decoder.*\.q", "de")):
+        model = T5ForConditionalGeneration.from_pretrained(folder)
+        adapter, merged = adapters(models, tmp_path / name, model, target_modules=only)
+        if name != "encoder":
+            with pytest.raises(BaseError, match=r"changes decoder\.block\.0.*the base has not"):
+                extract(base, adapter, tmp_path / OUT, store="fp32")
+            continue
+        extract(base, adapter, tmp_path / OUT, store="fp32")
+        with Delta.load(tmp_path / OUT).changed(base):
+            for path in base.paths():
+                expected = merged.encoder.get_parameter(path.removeprefix(f"{base.tower_name}."))
+                assert torch.allclose(weight_at(base, path), expected, atol=1e-6), path
+
+
+def test_an_adapter_that_changes_a_tensor_twice(models: Models, tmp_path: Path) -> None:
+    model = AutoModel.from_pretrained(models.base)
+    folder, _ = adapters(models, tmp_path / "adapter", model, target_modules=["query"])
+    stored = load_file(folder / "adapter_model.safetensors")
+    first = next(iter(stored))
+    again = first.replace("base_model.model.", "base_model.model.bert.")
+    save_file({**stored, again: stored[first].clone()}, folder / "adapter_model.safetensors")
+    refused(models, folder, tmp_path, "for one tensor of the base", error=BaseError)
+
+
+def test_a_matrix_saved_beside_its_factors_is_what_they_add_to(
+    models: Models, tmp_path: Path
+) -> None:
+    model = AutoModel.from_pretrained(models.base)
+    folder, merged = adapters(models, tmp_path / "adapter", model, target_modules=["query"])
+    stored = load_file(folder / "adapter_model.safetensors")
+    for name in [name for name in stored if name.endswith("lora_A.weight")]:
+        module = name.removesuffix(".lora_A.weight")
+        inside = module.removeprefix("base_model.model.") + ".weight"
+        stored[f"{module}.base_layer.weight"] = weights(models.base)[inside]
+    save_file(stored, folder / "adapter_model.safetensors")
+    extract(str(models.base), folder, tmp_path / OUT, store="fp32")
+    now = put_on(tmp_path / OUT, Base.load(str(models.base)))
+    for name, value in merged.state_dict().items():
+        assert torch.allclose(now[name], value, atol=1e-6), name
 
 
 # What is refused.
@@ -587,7 +672,11 @@ def test_another_vocabulary(models: Models, tmp_path: Path) -> None:
 def test_another_number_format(models: Models, tmp_path: Path) -> None:
     tensors = {name: value.bfloat16() for name, value in weights(models.tuned).items()}
     said = "is stored as BF16, the base's as F32: what differs would be mostly rounding"
-    refused(models, models.write(tmp_path / "odd", tensors), tmp_path, said, BaseError)
+    odd = models.write(tmp_path / "odd", tensors)
+    refused(models, odd, tmp_path, said, BaseError)
+    refused(models, odd, tmp_path, said, BaseError, bytes=5000, task=tiny_task())
+    with pytest.raises(BaseError, match=said):
+        extract(Base.load(str(models.base)), odd, tmp_path / OUT, bytes=5000)
 
 
 def test_another_architecture(models: Models, tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ ROOMS = [
     ("errors", "batch", "gates", "concrete", "crossing", "sampled", "adamw"),
     (
         *("plugins", "fingerprint", "anatomy", "codec", "codec.*", "checkpoint"),
-        *("container", "folded", "metrics", "calibration", "text", "lora", "spread"),
+        *("container", "folded", "metrics", "calibration", "text", "lora", "sources", "spread"),
     ),
     ("task", "tasks", "tasks.*", "base", "pretrained"),
     ("surgery", "change"),

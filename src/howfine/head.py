@@ -16,6 +16,7 @@ from howfine.recipe import default_readout
 
 # Parameters of a linear head, as transformers' models for classification call them.
 _HEADS = ({"classifier.weight", "classifier.bias"}, {"score.weight"})
+_SENTENCE = "ForSequenceClassification"
 
 
 @dataclass(frozen=True)
@@ -27,9 +28,21 @@ class Answer:
     head: Tensors
 
 
-def head_in(outside: Mapping[str, str]) -> list[str]:
-    """Names of a linear head, if that is all that the tuned model has outside the base."""
-    return sorted(outside) if set(outside) in _HEADS else []
+def head_in(outside: Mapping[str, str], config: Mapping[str, Any]) -> list[str]:
+    """Names of a linear head of one sentence, if that is all that a model has outside the base.
+
+    `config` is the model's or an adapter's. Heads that answer for each token have the same names.
+    """
+    return sorted(outside) if set(outside) in _HEADS and _one_of_classes(config) else []
+
+
+def _one_of_classes(config: Mapping[str, Any]) -> bool:
+    """Whether a config says that its model gives a sentence one class, or a number."""
+    stated = config.get("architectures")
+    names = stated if isinstance(stated, list) else []
+    sentence = bool(names) and all(str(name).endswith(_SENTENCE) for name in names)
+    adapter = config.get("task_type") == "SEQ_CLS"
+    return (sentence or adapter) and config.get("problem_type") != "multi_label_classification"
 
 
 def left_out(outside: Mapping[str, str], answer: Answer) -> tuple[str, ...]:

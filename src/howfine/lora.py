@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,11 @@ _WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 _PREFIX = "base_model.model."
 _FACTOR = re.compile(r"(.+)\.lora_(embedding_)?([AB])(\.weight)?$")
 # Settings under which an adapter is something else than W + scale · B A, or not of this W.
-_OTHER = ("use_dora", "lora_bias", "use_qalora", "target_parameters", "alora_invocation_tokens")
+_OTHER = (
+    *("use_dora", "lora_bias", "use_qalora", "target_parameters", "alora_invocation_tokens"),
+    *("layer_replication", "trainable_token_indices", "use_bdlora", "arrow_config"),
+    *("kasa_config", "monteclora_config"),
+)
 _OTHER_STARTS = ("pissa", "olora", "corda", "loftq", "lora_ga", "eva_residual")
 
 
@@ -34,17 +38,24 @@ class Merged:
     """A base's tensors with a LoRA adapter merged in, as a Source by the base's names.
 
     `paths` maps a path inside the tower to the name that `before` has for it; `transposed` says
-    that linear layers are stored (in, out). `outside` are full tensors of modules that the base has
+    that linear layers are stored (in, out); `prefixes` are what may stand before a path in the
+    adapter, "" for nothing. `outside` are full tensors of modules that the base has
     not, such as a head. Raises BaseError for another kind of adapter, or one made for another
     model; BaseNotFound where its weights are missing.
     """
 
     def __init__(
-        self, folder: Path, before: Source, paths: Mapping[str, str], transposed: bool = False
+        self,
+        folder: Path,
+        before: Source,
+        paths: Mapping[str, str],
+        transposed: bool = False,
+        prefixes: Sequence[str] = ("",),
     ) -> None:
         self.folder, self._before, self._paths = folder, before, paths
-        self._config = _config(folder)
-        self._transposed = transposed or bool(self._config.get("fan_in_fan_out"))
+        self._prefixes = prefixes
+        self.config = _config(folder)
+        self._transposed = transposed or bool(self.config.get("fan_in_fan_out"))
         self._weights = Checkpoint.open(_weights(folder))
         self._factors: dict[str, dict[str, str]] = {}  # name -> its A and B
         self._modules: dict[str, str] = {}  # name -> module as the adapter calls it
@@ -63,22 +74,33 @@ class Merged:
             if name is None:
                 raise self._foreign(module)
             self._modules[name] = module
-            self._factors.setdefault(name, {})[side] = stored
+            self._once(self._factors.setdefault(name, {}), side, stored)
         elif ".lora_" in plain:
             raise BaseError(
                 f"{self.folder}: the adapter holds {stored!r}, which is no factor of a plain LoRA; "
                 "merge it with PEFT's merge_and_unload and extract from the merged model"
             )
         elif (name := self._named(plain)) is not None:
-            self._full[name] = stored
+            self._once(self._full, name, stored)
         else:
             self.outside[plain] = stored
 
     def _named(self, plain: str) -> str | None:
-        """The base's name for a parameter that the adapter calls `plain`, prefixes apart."""
-        parts = plain.split(".")
-        endings = (".".join(parts[start:]) for start in range(len(parts)))
-        return next((self._paths[path] for path in endings if path in self._paths), None)
+        """The base's name for a parameter that the adapter calls `plain`; None for none.
+
+        A part of another model may have modules of the same names, such as a decoder's.
+        """
+        inside = (plain.removeprefix(each) for each in self._prefixes if plain.startswith(each))
+        return next((self._paths[path] for path in inside if path in self._paths), None)
+
+    def _once(self, kept: dict[str, str], key: str, stored: str) -> None:
+        if key in kept:
+            raise BaseError(
+                f"{self.folder}: the adapter holds both {kept[key]!r} and {stored!r} for one "
+                "tensor of the base, so it was made for another model; merge it with PEFT's "
+                "merge_and_unload and extract from the merged model"
+            )
+        kept[key] = stored
 
     def _check(self, name: str, pair: dict[str, str]) -> None:
         if len(pair) != 2:
@@ -131,34 +153,34 @@ class Merged:
 
     def chunks(self, name: str, entries: int = CHUNK) -> Iterator[Array]:
         """As Source.chunks, of the merged tensor."""
-        if name in self._full:
+        below: Iterator[Array] = self._before.chunks(name, entries)
+        if name in self._full:  # what PEFT saves beside factors is the matrix that they add to
             if self._weights.shape(self._full[name]) != self.shape(name):
                 raise self._foreign(name)
-            yield from self._weights.chunks(self._full[name], entries)
-            return
+            below = self._weights.chunks(self._full[name], entries)
         if name not in self._factors:
-            yield from self._before.chunks(name, entries)
+            yield from below
             return
         product = self._product(name).reshape(-1)
         start = 0
-        for chunk in self._before.chunks(name, entries):
+        for chunk in below:
             yield chunk + product[start : start + len(chunk)]
             start += len(chunk)
 
     def _product(self, name: str) -> Array:
         a, b = (self.full(self._factors[name][side]) for side in "AB")
         rank, alpha = len(a), self._alpha(self._modules[name])
-        scale = alpha / (math.sqrt(rank) if self._config.get("use_rslora") else rank)
+        scale = alpha / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
         product = b @ a
         product *= np.float32(scale)
         return np.ascontiguousarray(product.T) if self._turned(name) else product
 
     def _alpha(self, module: str) -> float:
         """By PEFT's rule: the first pattern that ends the module's name, else `lora_alpha`."""
-        for pattern, alpha in (self._config.get("alpha_pattern") or {}).items():
+        for pattern, alpha in (self.config.get("alpha_pattern") or {}).items():
             if re.match(rf"(.*\.)?({pattern})$", module):
                 return float(alpha)
-        return float(self._config.get("lora_alpha") or 0)
+        return float(self.config.get("lora_alpha") or 0)
 
 
 def is_adapter(path: Path) -> bool:

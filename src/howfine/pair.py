@@ -8,7 +8,6 @@ outline: names, shapes and anatomy without weights.
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -22,40 +21,14 @@ import torch
 from howfine import container, lora, pretrained
 from howfine import fingerprint as fp
 from howfine.base import Base
-from howfine.checkpoint import CHUNK, Checkpoint, MemorySource, Source
+from howfine.checkpoint import Checkpoint, MemorySource, Source
 from howfine.delta import Delta
 from howfine.errors import BaseError, BaseNotFound, SettingError
 from howfine.head import Answer, answer_of, head_in, left_out, no_answer
+from howfine.sources import Named, Patched
 from howfine.start import weight_at
 
 Array = npt.NDArray[Any]
-
-
-class Named:
-    """A Source under other names; a name that stands for nothing is a tensor of zeros."""
-
-    def __init__(self, source: Source, names: Mapping[str, str], shapes: Mapping[str, Any]) -> None:
-        self.source, self._names, self._shapes = source, dict(names), dict(shapes)
-
-    def names(self) -> list[str]:
-        """The paths, in the base's order."""
-        return list(self._shapes)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """As the base has it."""
-        return tuple(self._shapes[name])
-
-    def dtype(self, name: str) -> str:
-        """As Source.dtype."""
-        return self.source.dtype(self._names[name]) if name in self._names else "F32"
-
-    def chunks(self, name: str, entries: int = CHUNK) -> Iterator[Array]:
-        """As Source.chunks."""
-        if name in self._names:
-            yield from self.source.chunks(self._names[name], entries)
-            return
-        for left in range(math.prod(self.shape(name)), 0, -entries):
-            yield np.zeros(min(entries, left), np.float32)
 
 
 @dataclass(frozen=True)
@@ -102,7 +75,31 @@ def _base(before: str | Base, kind: str, loaded: bool) -> tuple[Base, Source]:
         if found is not None:
             return found
     base = before if isinstance(before, Base) else Base.load(before, kind=kind)
-    return base, MemorySource({path: base.original(path) for path in base.paths()})
+    return base, _Loaded(base)
+
+
+class _Loaded(MemorySource):
+    """A base in memory, with the number formats that its folder stores it in, where it has one."""
+
+    def __init__(self, base: Base) -> None:
+        super().__init__({path: base.original(path) for path in base.paths()})
+        self._stored: dict[str, str] = {}
+        folder = pretrained.embedded_path() if base.name == pretrained.EMBEDDED else base.name
+        if Path(folder).is_dir():
+            checkpoint = _checkpoint(folder)
+            names = {} if checkpoint is None else _names_in(checkpoint, base)
+            self._stored = {p: checkpoint.dtype(n) for p, n in names.items() if checkpoint}
+
+    def stored(self, name: str) -> str:
+        """The dtype on disk; "" where that is not known."""
+        return self._stored.get(name, "")
+
+
+def _checkpoint(folder: str) -> Checkpoint | None:
+    try:
+        return Checkpoint.open(folder)
+    except (BaseError, BaseNotFound):  # such as a GGUF file, which transformers alone reads
+        return None
 
 
 def _outlined(name: str, kind: str) -> tuple[Base, Source] | None:
@@ -138,6 +135,14 @@ def _are_pooler(base: Base, paths: list[str]) -> bool:
     """Whether these are parameters of the pooler, which a checkpoint may lack."""
     pooler = base.anatomy.pooler
     return all(pooler and _inside(base, path).startswith(pooler) for path in paths)
+
+
+def _prefixes(base: Base) -> tuple[str, ...]:
+    """What may stand before a parameter's path in the tower, in a model that the tower is part of.
+
+    The last two are an encoder's in an encoder-decoder, with a head and without.
+    """
+    return ("", f"{base.tower.base_model_prefix}.", "encoder.", "model.encoder.")
 
 
 def _names_in(source: Source, base: Base) -> dict[str, str]:
@@ -185,30 +190,11 @@ def _of_checkpoint(base: Base, before: Source, path: Path) -> Pair:
     _check_formats(base, before, checkpoint, names, path)
     after: Source = Named(checkpoint, names, shapes)
     if missing:
-        after = _Patched(before, after, set(names))
+        after = Patched(before, after, set(names))
     used = set(names.values())
     outside = {n: n for n in checkpoint.names() if n not in used and _is_float(checkpoint.dtype(n))}
-    answer = answer_of(base, config, {n: _whole(checkpoint, n) for n in head_in(outside)})
+    answer = answer_of(base, config, {n: _whole(checkpoint, n) for n in head_in(outside, config)})
     return Pair(base, before, after, answer, left_out(outside, answer))
-
-
-class _Patched:
-    """One Source, and another where the first says nothing."""
-
-    def __init__(self, below: Source, above: Source, known: set[str]) -> None:
-        self._below, self._above, self._known = below, above, known
-
-    def names(self) -> list[str]:
-        return self._below.names()
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return self._below.shape(name)
-
-    def dtype(self, name: str) -> str:
-        return self._below.dtype(name)
-
-    def chunks(self, name: str, entries: int = CHUNK) -> Iterator[Array]:
-        return (self._above if name in self._known else self._below).chunks(name, entries)
 
 
 def _loaded(base: Base, path: Path, missing: list[str]) -> Source:
@@ -233,11 +219,10 @@ def _check_formats(
     base: Base, before: Source, after: Source, names: Mapping[str, str], where: Path
 ) -> None:
     """Between two number formats the difference is mostly rounding."""
-    if isinstance(before, MemorySource):  # the file's own format is not known any more
-        return
     for path, name in names.items():
-        ours, theirs = before.dtype(path), after.dtype(name)
-        if ours != theirs:
+        ours = before.stored(path) if isinstance(before, _Loaded) else before.dtype(path)
+        theirs = after.dtype(name)
+        if ours and ours != theirs:
             raise BaseError(
                 f"{where}: {name} is stored as {theirs}, the base's as {ours}: what differs would "
                 "be mostly rounding. Save both models in one number format first"
@@ -246,9 +231,10 @@ def _check_formats(
 
 def _of_adapter(base: Base, before: Source, folder: Path) -> Pair:
     paths = {_inside(base, path): path for path in base.paths()}
-    after = lora.Merged(folder, before, paths, base.anatomy.linear_axes == ("in", "out"))
+    turned = base.anatomy.linear_axes == ("in", "out")
+    after = lora.Merged(folder, before, paths, turned, _prefixes(base))
     outside = after.outside
-    head = {name: after.full(outside[name]) for name in head_in(outside)}
+    head = {name: after.full(outside[name]) for name in head_in(outside, after.config)}
     answer = answer_of(base, {}, {name: torch.from_numpy(each) for name, each in head.items()})
     return Pair(base, before, after, answer, left_out(outside, answer))
 
