@@ -489,6 +489,10 @@ def test_entries_changed_twice_in_a_file_are_damage() -> None:
     a = graft(base, 0)
     with pytest.raises(DamagedDelta, match="twice"):
         replace(a, streams=(a.streams[0], *a.streams)).tensors(base)
+    dense = [s for s in whole(base, 1).streams if s.name.startswith("method/")]
+    for given in ((*a.streams, *dense), (*dense, *a.streams), (dense[0], *dense)):
+        with pytest.raises(DamagedDelta, match="twice"):
+            replace(a, streams=given).tensors(base)
 
 
 def test_a_result_in_another_precision_says_its_error(base: Base) -> None:

@@ -18,7 +18,7 @@ from hostile.make import (
     refolded,
     take_apart,
 )
-from howfine import container, folded
+from howfine import container, folded, streams
 from howfine.delta import SCORE, SUFFIX, Delta
 from howfine.errors import DamagedDelta, HowfineError, UnsupportedFormat
 from howfine.method import method
@@ -196,6 +196,26 @@ def test_lies_that_only_a_folded_file_can_tell(files, tmp_path):
 def test_kept_fixtures_are_refused(base, path):
     with pytest.raises(HowfineError), Delta.load(path).applied(base):
         pass
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [[2**47] * 100_000, [1] * 9, [0] * 9, [2**24, 2**24], [0, 2**24, 2**24], 7, "ab", [2, -1]],
+    ids=["long", "nine", "zeros", "large", "none of many", "number", "text", "negative"],
+)
+def test_a_shape_that_no_tensor_has_is_refused(shape, files, tmp_path):
+    header, groups = take_apart(files[0])
+    rows = json.loads(zlib.decompress(groups[container.INDEX]))
+    rows[0][1] = shape
+    packed = {**groups, container.INDEX: container.pack_index(rows)}
+    with pytest.raises(ValueError, match="shape"):
+        list(streams.parse(packed))
+    path = tmp_path / f"shape{SUFFIX}"
+    path.write_bytes(put_together(header, packed))
+    start = time.perf_counter()
+    with pytest.raises(DamagedDelta, match="shape"):
+        Delta.load(path)
+    assert time.perf_counter() - start < 1
 
 
 def test_the_liar_reaches_every_column():

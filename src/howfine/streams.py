@@ -34,6 +34,7 @@ from howfine.method import Tensors
 MOST_PLACES = 2**31
 # Stands for a path where a stream is of several tensors; behind it, which ones.
 JOINED = "*"
+_MOST_AXES = 8  # of a tensor; a convolution has five
 
 
 @dataclass(frozen=True)
@@ -147,9 +148,15 @@ def decode(streams: tuple[Stream, ...], base: Base) -> dict[str, Tensors]:
             for path, tensor in _taken_apart(stream, name, stream.values, base).items():
                 before = out[owner].get(path)
                 out[owner][path] = tensor if before is None else _both(path, before, tensor)
+        elif name in out[owner]:
+            raise _twice(name)
         else:
             out[owner][name] = _decoded(stream, base, name)
     return out
+
+
+def _twice(path: str) -> DamagedDelta:
+    return DamagedDelta(f"the delta changes entries of {path!r} twice; the file is damaged")
 
 
 def _both(path: str, one: Tensor, other: Tensor) -> Tensor:
@@ -160,7 +167,7 @@ def _both(path: str, one: Tensor, other: Tensor) -> Tensor:
         index, order = index.sort()
         if not (index[1:] == index[:-1]).any():
             return sparse(index, values[order], tuple(other.shape))
-    raise DamagedDelta(f"the delta changes entries of {path!r} twice; the file is damaged")
+    raise _twice(path)
 
 
 def _decoded(stream: Stream, base: Base, path: str) -> Tensor:
@@ -251,8 +258,7 @@ def parse(groups: dict[str, bytes]) -> Iterator[Stream]:
 
     waiting: Stream | None = None
     for name, shape, coding, length, difference, *params in container.unpack_index(groups):
-        if not all(map(_is_size, shape)):
-            raise ValueError(f"stream {name!r} has no shape")
+        _check_shape(name, shape)
         found = coded(coding, length, params)
         if name == "":
             if waiting is None or waiting.coded.coding in VALUES or shape:
@@ -268,6 +274,17 @@ def parse(groups: dict[str, bytes]) -> Iterator[Stream]:
     position[container.INDEX] = len(groups[container.INDEX])
     if any(position[group] != len(data) for group, data in groups.items()):
         raise ValueError("some bytes belong to no stream")
+
+
+def _check_shape(name: Any, shape: Any) -> None:
+    """Before anything multiplies the sizes: a long shape of large ones takes for ever."""
+    if not isinstance(shape, list) or len(shape) > _MOST_AXES or not all(map(_is_size, shape)):
+        raise ValueError(f"stream {name!r} has no shape")
+    count = 1
+    for size in shape:
+        count *= max(size, 1)
+        if not _is_size(count):
+            raise ValueError(f"stream {name!r} has a shape of too many entries")
 
 
 def _is_size(size: Any) -> bool:
