@@ -12,7 +12,7 @@ from torch import Tensor
 import howfine
 from console import howfine_here
 from disk import base_folder
-from howfine import cost, streams
+from howfine import cost, regions, streams
 from howfine.base import Base
 from howfine.codec import PRECISIONS, decode_values, encode_values
 from howfine.compose import compose, difference, negate, overlap, scale, scaled_sum, stored, union
@@ -20,6 +20,7 @@ from howfine.delta import SUFFIX, Delta
 from howfine.entries import flat_entries, sparse
 from howfine.errors import DamagedDelta, DeltaError, SettingError, WrongBase
 from howfine.method import Tensors, examples, method, methods
+from howfine.operands import operands
 from howfine.readout import readout
 from tiny import LABELS, READOUT, fit_a_little, logits_of, tiny_base
 
@@ -287,6 +288,45 @@ def test_overlaps_are_counted_one_by_one(base: Base) -> None:
                 assert (row.shared, row.count) == (len(a & b), len(b))
                 assert row.share == len(a & b) / len(b)
                 assert row.chance == len(a) / among
+
+
+def listed(base: Base, moves: dict[int, float], path_at: int = 0) -> Delta:
+    """New values at some entries of one matrix; a move of 0 lists the base's own value."""
+    path = where(base)[path_at]
+    original = base.parameter(path).detach().flatten()
+    index = torch.tensor(sorted(moves))
+    new = original[index] + torch.tensor([moves[i] for i in sorted(moves)])
+    return delta_of(base, {path: sparse(index, new, tuple(base.parameter(path).shape))})
+
+
+def test_an_entry_listed_with_the_bases_own_value_is_none(base: Base) -> None:
+    a, b = listed(base, {1: 0.5, 2: 0.0, 7: 0.0}), listed(base, {2: 0.25, 7: 0.0, 9: 0.5})
+    path = where(base)[0]
+    for delta, expected in ((a, {1}), (b, {2, 9})):
+        region = regions.support(delta, base)
+        assert set(region) == {path}
+        assert set(region[path].flatten().nonzero().flatten().tolist()) == expected
+        ((_, operand),) = [(n, o) for n, o in enumerate(operands([delta], base)[1])]
+        assert torch.equal(operand.region(base)[path], region[path].flatten())
+    row = overlap([a, b], base)[0]
+    assert (row.shared, row.count, row.chance) == (0, 2, 1 / base.parameter(path).numel())
+    for rule in ("refuse", "first", "last", "mean", "sum"):
+        for given in ([a, b], [b, a]):
+            found = values_of(union(given, base, on_overlap=rule), base)[path]
+            expected = base.parameter(path).detach().flatten().clone()
+            expected[torch.tensor([1, 2, 9])] += torch.tensor([0.5, 0.25, 0.5])
+            assert found == expected.tolist()
+    dense = delta_of(base, {path: moved(base, 3)[path]})
+    nothing = listed(base, {3: 0.0, 4: 0.0})
+    assert values_of(union([dense, nothing], base), base) == values_of(dense, base)
+
+
+def test_chance_counts_the_tensors_of_the_two(base: Base) -> None:
+    given = [listed(base, {1: 0.5, 3: 1.0}), listed(base, {3: 0.5}), listed(base, {4: 1.0}, 1)]
+    sizes = [base.parameter(path).numel() for path in where(base)]
+    found = {(row.by, row.of): row.chance for row in overlap(given, base)}
+    assert found["delta 1", "delta 2"] == 2 / sizes[0]
+    assert found["delta 2", "delta 3"] == 1 / sum(sizes)
 
 
 # --- masks ---------------------------------------------------------------------------------------

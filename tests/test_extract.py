@@ -659,6 +659,12 @@ def test_a_model_with_no_numbers(models: Models, tmp_path: Path, odd: float) -> 
     tensors["encoder.layer.1.output.dense.weight"][3, 4] = odd
     said = r"text\.encoder\.layer\.1\.output\.dense\.weight holds NaN or infinity in the tuned"
     refused(models, models.write(tmp_path / "odd", tensors), tmp_path, said, BaseError)
+    classifier = weights(models.classifier)
+    classifier["bert.encoder.layer.1.output.dense.weight"][3, 4] = odd
+    folder = models.write(tmp_path / "head", classifier)
+    (folder / "config.json").write_text((models.classifier / "config.json").read_text())
+    for asked in ({"bytes": 5000}, {"bytes": 5000, "weigh": "fisher"}, {"loss": 0.1}):
+        refused(models, folder, tmp_path, said, BaseError, task=tiny_task(), **asked)
 
 
 def test_another_vocabulary(models: Models, tmp_path: Path) -> None:

@@ -466,7 +466,9 @@ def test_overlap_counts_common_entries_over_the_second_region() -> None:
     both = len(places[0] & places[1])
     assert regions.overlap(first, second) == both / len(places[1])
     assert regions.overlap(second, first) == both / len(places[0])
-    assert regions.chance(first, 100) == len(places[0]) / 100
+    assert regions.chance(first, second) == len(places[0]) / (6 * 5 + 9 + 4)
+    assert regions.chance(second, {}) == len(places[1]) / (6 * 5 + 4)
+    assert math.isnan(regions.chance({}, {}))
     assert math.isnan(regions.overlap(first, {}))
 
 

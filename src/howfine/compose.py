@@ -17,7 +17,7 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
-from howfine import joining, streams
+from howfine import joining, regions, streams
 from howfine.base import Base
 from howfine.codec import PRECISIONS
 from howfine.delta import Delta
@@ -25,7 +25,8 @@ from howfine.entries import flat_entries
 from howfine.errors import DeltaError, SettingError, near
 from howfine.joining import OnOverlap
 from howfine.method import Method, Tensors, holding
-from howfine.operands import Operand, differs, operands
+from howfine.operands import Operand, flat, operands
+from howfine.regions import differs
 from howfine.streams import Stream
 
 Deltas = Sequence[Delta | str | Path]
@@ -118,6 +119,11 @@ def difference(deltas: Deltas, base: Base | None = None, *, head: int | None = N
     for path in given[0].tensors:
         for operand in given[1:]:
             mask = operand.changed(base, path)
+            idle = given[0].idle(base, path)
+            if idle is not None and path in operand.tensors and operand.tensors[path].is_sparse:
+                # Rounded to no change: it goes with the one whose it was.
+                idle = idle & operand.listed(path)
+                mask = idle if mask is None else mask | idle
             if mask is not None:
                 lose[path] = mask | lose.get(path, torch.zeros_like(mask))
     return _result(base, given, joining.remade(base, given[0], lose), head)
@@ -137,9 +143,9 @@ def stored(delta: Delta, base: Base, store: str) -> tuple[Delta, float]:
     )
     after = streams.decode(made, base)["method"]
     errors = [
-        float((_flat(after[path]) - _flat(tensor)).abs().max())
+        float((flat(after[path]) - flat(tensor)).abs().max())
         for path, tensor in before.items()
-        if tensor.is_floating_point() and _flat(tensor).numel()
+        if tensor.is_floating_point() and flat(tensor).numel()
     ]
     return replace(delta, streams=made, score={}), max(errors, default=0.0)
 
@@ -164,7 +170,7 @@ class Overlap:
     count: int
     # shared / count; |a ∩ b| / |b| for a = by, b = of.
     share: float
-    # What `by`'s entries would give if drawn at random from the tensors that any delta changes.
+    # The share of entries drawn at random from the tensors that either changes: `regions.chance`.
     chance: float
 
 
@@ -174,24 +180,22 @@ def overlap(deltas: Deltas, base: Base | None = None) -> list[Overlap]:
     Raises DeltaError, WrongBase, and SettingError for a delta that changes nothing.
     """
     base, given = operands(deltas, base)
-    shared = torch.zeros(len(given), len(given), dtype=torch.long)
-    among = 0
-    for path in base.paths():
-        masks = [operand.changed(base, path) for operand in given]
-        among += base.parameter(path).numel() if any(m is not None for m in masks) else 0
-        for i, one in enumerate(masks):
-            for j, other in enumerate(masks):
-                if one is not None and other is not None:
-                    shared[i, j] += (one & other).count_nonzero()
-    counts = shared.diagonal().tolist()
-    if 0 in counts:
-        raise SettingError(f"{given[counts.index(0)].name} changes nothing of the base: no overlap")
+    found = [operand.region(base) for operand in given]
+    for operand, region in zip(given, found, strict=True):
+        if not region:
+            raise SettingError(f"{operand.name} changes nothing of the base: no overlap")
     return [
-        Overlap(a.name, b.name, both, counts[j], both / counts[j], counts[i] / among)
+        Overlap(
+            by=a.name,
+            of=b.name,
+            shared=round(regions.overlap(found[i], found[j]) * regions.size(found[j])),
+            count=regions.size(found[j]),
+            share=regions.overlap(found[i], found[j]),
+            chance=regions.chance(found[i], found[j]),
+        )
         for i, a in enumerate(given)
         for j, b in enumerate(given)
         if i != j
-        for both in [int(shared[i, j])]
     ]
 
 
@@ -232,7 +236,7 @@ def _result(
         base_kind=chosen.base_kind,
     )
     tensors, _ = made.tensors(base)
-    if not all(_flat(tensor).isfinite().all() for tensor in tensors.values()):
+    if not all(flat(tensor).isfinite().all() for tensor in tensors.values()):
         raise SettingError("the result has values beyond a float32; give smaller weights")
     if not any(_moves(base, path, tensor) for path, tensor in tensors.items()):
         raise SettingError(
@@ -249,11 +253,7 @@ def _moves(base: Base, path: str, tensor: Tensor) -> bool:
     original = base.original(path).flatten().float().cpu()
     if tensor.is_sparse:
         original = original[flat_entries(tensor)[0]]
-    return bool(differs(_flat(tensor), original).any())
-
-
-def _flat(tensor: Tensor) -> Tensor:
-    return flat_entries(tensor)[1] if tensor.is_sparse else tensor.flatten()
+    return bool(differs(flat(tensor), original).any())
 
 
 def _head(given: Sequence[Operand], head: int | None) -> int:

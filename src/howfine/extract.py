@@ -105,9 +105,9 @@ def extract(
     with _trial(asked.out) as trial:
         answer = _answering(opened.answer, asked)
         work = Work(asked, opened, answer, {}, trial)
+        reference = reference_of(work) if asked.task and answer.head else None  # first: it checks
         if weigh == "fisher":
             work.weights = _fisher(work)
-        reference = reference_of(work) if asked.task and answer.head else None
         made = made_of(work, reference)
         made = scored(work, made) if asked.task and answer.head else made
         made.delta.save(asked.out)

@@ -224,6 +224,7 @@ def dense(
 ) -> tuple[list[Stream], Tally]:
     """Every tensor that differs, whole, in a precision of its own.
 
+    Raises BaseError where a model holds NaN or infinity.
     fp32 is the new values, any other the difference; "sign" has one scale a tensor (BitDelta, Liu
     et al. 2024, without the training of scales).
     """
@@ -233,6 +234,8 @@ def dense(
         parts, new = [], []
         for before, after in pair.chunks(path):
             parts.append(after - before)
+            if not math.isfinite(_power(parts[-1])) and not np.isfinite(parts[-1]).all():
+                raise _not_finite(pair, path, before, after)
             if chosen == "fp32":
                 new.append(after)
         d = np.concatenate([np.empty(0, np.float32), *parts])

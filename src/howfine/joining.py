@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 
 from howfine.base import Base
-from howfine.entries import changed, flat_entries
+from howfine.entries import changed
 from howfine.errors import DamagedDelta, DeltaError, SettingError
 from howfine.method import Method, Tensors
-from howfine.operands import Operand, differs
+from howfine.operands import Operand, flat
 from howfine.recode import precision_of, recode
+from howfine.regions import differs
 from howfine.streams import Stream, decode, encode
 
 OnOverlap = Literal["refuse", "first", "last", "mean", "sum"]
@@ -35,7 +36,7 @@ def join(
     live = [(o, w) for o, w in zip(given, weights, strict=True) if w and o.kind != "nothing"]
     whole = any(operand.kind == "tensors" for operand, _ in live)
     lose, fresh = _resolved(base, live, rule, whole)
-    skip = set(fresh) if whole else set()
+    skip = set(fresh) if whole else None  # the change of any entries is in fresh then
     found = [
         stream
         for (operand, weight), lost in zip(live, lose, strict=True)
@@ -57,12 +58,13 @@ def remade(
 ) -> list[Stream]:
     """An operand's streams without the change of some entries, and scaled: see `recode`.
 
-    Those of the tensors in `skip` are left out.
+    With `skip`, whole tensors alone, without those of its paths.
     """
     found = []
     for stream in operand.streams:
         whole = stream.values is None
-        if (whole and stream.name.partition("/")[2] in (skip or ())) or (skip and not whole):
+        path = stream.name.partition("/")[2]
+        if skip is not None and (path in skip or not whole):
             continue
         again = recode(stream, base, lose, times)
         found += [] if again is None else [again]
@@ -97,9 +99,27 @@ def _resolved(
             for i in _by_rank(held, rule):
                 lose[i][path] = held[i] & taken
                 taken |= held[i]
+        if not whole:
+            _without_idle(base, path, [operand for operand, _ in live], lose)
     if clashes and rule == "refuse":
         raise SettingError(_refusal([operand.name for operand, _ in live], clashes))
     return lose, fresh
+
+
+def _without_idle(
+    base: Base, path: str, live: list[Operand], lose: list[dict[str, Tensor]]
+) -> None:
+    """Let operands lose entries that they list with the base's own value, where others list them.
+
+    No stream is to say again what another one does.
+    """
+    for i, operand in enumerate(live):
+        idle = operand.idle(base, path)
+        if idle is None:
+            continue
+        others = [other for j, other in enumerate(live) if j != i and path in other.tensors]
+        listed = sum((each.listed(path) for each in others), torch.zeros_like(idle))
+        lose[i][path] = lose[i].get(path, torch.zeros_like(idle)) | (idle & listed)
 
 
 def _by_rank(held: Mapping[int, Tensor], rule: OnOverlap) -> list[int]:
@@ -169,15 +189,11 @@ def _exactly(base: Base, tensors: Tensors, precision: str) -> list[Stream] | Non
         return None
     found = decode(tuple(made), base)["method"]
     same = all(
-        path in found and not differs(_flat(found[path]), _flat(tensor)).any()
+        path in found and not differs(flat(found[path]), flat(tensor)).any()
         for path, tensor in tensors.items()
-        if _flat(tensor).numel()
+        if flat(tensor).numel()
     )
     return made if same else None
-
-
-def _flat(tensor: Tensor) -> Tensor:
-    return flat_entries(tensor)[1] if tensor.is_sparse else tensor.flatten()
 
 
 def masks(given: Sequence[Operand], differ: bool) -> Tensors:

@@ -16,6 +16,7 @@ from howfine.delta import Delta
 from howfine.entries import flat_entries
 from howfine.errors import DeltaError, SettingError, WrongBase
 from howfine.method import Method, Tensors
+from howfine.regions import Region, differs
 from howfine.streams import Stream
 
 _DIGITS = 64  # hexadecimal, of a SHA-256
@@ -44,33 +45,48 @@ class Operand:
     def changed(self, base: Base, path: str) -> Tensor | None:
         """Which entries of a parameter it changes: bool, row-major (n,). None for none.
 
-        Of entries those it lists, of a mask those it drops, of a tensor those that differ.
+        Those whose value differs from the base's: see `regions.differs`.
         """
-        tensor = self.tensors.get(path)
-        if tensor is None:
+        if path not in self.tensors:
             return None
-        original = base.original(path)
-        if tensor.is_sparse:
-            found = torch.zeros(original.numel(), dtype=torch.bool)
-            found[flat_entries(tensor)[0]] = True
-        elif tensor.dtype == torch.bool:
-            found = gates.drop(torch.ones(original.shape), tensor).flatten() == 0
-        else:
-            found = differs(tensor.flatten(), original.flatten().float().cpu())
+        found = differs(self.values(base, path), base.original(path).flatten().cpu())
         return found if found.any() else None
+
+    def idle(self, base: Base, path: str) -> Tensor | None:
+        """Which entries of a parameter it lists with the base's own value, as `changed`."""
+        tensor = self.tensors.get(path)
+        if tensor is None or not tensor.is_sparse:
+            return None
+        found = self.listed(path) & ~differs(
+            self.values(base, path), base.original(path).flatten().cpu()
+        )
+        return found if found.any() else None
+
+    def listed(self, path: str) -> Tensor:
+        """Which entries of a parameter its sparse tensor has, changed or not: bool (n,)."""
+        found = torch.zeros(self.tensors[path].numel(), dtype=torch.bool)
+        found[flat_entries(self.tensors[path])[0]] = True
+        return found
+
+    def region(self, base: Base) -> Region:
+        """All entries that it changes, row-major (n,) by path."""
+        found = {path: self.changed(base, path) for path in base.paths()}
+        return {path: mask for path, mask in found.items() if mask is not None}
 
     def values(self, base: Base, path: str) -> Tensor:
         """The float32 values (n,) of a parameter while the delta is on."""
         tensor = self.tensors[path]
+        if tensor.dtype == torch.bool:
+            return gates.drop(base.original(path).float().cpu(), tensor).flatten()
         if not tensor.is_sparse:
             return tensor.flatten()
         index, new = flat_entries(tensor)
         return base.original(path).flatten().float().cpu().index_put((index,), new)
 
 
-def differs(one: Tensor, other: Tensor) -> Tensor:
-    """Where two float32 tensors differ in at least one bit."""
-    return one.contiguous().view(torch.int32) != other.contiguous().view(torch.int32)
+def flat(tensor: Tensor) -> Tensor:
+    """Values of entries, or of a whole tensor, in row-major order (n,)."""
+    return flat_entries(tensor)[1] if tensor.is_sparse else tensor.flatten()
 
 
 def operands(deltas: Sequence[Delta | str | Path], base: Base | None) -> tuple[Base, list[Operand]]:
@@ -113,7 +129,7 @@ def same_base(one: str, other: str) -> bool:
 def _operand(name: str, delta: Delta, base: Base) -> Operand:
     tensors, head = delta.tensors(base)
     for path, tensor in [*tensors.items(), *head.items()]:
-        values = flat_entries(tensor)[1] if tensor.is_sparse else tensor
+        values = flat(tensor)
         if values.is_floating_point() and not values.isfinite().all():
             raise DeltaError(
                 f"{name}: {path} holds NaN or infinity; its training diverged: tune it again with "

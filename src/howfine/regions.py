@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from howfine import container
@@ -24,15 +25,21 @@ from howfine.start import weight_at
 Region = dict[str, Tensor]
 
 
-def support(delta: Delta, base: Base) -> Region:
-    """The entries whose value with the delta on differs from the base's, of whatever method.
+def differs(one: Tensor, other: Tensor) -> Tensor:
+    """Where two tensors differ, as float32, in at least one bit: what a change of an entry is."""
+    pair = (each.detach().float().contiguous().view(torch.int32) for each in (one, other))
+    return torch.ne(*pair)
 
-    What the file stores takes no part: a few numbers through a map (`subspace`) change nearly every
-    entry of the tensors they reach. Raises WrongBase for a delta of another base, DamagedDelta for
-    one that can't be decoded.
+
+def support(delta: Delta, base: Base) -> Region:
+    """The entries whose value with the delta on differs from the base's (`differs`).
+
+    Of whatever method. What the file stores takes no part: a few numbers through a map (`subspace`)
+    change nearly every entry of the tensors they reach. Raises WrongBase for a delta of another
+    base, DamagedDelta for one that can't be decoded.
     """
     with delta.changed(base):
-        found = {path: weight_at(base, path) != base.original(path) for path in base.paths()}
+        found = {p: differs(weight_at(base, p), base.original(p)) for p in base.paths()}
     return {path: mask.cpu() for path, mask in found.items() if bool(mask.any())}
 
 
@@ -68,15 +75,19 @@ def size(region: Mapping[str, Tensor]) -> int:
 def overlap(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> float:
     """|γ₁ ∩ γ₂| / |γ₂|: how much of the second region lies in the first; NaN where it is empty.
 
-    Two unrelated regions overlap by |γ₁| / d, of d entries that either could lie in: `chance`.
+    Two unrelated regions overlap by `chance`.
     """
     both = sum(int((first[p] & mask).count_nonzero()) for p, mask in second.items() if p in first)
     return both / size(second) if size(second) else math.nan
 
 
-def chance(first: Mapping[str, Tensor], entries: int) -> float:
-    """The overlap with `first` that a region drawn at random from `entries` entries would have."""
-    return size(first) / entries
+def chance(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> float:
+    """|γ₁| / d: the overlap by `first` of a second region drawn at random; NaN for none at all.
+
+    d is the number of entries of the tensors that either of the two regions changes.
+    """
+    among = sum(mask.numel() for mask in {**first, **second}.values())
+    return size(first) / among if among else math.nan
 
 
 def effect(
