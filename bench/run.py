@@ -236,7 +236,9 @@ log2 C(n, k) / 8 plus the empirical entropy of the values (and the bytes of a he
 ## Switching a change on and off
 
 1 % of the entries of MiniLM's matrices, one thread, CPU milliseconds of on and off together,
-medians of {_rounds(switches)} interleaved rounds; PEFT's is `merge_adapter` and `unmerge_adapter`.
+medians of {
+        _rounds(switches)
+    } interleaved rounds of five repeats each; PEFT's is `merge_adapter` and `unmerge_adapter`.
 
 {
         table(

@@ -66,13 +66,18 @@ class _Entries:
     """New values of some entries of one parameter, by row-major index."""
 
     parameter: nn.Parameter
+    flat: Tensor | None  # the parameter's memory as one row, where it lies so
     index: Tensor
     new: Tensor
     old: Tensor
 
     def write(self, values: Tensor) -> None:
         """Put `values` at the places, wherever and in whatever format the parameter is by now."""
-        data = self.parameter.data
+        flat = self.flat
+        if flat is not None and flat.data_ptr() == self.parameter.data_ptr():
+            flat.scatter_(0, self.index, values)
+            return
+        data = self.parameter.data  # moved or cast since
         index, values = self.index.to(data.device), values.to(data.device, data.dtype)
         if data.is_contiguous():
             data.view(-1).scatter_(0, index, values)  # a third of index_put_'s time
@@ -93,7 +98,9 @@ class Switch:
             parameter, original = base.parameter(path), base.original(path)
             index, new = flat_entries(tensor)
             index, new = index.to(original.device), new.to(original.device, original.dtype)
-            self.entries[path] = _Entries(parameter, index, new, original.flatten()[index])
+            flat = parameter.data.view(-1) if parameter.is_contiguous() else None
+            old = original.flatten()[index]
+            self.entries[path] = _Entries(parameter, flat, index, new, old)
 
     def on(self) -> None:
         """Write the new values, unless they are on.

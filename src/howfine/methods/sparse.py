@@ -60,9 +60,8 @@ class _Copy:
 
     def refreshed(self) -> Tensor:
         """The weight as it is to be read now. Written past autograd: it is saved by value."""
-        self.weight.data.view(-1)[self.overlay.index] = (
-            self.overlay.now().detach().to(self.weight.dtype)
-        )
+        now = self.overlay.now().detach().to(self.weight.dtype)
+        self.weight.data.view(-1).scatter_(0, self.overlay.index, now)
         return self.weight
 
 
