@@ -259,10 +259,11 @@ def test_a_blank_score_is_no_shorter_than_any_other(models: Models, tmp_path: Pa
 def test_a_byte_budget_holds_where_the_score_is_longer_than_expected(
     models: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """The first try leaves a hundredth of the budget free, which is less than any score takes."""
     monkeypatch.setattr("howfine.targets._blank", lambda asked: {})
-    asked: dict[str, Any] = {"bytes": 5000, "task": long_task()}
+    asked: dict[str, Any] = {"bytes": 2000, "task": long_task()}
     found = extract(str(models.base), models.classifier, tmp_path / OUT, **asked)
-    assert (tmp_path / OUT).stat().st_size == found.bytes <= 5000
+    assert (tmp_path / OUT).stat().st_size == found.bytes <= 2000
     assert found.score is not None
     assert len(found.tried) > 1
 
