@@ -9,7 +9,7 @@ from typing import Any
 
 import frontier_plot
 from entries import HEAD_RATE, RATES, Entry
-from frontier_results import FULL, KEPT, Row, TaskResults
+from frontier_results import FULL, HOPELESS, KEPT, TUNED_ON, Row, TaskResults
 
 from howfine.container import write_atomically
 from howfine.ledger import Record
@@ -81,9 +81,12 @@ held-out rows are rows of train that nothing was trained on.
   linear schedule with a tenth of warm-up, gradients clipped at 1, {common["precision"]} autocast,
   one linear layer on the mean of the last hidden states. A recipe of several phases has more
   steps; the ledger has them. PEFT's methods run in howfine's training loop.
-- **Rates**: every entry tries three learning rates on every task with the first seed. The best one
-  on the held-out rows runs with the other seeds. The head has a rate of its own
-  ({HEAD_RATE:g}, or what the recipe says). No rate was chosen on test rows.
+- **Rates**: every entry tries three learning rates on {TUNED_ON} with the first seed; the best one
+  on the held-out rows is its rate on all tasks. Full fine-tuning tries its three on every task. The
+  head has a rate of its own ({HEAD_RATE:g}, or what the recipe says). No rate was chosen on test
+  rows.
+- **Seeds**: where the first seed's score is below {HOPELESS:.0%} of full fine-tuning's mean, the
+  others are not run, and the entry does not keep {KEPT:.0%}. The same rule for both sides.
 - **Bytes** of howfine are the delta file with its header and head. Bytes of PEFT are its
   `adapter_model.safetensors` with the head in it, as `modules_to_save` puts it; in fp16 unless the
   held-out score is lower than in fp32. PEFT's `adapter_config.json` (about half a kB to 1.5 kB,
@@ -175,7 +178,8 @@ def _table(results: TaskResults) -> list[str]:
             cells += [f"{100 * results.share(row):.1f} %"]
             cells += [f"{results.seeds_that_keep(row)} of {len(row.runs)}"]
             cells += ["" if row.entry.name == FULL else f"{results.chance(row):.2f}"]
-            unfinished = "" if row.whole else "seeds lacking"
+            far = results.hopeless(row.entry.name)
+            unfinished = "" if row.whole else "no, far below" if far else "seeds lacking"
             cells += [unfinished or ("yes" if results.keeps(row) else "no")]
         else:
             cells += [""] * 4

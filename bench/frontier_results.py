@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from statistics import mean, stdev
@@ -15,7 +15,12 @@ from howfine.metrics import METRICS, paired_bootstrap
 
 # Share of full fine-tuning's score that is to be kept.
 KEPT = 0.99
+# With a first seed below this share of it, the other seeds would have to be better than full
+# fine-tuning by half a point in a hundred for the mean to keep 99 %.
+HOPELESS = 0.96
 FULL = "full"
+# Where the rates are chosen that all tasks are run with.
+TUNED_ON = "rotten-tomatoes"
 
 
 def key(task: str, entry: str, rate: float, seed: int) -> str:
@@ -23,12 +28,21 @@ def key(task: str, entry: str, rate: float, seed: int) -> str:
     return f"{task}/{entry}/{rate:g}/s{seed}"
 
 
-def best_rate(
-    records: Mapping[str, Record], task: str, entry: Entry, rates: Sequence[float], seed: int
-) -> float | None:
-    """The rate with the best held-out score, the lower of two equals; None where all failed."""
-    trials = [records.get(key(task, entry.name, rate, seed), {}) for rate in rates]
-    found = [trial for trial in trials if "heldout" in trial]
+def judged_on(task: str, entry: Entry) -> str:
+    """The task on which the rate of an entry is chosen: full fine-tuning's on the task itself."""
+    return task if entry.name == FULL else TUNED_ON
+
+
+def best_rate(records: Mapping[str, Record], task: str, entry: Entry, seed: int) -> float | None:
+    """The rate with the best held-out score, the lower of two equals.
+
+    None while one has not been tried, or where all failed.
+    """
+    where = judged_on(task, entry)
+    names = [key(where, entry.name, rate, seed) for rate in RATES[entry.rates]]
+    if not all(name in records for name in names):
+        return None
+    found = [records[name] for name in names if "heldout" in records[name]]
     if not found:
         return None
     return max(found, key=lambda trial: (trial["heldout"], -trial["rate"]))["rate"]
@@ -71,7 +85,7 @@ class TaskResults:
         self,
         task: str,
         records: Mapping[str, Record],
-        entries: Sequence[Entry],
+        entries: Iterable[Entry],
         seeds: Sequence[int],
     ) -> None:
         self.task, self.records, self.seeds = task, records, seeds
@@ -83,14 +97,12 @@ class TaskResults:
 
     def _row(self, entry: Entry) -> Row | None:
         """None while a rate has not been tried yet, or where none could be."""
-        rates = RATES[entry.rates]
-        names = [key(self.task, entry.name, rate, self.seeds[0]) for rate in rates]
-        best = best_rate(self.records, self.task, entry, rates, self.seeds[0])
-        if best is None or not all(name in self.records for name in names):
+        best = best_rate(self.records, self.task, entry, self.seeds[0])
+        if best is None:
             return None
         runs = [self.records.get(key(self.task, entry.name, best, seed)) for seed in self.seeds]
         done = [run for run in runs if run is not None and "score" in run]
-        return Row(entry, best, done, len(done) == len(self.seeds))
+        return Row(entry, best, done, len(done) == len(self.seeds)) if done else None
 
     @cached_property
     def one_answer(self) -> float:
@@ -117,6 +129,14 @@ class TaskResults:
     def keeps(self, row: Row) -> bool:
         """99 % in the mean over all seeds."""
         return row.whole and self.comparable and self.share(row) >= KEPT
+
+    def hopeless(self, name: str) -> bool:
+        """Whether an entry's first seed is too far below to run the others for."""
+        row = self.rows.get(name)
+        if row is None or not self.comparable or name == FULL:
+            return False
+        first = [run["score"] for run in row.runs if run["seed"] == self.seeds[0]]
+        return bool(first) and first[0] < HOPELESS * self.full.score
 
     def seeds_that_keep(self, row: Row) -> int:
         """Seeds whose score is 99 % at least of full fine-tuning's with the same seed."""
