@@ -74,7 +74,7 @@ Written by `python bench/diff_pruning.py` from {len(found.records)} runs of {dat
 sets, {len(seeds)} seeds. Training: {parts}; {settings}; the learning rate of differences is that of
 the table in the script. Scores are of files, loaded again. The letters are those of the claims that
 were taken from Guo, Rush & Kim 2021 (arXiv 2012.07463) on BERT-large and whole GLUE: what is
-checked here is whether they carry over to a small base and two thousand rows.
+checked here is whether they carry over to a small base and a thousand rows.
 
 *structured* has a gate a tensor beside those of the entries, *non-adaptive* takes the entries that
 full fine-tuning moved most. *cut* is a change cut to its budget and not trained on.
