@@ -37,7 +37,7 @@ def draw(count: int, k: int, seed: int = 0) -> Tensor:
     return torch.randperm(count, generator=generator)[:k].sort().values
 
 
-# One share for each way of taking the product: used rows and columns, sampled, whole.
+# One share for each way of taking the product: pair by pair, sampled, whole.
 @pytest.mark.parametrize("k", [1, 20, 1500, 5000])
 def test_sampled_product_is_the_product_at_the_places(k: int) -> None:
     torch.manual_seed(0)
@@ -59,9 +59,9 @@ def test_the_product_takes_each_of_its_ways() -> None:
     ways = set()
     for k in (1, 20, 1500, 5000):
         index = draw(192 * 200, k)
-        used = len((index // 200).unique()) * len((index % 200).unique())
-        ways.add("used" if used <= sampled.SMALL else "whole" if k > 0.1 * 38400 else "sampled")
-    assert ways == {"used", "sampled", "whole"}
+        few = sampled.Sampling((192, 200), index // 200, index % 200).few
+        ways.add("pairs" if few else "whole" if k > sampled.WHOLE * 38400 else "sampled")
+    assert ways == {"pairs", "sampled", "whole"}
 
 
 class Net(nn.Module):
@@ -441,15 +441,15 @@ def test_a_base_that_is_cast_meanwhile_comes_back(late: bool) -> None:
 def test_an_interrupted_switch_goes_back(monkeypatch: pytest.MonkeyPatch) -> None:
     base = tiny_base("bert")
     tensors = packed(base, 0)
-    write, calls = entries._Entries.write, []
+    write, calls = entries.Entries.write, []
 
-    def interrupted(self: entries._Entries, values: Tensor) -> None:
+    def interrupted(self: entries.Entries, values: Tensor) -> None:
         calls.append(1)
         if len(calls) == 2:
             raise KeyboardInterrupt
         write(self, values)
 
-    monkeypatch.setattr(entries._Entries, "write", interrupted)
+    monkeypatch.setattr(entries.Entries, "write", interrupted)
     with pytest.raises(KeyboardInterrupt):
         entries.unpack(base, tensors)
     assert base.is_untouched()

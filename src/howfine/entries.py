@@ -62,7 +62,7 @@ def strongest(scores: Mapping[str, Tensor], count: int) -> dict[str, Tensor]:
 
 
 @dataclass(frozen=True)
-class _Entries:
+class Entries:
     """New values of some entries of one parameter, by row-major index."""
 
     parameter: nn.Parameter
@@ -93,14 +93,14 @@ class Switch:
 
     def __init__(self, base: Base, tensors: Tensors) -> None:
         self._base = base
-        self.entries: dict[str, _Entries] = {}
+        self.entries: dict[str, Entries] = {}
         for path, tensor in tensors.items():
             parameter, original = base.parameter(path), base.original(path)
             index, new = flat_entries(tensor)
             index, new = index.to(original.device), new.to(original.device, original.dtype)
             flat = parameter.data.view(-1) if parameter.is_contiguous() else None
             old = original.flatten()[index]
-            self.entries[path] = _Entries(parameter, flat, index, new, old)
+            self.entries[path] = Entries(parameter, flat, index, new, old)
 
     def on(self) -> None:
         """Write the new values, unless they are on.

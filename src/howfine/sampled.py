@@ -17,9 +17,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-# Rows times columns up to which the smaller product of just the rows and columns in use is the
-# quickest, and the share of entries above which the whole product is: bench/sampled.py.
-SMALL, WHOLE = 1 << 15, 0.10
+# Pairs for each row and column up to which pair by pair is the quickest, and the share of entries
+# above which the whole product is: bench/sampled.py.
+FEW, WHOLE = 0.65, 0.10
+# Tokens whose pairs are multiplied at once.
+TOKENS = 128
+# Columns of a layer's input that must be spared for keeping a copy of the others to pay.
+SPARED = 512
 
 
 @dataclass(frozen=True)
@@ -31,21 +35,23 @@ class Sampling:
     column: Tensor  # (k,)
 
     def __post_init__(self) -> None:
-        rows, at_row = self.row.unique(return_inverse=True)
-        columns, at_column = self.column.unique(return_inverse=True)
-        object.__setattr__(self, "_used", (rows, columns, at_row, at_column))
         pointers = torch.zeros(self.shape[0] + 1, dtype=torch.long, device=self.row.device)
         pointers[1:] = torch.bincount(self.row, minlength=self.shape[0]).cumsum(0)
         object.__setattr__(self, "_pointers", pointers)
+
+    @property
+    def few(self) -> bool:
+        """Whether pairs of columns are best gathered and multiplied, without a matrix product."""
+        return len(self.row) <= FEW * sum(self.shape)
 
     def product(self, left: Tensor, right: Tensor) -> Tensor:
         """(k,) entries of leftᵀ·right; left is (tokens, rows), right (tokens, columns).
 
         Entries are in row-major order.
         """
-        rows, columns, at_row, at_column = self._used  # type: ignore[attr-defined]
-        if len(rows) * len(columns) <= SMALL:
-            return (left[:, rows].t() @ right[:, columns])[at_row, at_column]
+        if self.few:
+            return pairs(left.index_select(1, self.row), right, self.column)
+        left, right = left.float(), right.float()
         if len(self.row) > WHOLE * self.shape[0] * self.shape[1]:
             return (left.t() @ right)[self.row, self.column]
         _hear_out_torch()
@@ -57,6 +63,18 @@ class Sampling:
             check_invariants=False,
         )
         return torch.sparse.sampled_addmm(wanted, left.t(), right, beta=0.0).values()
+
+
+def pairs(left: Tensor, right: Tensor, index: Tensor) -> Tensor:
+    """(k,) inner products of the columns of `left` (tokens, k) and those of `right` at `index`.
+
+    In float32, some tokens at a time: what is gathered stays in the cache.
+    """
+    total = left.new_zeros(min(TOKENS, len(left)), left.shape[1], dtype=torch.float32)
+    for one, other in zip(left.split(TOKENS), right.split(TOKENS), strict=True):
+        gathered = other.index_select(1, index).float()
+        total[: len(one)].addcmul_(one.float(), gathered)  # the last one may be shorter
+    return total.sum(0)
 
 
 @functools.cache
@@ -80,29 +98,35 @@ class Linear(torch.autograd.Function):
         sampling: Sampling,
         transposed: bool,
     ) -> Tensor:
-        ctx.sampling, ctx.transposed = sampling, transposed
-        ctx.save_for_backward(x, weight)
+        ctx.sampling, ctx.transposed, ctx.like = sampling, transposed, (x.shape, x.dtype)
+        flat = x.reshape(-1, x.shape[-1])
+        # All that the gradient will read of x, where that spares memory worth the copy.
+        read = sampling.row if transposed else sampling.column
+        ctx.gathered = sampling.few and x.shape[-1] - len(read) > SPARED
+        ctx.save_for_backward(flat.index_select(1, read) if ctx.gathered else flat, weight)
         if not transposed:
             return functional.linear(x, weight, bias)
-        flat = x.reshape(-1, x.shape[-1])
         made = flat @ weight if bias is None else torch.addmm(bias, flat, weight)
         return made.view(*x.shape[:-1], weight.shape[1])
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight = ctx.saved_tensors
+        read, weight = ctx.saved_tensors
         to_x, to_values, _, to_bias, *_ = ctx.needs_input_grad
-        flat = gradient.reshape(-1, gradient.shape[-1])
+        wrote = gradient.reshape(-1, gradient.shape[-1])
+        sampling: Sampling = ctx.sampling
         from_x = from_values = from_bias = None
-        if to_x:
-            same = weight.to(gradient.dtype)
-            from_x = (flat @ (same.t() if ctx.transposed else same)).view(x.shape).to(x.dtype)
-        if to_values:
-            read, wrote = x.reshape(-1, x.shape[-1]).float(), flat.float()
-            pair = (read, wrote) if ctx.transposed else (wrote, read)
-            from_values = ctx.sampling.product(*pair)
+        if to_values and ctx.gathered:
+            written = sampling.column if ctx.transposed else sampling.row
+            from_values = pairs(read, wrote, written)
+        elif to_values:
+            from_values = sampling.product(*((read, wrote) if ctx.transposed else (wrote, read)))
         if to_bias:
-            from_bias = flat.sum(0)
+            from_bias = wrote.sum(0)
+        if to_x:  # last: the layer below reads it next, while it is in the cache
+            shape, dtype = ctx.like
+            same = weight.to(gradient.dtype)
+            from_x = (wrote @ (same.t() if ctx.transposed else same)).view(shape).to(dtype)
         return from_x, from_values, None, from_bias, None, None
 
 

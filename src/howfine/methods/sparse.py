@@ -47,40 +47,38 @@ class _Overlay(nn.Module):
         return sampled.Put.apply(weight, self.index, self.now())
 
 
-class _Copy:
-    """A weight's own copy, whose trained entries are brought up to date before each use."""
+class _InPlace:
+    """Trained entries in the base's own memory, brought up to date before each use."""
 
-    def __init__(self, overlay: _Overlay, weight: Tensor) -> None:
-        self.overlay = overlay
-        self.weight = weight.detach().clone(memory_format=torch.contiguous_format)
-        columns = overlay.shape[1]
+    def __init__(self, overlay: _Overlay, entries: entries.Entries) -> None:
+        self.overlay, self.entries = overlay, entries
+        shape = (overlay.shape[0], overlay.shape[1])
         index = overlay.index
-        shape = (overlay.shape[0], columns)
-        self.sampling = sampled.Sampling(shape, index // columns, index % columns)
+        self.sampling = sampled.Sampling(shape, index // shape[1], index % shape[1])
 
     def refreshed(self) -> Tensor:
         """The weight as it is to be read now. Written past autograd: it is saved by value."""
-        now = self.overlay.now().detach().to(self.weight.dtype)
-        self.weight.data.view(-1).scatter_(0, self.overlay.index, now)
-        return self.weight
+        weight = self.entries.parameter.data
+        self.entries.write(self.overlay.now().detach().to(weight.dtype))
+        return weight
 
 
-def _linear(module: nn.Module, copy: _Copy) -> Callable[..., Tensor]:
+def _linear(module: nn.Module, place: _InPlace) -> Callable[..., Tensor]:
     transposed = isinstance(module, Conv1D)
 
     def forward(x: Tensor) -> Tensor:
-        weight, values = copy.refreshed(), copy.overlay.values[copy.overlay.at]
-        return sampled.Linear.apply(x, values, weight, module.bias, copy.sampling, transposed)
+        weight, values = place.refreshed(), place.overlay.values[place.overlay.at]
+        return sampled.Linear.apply(x, values, weight, module.bias, place.sampling, transposed)
 
     return forward
 
 
-def _embedding(module: nn.Embedding, copy: _Copy) -> Callable[..., Tensor]:
+def _embedding(module: nn.Embedding, place: _InPlace) -> Callable[..., Tensor]:
     padding = -1 if module.padding_idx is None else module.padding_idx
 
     def forward(ids: Tensor) -> Tensor:
-        weight, values = copy.refreshed(), copy.overlay.values[copy.overlay.at]
-        return sampled.Embedding.apply(ids, values, weight, copy.sampling, padding)
+        weight, values = place.refreshed(), place.overlay.values[place.overlay.at]
+        return sampled.Embedding.apply(ids, values, weight, place.sampling, padding)
 
     return forward
 
@@ -123,15 +121,13 @@ class Sparse(Method):
         chosen = {path: index for path, index in chosen.items() if len(index)}
         values = nn.Parameter(torch.cat([_moved(base, begun, *item) for item in chosen.items()]))
         overlays, at = {}, 0
-        with all_or_nothing() as undo:
-            for path, index in chosen.items():
-                weight = base.parameter(path)
-                index = index.to(weight.device)
-                overlay = _Overlay(weight, index, values, slice(at, at + len(index)))
-                overlays[path] = overlay
-                at += len(index)
-                undo += _put_on(base, path, overlay)
-            return Change({"values": values}, undo, parts=overlays)
+        for path, index in chosen.items():
+            weight = base.parameter(path)
+            overlays[path] = _Overlay(
+                weight, index.to(weight.device), values, slice(at, at + len(index))
+            )
+            at += len(index)
+        return Change({"values": values}, _put_on(base, overlays), parts=overlays)
 
     def _chosen(self, base: Base, paths: list[str], probe: Probe | None) -> dict[str, Tensor]:
         """Row-major indices of the entries that train, by path."""
@@ -272,19 +268,43 @@ def _without(chosen: dict[str, Tensor], outside: Mapping[str, Tensor]) -> dict[s
     return left
 
 
-def _put_on(base: Base, path: str, overlay: _Overlay) -> list[Undo]:
-    """Let every reader of the weight see the trained entries; linear layers by the short way."""
-    weight, homes = base.parameter(path), surgery.homes(base.towers, path)
-    module, name = homes[0]
-    kind = type(module)  # exactly: a subclass may compute something else
-    undo = [surgery.reweight(base.towers, path, overlay)]
-    if len(homes) > 1 or name != "weight":
-        return undo
-    if kind in (nn.Linear, Conv1D):
-        undo.append(surgery.rewire(module, _linear(module, _Copy(overlay, weight))))
-    elif isinstance(module, nn.Embedding) and kind is nn.Embedding and module.max_norm is None:
-        undo.append(surgery.rewire(module, _embedding(module, _Copy(overlay, weight))))
+def _put_on(base: Base, overlays: Mapping[str, _Overlay]) -> list[Undo]:
+    """Let every reader of the weights see the trained entries.
+
+    Linear layers and embeddings read their own weight, which holds them. A weight with several
+    readers, or of a layer of another kind, is put together at each use.
+    """
+    short = {}
+    for path in overlays:
+        (module, name), *others = surgery.homes(base.towers, path)
+        if not others and name == "weight" and (forward := _forward(module)) is not None:
+            short[path] = (module, forward)
+    held = {
+        path: entries.sparse(part.index, part.now().detach(), part.shape)
+        for path, part in overlays.items()
+        if path in short
+    }
+    switch = entries.Switch(base, held)
+    with all_or_nothing() as undo:
+        undo.append(switch.off)
+        switch.on()
+        for path, overlay in overlays.items():
+            undo.append(surgery.reweight(base.towers, path, overlay))
+            if path in short:
+                module, forward = short[path]
+                place = _InPlace(overlay, switch.entries[path])
+                undo.append(surgery.rewire(module, forward(module, place)))
     return undo
+
+
+def _forward(module: nn.Module) -> Callable[..., Any] | None:
+    """What makes this layer's short way; None where it has none."""
+    kind = type(module)  # exactly: a subclass may compute something else
+    if kind in (nn.Linear, Conv1D):
+        return _linear
+    if kind is nn.Embedding and module.max_norm is None:
+        return _embedding
+    return None
 
 
 EXAMPLE = Sparse(density=0.05)
