@@ -6,7 +6,9 @@ free difference Guo, Rush & Kim 2021, "Parameter-efficient transfer learning wit
 
 from __future__ import annotations
 
+import itertools
 import math
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -118,10 +120,12 @@ class _AddGated(torch.autograd.Function):
         ctx.group = group
         counts = []
         parts = _chunks(weight, diff, log_alpha, share, value)
+        scratch = _scratch(share)
         for base, moved, alpha, s, into in parts:
             torch.sigmoid(alpha, out=s)
             counts.append(s.sum())
-            z = _stretched(_concrete(uniform(len(s)), s))
+            _concrete(uniform(len(s)), s, next(scratch))
+            z = _stretched(s, next(scratch))
             torch.addcmul(base, z, moved, value=ctx.outer, out=into)
         return value.view(weight.shape), torch.stack(counts).sum()
 
@@ -134,9 +138,10 @@ class _AddGated(torch.autograd.Function):
         outer, penalty, to_group = ctx.outer, count.item(), []
         gradient = gradient.to(share.dtype)
         parts = _chunks(gradient, diff, log_alpha, share, to_diff, to_alpha)
+        scratch = _scratch(share)
         for g, moved, alpha, s, down, up in parts:
-            z = _stretched(s)
-            product = g * moved
+            z = _stretched(s, next(scratch))
+            product = torch.mul(g, moved, out=_like(s, next(scratch)))
             if ctx.group is not None:
                 to_group.append(torch.dot(product, z))
             torch.mul(g, z, out=down)
@@ -165,20 +170,41 @@ def _memory(like: Tensor, spare: Spare | None) -> tuple[Tensor, Tensor]:
     return torch.empty(like.shape, device=like.device), torch.empty(like.shape, device=like.device)
 
 
-def _concrete(u: Tensor, p: Tensor) -> Tensor:
+def _scratch(like: Tensor) -> Iterator[Tensor]:
+    """Two rows of memory for a chunk's intermediate values, in turn.
+
+    A CPU's allocator gives memory of this size back to the system and asks for it again, which
+    takes longer than what is computed there; this is kept, for each thread.
+    """
+    if like.device.type != "cpu":
+        return itertools.repeat(like.new_empty(0))
+    if not hasattr(_KEPT, "rows"):
+        _KEPT.rows = tuple(torch.empty(2, _chunk(like)))
+    return itertools.cycle(_KEPT.rows)
+
+
+_KEPT = threading.local()
+
+
+def _like(s: Tensor, memory: Tensor) -> Tensor:
+    """Memory of this size, of `memory` where there is so much."""
+    return memory[: len(s)] if len(memory) >= len(s) else torch.empty_like(s)
+
+
+def _concrete(u: Tensor, p: Tensor, memory: Tensor) -> Tensor:
     """σ(logit(u) + α) for p = σ(α), written over p: u·p / (u·p + (1-u)·(1-p)). (n,)
 
     Without a logarithm or a second exponential. The denominator as 1 - u - p + 2·u·p is exact to
     the spacing of u itself, from which logit(u) is no better known.
     """
-    both = u * p
+    both = torch.mul(u, p, out=_like(p, memory))
     less = u.add_(p).sub_(both, alpha=2).sub_(1)  # minus the denominator
     return torch.div(both, less.neg_(), out=p)
 
 
-def _stretched(s: Tensor) -> Tensor:
+def _stretched(s: Tensor, memory: Tensor) -> Tensor:
     """clamp((r-l)·s + l, 0, 1). (n,)"""
-    return torch.add(s.new_full((), LOW), s, alpha=WIDTH).clamp_(0, 1)
+    return torch.add(s.new_full((), LOW), s, alpha=WIDTH, out=_like(s, memory)).clamp_(0, 1)
 
 
 def _drawn_group(group: Tensor | None, noise: float | None) -> tuple[float, float]:
