@@ -31,9 +31,15 @@ class Found:
         values = [float(record[of]) for record in self.rows(task, cell)]
         return statistics.fmean(values) if values else None
 
-    def over_tasks(self, cell: str, of: str = "score") -> float | None:
+    def having(self, *cells: str) -> list[str]:
+        """The tasks on which all of the cells were run."""
+        return [task for task in self.tasks if all(self.rows(task, cell) for cell in cells)]
+
+    def over_tasks(
+        self, cell: str, of: str = "score", tasks: Sequence[str] | None = None
+    ) -> float | None:
         """Mean over tasks of the means over seeds; None where a task has no run."""
-        values = [self.mean(task, cell, of) for task in self.tasks]
+        values = [self.mean(task, cell, of) for task in (tasks or self.tasks)]
         known = [value for value in values if value is not None]
         return statistics.fmean(known) if known and len(known) == len(values) else None
 
@@ -115,17 +121,24 @@ def _points(value: float) -> str:
 def _d5(found: Found, budgets: Sequence[float]) -> tuple[str, str]:
     name = "D5: structured ≥ unstructured > non-adaptive > last layer, at 0.5 %"
     cells = [*(f"{kind}@{MIDDLE}" for kind in KINDS), "last-layer"]
-    means = [found.over_tasks(cell) for cell in cells]
+    tasks = found.having(*cells)
+    means = [found.over_tasks(cell, tasks=tasks) for cell in cells] if tasks else [None]
     if any(mean is None for mean in means):
         return name, _NONE
     s, u, n, last = (float(mean or 0) for mean in means)
+    figures = " / ".join(map(_points, (s, u, n, last)))
+    said = f"{_said(s >= u > n > last)} {figures} on {', '.join(tasks)}."
+    rest = [f"structured@{MIDDLE}", f"non-adaptive@{MIDDLE}", "last-layer"]
+    if found.having(*rest) != tasks:
+        others = [found.over_tasks(cell, tasks=found.having(*rest)) for cell in rest]
+        figures = " / ".join(_points(float(mean or 0)) for mean in others)
+        said += f" Without the second, on {', '.join(found.having(*rest))}: {figures}."
     gaps = [
         (b, found.over_tasks(f"structured@{b}"), found.over_tasks(f"non-adaptive@{b}"))
         for b in budgets
     ]
     wide = ", ".join(f"{b:.2%}: {_points(x - y)}" for b, x, y in gaps if x and y)
-    figures = " / ".join(map(_points, (s, u, n, last)))
-    return name, f"{_said(s >= u > n > last)} {figures}. Gap to non-adaptive by budget: {wide}."
+    return name, f"{said} Structured less non-adaptive by budget: {wide}."
 
 
 def _d6(found: Found, budgets: Sequence[float]) -> tuple[str, str]:
@@ -155,7 +168,9 @@ def _d7(found: Found) -> tuple[str, str]:
 
 def _d8(found: Found) -> tuple[str, str]:
     name = "D8: structured leaves 1.5 times as many tensors untouched"
-    one, other = (found.over_tasks(f"{k}@{MIDDLE}", "untouched") for k in KINDS[:2])
+    both = [f"{kind}@{MIDDLE}" for kind in KINDS[:2]]
+    tasks = found.having(*both) or [""]
+    one, other = (found.over_tasks(cell, "untouched", tasks) for cell in both)
     if one is None or other is None:
         return name, _NONE
     total = found.records[0]["tensors"]
