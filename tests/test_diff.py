@@ -441,6 +441,29 @@ def test_density_falls_as_the_penalty_grows() -> None:
     assert found[0] > found[1] + 0.02 > found[2] + 0.04
 
 
+def untouched_tensors(structure: str, seed: int) -> int:
+    """Tensors without a changed entry at a budget of half a per cent, after 60 steps."""
+    base = tiny_base("bert")
+    with put_on(base, seed, structure=structure, l0=2e-4, density=0.005) as fitted:
+        head = {"params": list(fitted.head.parameters())}
+        groups = [{"lr": 1e-2, **group} for group in fitted.method.groups(fitted.change)]
+        optimiser = AdamW([*groups, {"lr": 1e-2, **head}], weight_decay=0.0)
+        losses = []
+        for _ in range(60):
+            optimiser.zero_grad()
+            losses.append(loss_of(fitted))
+            (losses[-1] + fitted.method.penalty(fitted.change, 0.5)).backward()
+            optimiser.step()
+        assert losses[-1] < 0.8 * losses[0]  # it learned something with what it kept
+        return len(base.paths()) - len(fitted.method.pack(base, fitted.change))
+
+
+def test_gates_over_tensors_leave_more_of_them_untouched() -> None:
+    """At least 1.5 times as many as gates of entries alone do, at equal penalty and budget."""
+    found = {s: [untouched_tensors(s, seed) for seed in range(3)] for s in ("tensor", "none")}
+    assert sum(found["tensor"]) >= 1.5 * sum(found["none"]) > 0, found
+
+
 def test_groups_and_settings() -> None:
     """Rates, clips and decay as in the paper's code; bad settings are refused before training."""
     base = tiny_base("bert")

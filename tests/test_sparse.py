@@ -246,6 +246,48 @@ def test_switching_writes_the_entries_alone_and_restores_every_bit() -> None:
     assert {path: base.parameter(path).data_ptr() for path in base.paths()} == memory
 
 
+def test_entries_train_in_the_bases_own_memory() -> None:
+    base = tiny_base("bert")
+    before = {path: base.parameter(path).detach().clone() for path in base.paths()}
+    memory = {path: base.parameter(path).data_ptr() for path in base.paths()}
+    torch.manual_seed(0)
+    fitted = fit_a_little(base, method("sparse", by="random", density=0.02), seed=0)
+    tensors = fitted.method.pack(base, fitted.change)
+    assert len(tensors) > 10
+    for path in base.paths():
+        changed = (base.parameter(path) != before[path]).flatten().nonzero().flatten()
+        expected = flat_entries(tensors[path])[0] if path in tensors else changed[:0]
+        assert set(changed.tolist()) <= set(expected.tolist()), path
+        assert torch.equal(base.original(path), before[path]), path
+    with pytest.raises(SettingError, match="entries in use by another delta"):
+        entries.unpack(base, tensors)
+    fitted.change.remove()
+    assert base.is_untouched()
+    assert all(torch.equal(base.parameter(path), before[path]) for path in base.paths())
+    assert {path: base.parameter(path).data_ptr() for path in base.paths()} == memory
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("tokens", [3, sampled.TOKENS, 2 * sampled.TOKENS + 5])
+def test_a_wide_layer_keeps_what_its_entries_read(transposed: bool, tokens: int) -> None:
+    """Of an input much wider than there are entries only their columns are kept."""
+    width, out = sampled.SPARED + 80, 24
+    torch.manual_seed(0)
+    shape = (width, out) if transposed else (out, width)
+    weight, x = torch.randn(shape), torch.randn(2, tokens, width, requires_grad=True)
+    index = draw(width * out, 50)
+    values = torch.zeros(50, requires_grad=True)
+    sampling = sampled.Sampling(shape, index // shape[1], index % shape[1])
+    made = sampled.Linear.apply(x, values, weight, None, sampling, transposed)
+    assert made.grad_fn.saved_tensors[0].shape == (2 * tokens, 50)
+    upstream = torch.randn_like(made)
+    found = torch.autograd.grad(made, (x, values), upstream)
+    plain = weight.clone().requires_grad_(True)
+    expected = torch.autograd.grad(x @ (plain if transposed else plain.t()), (x, plain), upstream)
+    torch.testing.assert_close(found[0], expected[0])
+    torch.testing.assert_close(found[1], expected[1].flatten()[index], rtol=1e-4, atol=1e-4)
+
+
 def test_two_switches_may_be_on_where_they_share_no_entry() -> None:
     base = tiny_base("bert")
     path = base.choose(("matrices",))[0]

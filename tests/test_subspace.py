@@ -408,6 +408,10 @@ def test_in_a_loop_of_ones_own() -> None:
     ids = torch.arange(12).view(1, -1)
     before = model.eval()(ids).logits
     with howfine.attach(model, "subspace", map="random") as attached:
+        (own,), (group,) = attached.parameters(), attached.parameters(1e-3)
+        (scaled,) = attached.method.groups(attached.change)
+        assert "lr" not in own
+        assert group["lr"] == 1e-3 * scaled["lr_scale"] != 1e-3
         optimiser = torch.optim.AdamW(attached.parameters(), lr=0.1)
         model(ids, labels=ids).loss.backward()
         optimiser.step()

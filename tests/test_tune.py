@@ -397,7 +397,9 @@ def test_a_head_follows_only_a_rate_that_is_named(tmp_path: Path) -> None:
             return float(fit.trainer.create_optimizer().param_groups[-1]["lr"])
 
     assert rate(learning_rate=None, readout_learning_rate=None) == 1e-3
-    assert rate(learning_rate=0.5, readout_learning_rate=None) == 0.5
+    assert rate(learning_rate=4e-3, readout_learning_rate=None) == 4e-3
+    # What scores climb at is no rate for a head.
+    assert rate(learning_rate=0.5, readout_learning_rate=None) == 1e-2
     assert rate(learning_rate=0.5, readout_learning_rate=2e-3) == 2e-3
 
 

@@ -27,17 +27,23 @@ class Attached:
     def __init__(self, base: Base, method: Method, change: Change) -> None:
         self.base, self.method, self.change = base, method, change
 
-    def parameters(self) -> list[dict[str, Any]]:
+    def parameters(self, learning_rate: float | None = None) -> list[dict[str, Any]]:
         """Groups for a torch optimiser: only what the method trains.
 
-        A group that has a rate of its own (`lr`) keeps it. A scheduler would change that one too,
-        and clipping is the loop's own affair.
+        A group that has a rate of its own (`lr`) keeps it. The others have the optimiser's, or
+        `learning_rate` where it is given; some methods train some of them at a multiple of it,
+        which only this can put in. A scheduler would change all of them, and clipping is the
+        loop's own affair.
         """
-        known = ("params", "weight_decay", "lr")
-        return [
-            {key: value for key, value in group.items() if key in known}
-            for group in self.method.groups(self.change)
-        ]
+        made = []
+        for group in self.method.groups(self.change):
+            kept: dict[str, Any] = {
+                key: group[key] for key in ("params", "weight_decay", "lr") if key in group
+            }
+            if learning_rate is not None:
+                kept.setdefault("lr", learning_rate * group.get("lr_scale", 1.0))
+            made.append(kept)
+        return made
 
     def tensors(self) -> dict[str, Any]:
         """The packed change: the fewest tensors that say it all."""

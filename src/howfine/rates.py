@@ -11,15 +11,21 @@ from howfine.change import Change
 from howfine.readout import Head
 from howfine.recipe import Recipe
 
+# A head without a rate of its own has the method's, up to this: methods of scores and gates climb
+# at rates that would throw a head about.
+HEAD_LIMIT, HEAD_RATE = 1e-2, 1e-3
+
 
 def groups(
     recipe: Recipe, change: Change, head: Head, learning_rate: float
 ) -> list[dict[str, Any]]:
     """The method's groups and the head's, each split by decay: none on biases and norms."""
     training = recipe.training
-    rates = (training.readout_learning_rate, training.learning_rate, 1e-3)
-    own: dict[str, Any] = {"params": list(head.parameters())}
-    own["lr"] = next(rate for rate in rates if rate is not None)
+    own: dict[str, Any] = {"params": list(head.parameters()), "lr": HEAD_RATE}
+    if training.readout_learning_rate is not None:
+        own["lr"] = training.readout_learning_rate
+    elif training.learning_rate is not None:
+        own["lr"] = min(training.learning_rate, HEAD_LIMIT)
     made = []
     for group in [*recipe.method.groups(change), own]:
         shared = {
