@@ -33,6 +33,7 @@ import peers
 import torch
 from entries import ENTRIES, RATES, Entry
 
+from howfine import cost
 from howfine.base import Base
 from howfine.delta import SUFFIX
 from howfine.evaluate import evaluate
@@ -201,10 +202,12 @@ class Bench:
                 done: Any = peer
                 heldout, test, store = peer.heldout, peer.test, peer.store
                 more = {"sizes": peer.sizes, "config_bytes": peer.config_bytes}
+                more["parts"] = peer.parts
             else:
                 done = tune(self.base, task, recipe, out=Path(folder) / f"x{SUFFIX}", seed=seed)
                 test = evaluate(done.delta, self.base, task, split="test")
-                heldout, store, more = done.score, recipe.store, {}
+                heldout, store = done.score, recipe.store
+                more = {"parts": account(Path(folder) / f"x{SUFFIX}")}
         return {
             "score": test.value,
             "heldout": heldout.value,
@@ -235,6 +238,15 @@ class Bench:
         if self.base.device.type == "cuda":
             return torch.cuda.get_device_name(self.base.device)
         return f"{os.cpu_count()} CPU cores ({platform.machine()}), {self.options.threads} thread"
+
+
+def account(path: Path) -> dict[str, int]:
+    """What `howfine inspect` says of a file, in three sums: header, head and change."""
+    found = {"header": 0, "head": 0, "change": 0}
+    for part in cost.parts(path):
+        kind = {"readout": "head", "method": "change"}.get(part.name.partition("/")[0], "header")
+        found[kind] += part.bytes
+    return found
 
 
 def sized(task: Task, size: Size) -> Task:

@@ -91,6 +91,8 @@ held-out rows are rows of train that nothing was trained on.
   `adapter_model.safetensors` with the head in it, as `modules_to_save` puts it; in fp16 unless the
   held-out score is lower than in fp32. PEFT's `adapter_config.json` (about half a kB to 1.5 kB,
   without which the file can't be loaded) is not counted, howfine's header is.
+- *Header + head + change* account for every byte of the first seed's file, as `howfine inspect`
+  does; the ledger has them for every run.
 - **Scores** are of the file, loaded again.
 - An entry **keeps {KEPT:.0%}** when its mean over the seeds does. *Seeds* counts those that keep it
   against full fine-tuning with the same seed. *Chance* is the share of resampled test rows and
@@ -167,13 +169,14 @@ def _about(results: TaskResults) -> str:
 def _table(results: TaskResults) -> list[str]:
     """Entries by size, smallest first."""
     lines = [
-        "| entry | side | rate | trainable | bytes | score | of full | seeds | chance | keeps |",
-        "|" + " --- |" * 10,
+        "| entry | side | rate | trainable | bytes | header + head + change | score | of full "
+        "| seeds | chance | keeps |",
+        "|" + " --- |" * 11,
     ]
     for row in sorted(results.rows.values(), key=lambda row: row.bytes):
         score = f"{100 * row.score:.2f} ± {100 * row.spread:.2f}"
         cells = [row.entry.name, SIDES[row.entry.side], f"{row.rate:g}"]
-        cells += [f"{row.runs[0]['trainable']:,}", _bytes(row), score]
+        cells += [f"{row.runs[0]['trainable']:,}", _bytes(row), _parts(row), score]
         if results.comparable:
             cells += [f"{100 * results.share(row):.1f} %"]
             cells += [f"{results.seeds_that_keep(row)} of {len(row.runs)}"]
@@ -191,6 +194,12 @@ def _bytes(row: Row) -> str:
     sizes = [run["bytes"] for run in row.runs]
     mean = f"{round(row.bytes):,}"
     return mean if len(set(sizes)) == 1 else f"{mean} ({min(sizes):,} to {max(sizes):,})"
+
+
+def _parts(row: Row) -> str:
+    """Of the first seed's file."""
+    parts = row.runs[0].get("parts", {})
+    return " + ".join(f"{parts[kind]:,}" for kind in ("header", "head", "change") if kind in parts)
 
 
 def _picture(results: TaskResults) -> str:

@@ -38,6 +38,7 @@ class Peer:
     store: str  # fp16, or fp32 where fp16 costs score on the held-out rows
     bytes: int
     sizes: dict[str, int]  # bytes by precision
+    parts: dict[str, int]  # bytes of header, head and change, which add up to `bytes`
     config_bytes: int  # of adapter_config.json, which is not counted
     seconds: float  # training alone
     steps: int
@@ -71,11 +72,22 @@ def tune(base: Base, task: Task, recipe: Recipe, folder: Path, seed: int) -> Pee
         store=store,
         bytes=sizes[store],
         sizes=sizes,
+        parts=account(folder / store / FILE),
         config_bytes=(folder / CONFIG).stat().st_size,
         seconds=fit.seconds,
         steps=steps,
         trainable=fit.trainable,
     )
+
+
+def account(path: Path) -> dict[str, int]:
+    """Bytes of a file's header, of the head in it, and of what the peer changes."""
+    tensors = {
+        name: value.numel() * value.element_size() for name, value in load_file(path).items()
+    }
+    head = sum(size for name, size in tensors.items() if name.startswith(HEAD))
+    change = sum(tensors.values()) - head
+    return {"header": path.stat().st_size - head - change, "head": head, "change": change}
 
 
 def score_file(path: Path, base: Base, task: Task, recipe: Recipe, split: str) -> Score:

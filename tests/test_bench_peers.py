@@ -121,20 +121,22 @@ def test_held_out_rows_are_never_trained_on(bench: Any) -> None:
     assert {e.texts for e in task.splits["dev"]} <= dev
 
 
-def ledger(bench: Any, scores: dict[str, list[float]], sizes: dict[str, int]) -> dict[str, Any]:
+def ledger(
+    bench: Any, scores: dict[str, list[float]], sizes: dict[str, int], task: str = ""
+) -> dict[str, Any]:
     """Records of made-up runs on 100 rows; an entry's first rate is its best."""
-    targets = np.arange(100) % 2
-    found = {"sst2/targets": {"task": "sst2", "targets": pack_predictions(targets)}}
+    targets, task = np.arange(100) % 2, task or bench.results.TUNED_ON
+    found = {f"{task}/targets": {"task": task, "targets": pack_predictions(targets)}}
     for name, values in scores.items():
         rates = bench.entries.RATES[bench.entries.ENTRIES[name].rates]
         runs = [(rates[0], seed, 0.9) for seed in range(3)] + [(rate, 0, 0.1) for rate in rates[1:]]
         for rate, seed, heldout in runs:
             wrong = round(100 * (1 - values[seed]))
             answers = np.where(np.arange(100) < wrong, 1 - targets, targets)
-            key = bench.results.key("sst2", name, rate, seed)
+            key = bench.results.key(task, name, rate, seed)
             found[key] = {
                 "key": key,
-                "task": "sst2",
+                "task": task,
                 "entry": name,
                 "rate": rate,
                 "seed": seed,
@@ -147,6 +149,7 @@ def ledger(bench: Any, scores: dict[str, list[float]], sizes: dict[str, int]) ->
                 "machine": "two cores",
                 "trainable": 1,
                 "n": 100,
+                "parts": {"header": 10, "head": 20, "change": sizes[name] - 30},
                 "train_size": 10,
                 "heldout_size": 10,
             }
@@ -164,8 +167,9 @@ def test_the_smallest_that_keeps_is_found(bench: Any, tmp_path: Path) -> None:
     }
     sizes = {"full": 9000, "head-only": 100, "bitfit": 500, "lora-r1-qv": 6000, "lora-min": 200}
     records = ledger(bench, scores, sizes)
+    tuned_on = bench.results.TUNED_ON
     entries = list(bench.entries.ENTRIES.values())
-    results = bench.results.TaskResults("sst2", records, entries, (0, 1, 2))
+    results = bench.results.TaskResults(tuned_on, records, entries, (0, 1, 2))
     assert results.smallest("howfine").entry.name == "bitfit"
     assert results.smallest("peft").entry.name == "lora-r1-qv"
     assert results.seeds_that_keep(results.rows["bitfit"]) == 1
@@ -173,20 +177,41 @@ def test_the_smallest_that_keeps_is_found(bench: Any, tmp_path: Path) -> None:
     assert results.chance(results.rows["lora-r1-qv"]) == 1.0
     assert results.chance(results.rows["head-only"]) < 0.05
     rate = bench.entries.RATES["low rank"][0]
-    del records[bench.results.key("sst2", "lora-r1-qv", rate, 2)]
-    unfinished = bench.results.TaskResults("sst2", records, entries, (0, 1, 2))
+    del records[bench.results.key(tuned_on, "lora-r1-qv", rate, 2)]
+    unfinished = bench.results.TaskResults(tuned_on, records, entries, (0, 1, 2))
     assert unfinished.smallest("peft") is None
 
     page = tmp_path / "frontier.md"
-    one = {"sst2": bench.frontier.SIZES["sst2"]}
+    one = {tuned_on: bench.frontier.SIZES[tuned_on]}
     records = ledger(bench, scores, sizes)
     bench.page.write(page, records, entries, one, (0, 1, 2), bench.frontier.COMMON)
     text = page.read_text()
-    assert "| sst2 | 80.00 | bitfit | 500 |" in text
+    assert f"| {tuned_on} | 80.00 | bitfit | 500 |" in text
+    assert "| 500 | 10 + 20 + 470 |" in text
     assert "| 12.0 |" in text
     assert "on every task: **holds**, on 1 of 1 tasks" in text
     assert "on at least two tasks: **does not hold**, on 1 of 1 tasks" in text
-    assert "<svg" in (tmp_path / "frontier-sst2.svg").read_text()
+    assert "<svg" in (tmp_path / f"frontier-{tuned_on}.svg").read_text()
+
+
+def test_a_rate_is_chosen_on_one_task_and_seeds_far_below_are_left_out(bench: Any) -> None:
+    """Full fine-tuning alone tries its rates on every task."""
+    scores = {"full": [0.80] * 3, "bitfit": [0.77] * 3, "ia3": [0.76] * 3}
+    sizes = dict.fromkeys(scores, 100)
+    records = ledger(bench, scores, sizes, "sst2")
+    wanted = bench.entries.ENTRIES
+    assert bench.results.best_rate(records, "sst2", wanted["full"], 0) == 5e-5
+    assert bench.results.best_rate(records, "sst2", wanted["bitfit"], 0) is None
+    tried = ledger(bench, scores, sizes)
+    rate = bench.entries.RATES[wanted["bitfit"].rates][1]
+    tried[bench.results.key(bench.results.TUNED_ON, "bitfit", rate, 0)]["heldout"] = 0.95
+    records |= tried
+    assert bench.results.best_rate(records, "sst2", wanted["bitfit"], 0) == rate
+    assert bench.results.best_rate(records, bench.results.TUNED_ON, wanted["bitfit"], 0) == rate
+    results = bench.results.TaskResults("sst2", records, wanted.values(), (0, 1, 2))
+    assert results.rows["bitfit"].rate == rate
+    # 96 % of 0.80 is 0.768.
+    assert [results.hopeless(name) for name in scores] == [False, False, True]
 
 
 def test_an_error_is_recorded_word_for_word(bench: Any, tmp_path: Path) -> None:
