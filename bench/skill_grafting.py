@@ -79,21 +79,22 @@ def second_cells() -> list[str]:
 def plan(tasks: list[str]) -> list[Run]:
     """The most telling first: a stop leaves the tail undone."""
     runs = [Run(task, cell, SEEDS[0]) for task in tasks for cell in first_cells()]
-    runs += [Run(task, cell, SEEDS[0]) for task in tasks for cell in second_cells()]
+    runs += [Run("", REGION, SEEDS[0], "continual")]
     runs += [Run(task, c, seed) for seed in SEEDS[1:] for task in tasks for c in first_cells()]
+    runs += [Run(task, cell, SEEDS[0]) for task in tasks for cell in second_cells()]
     similar = [task for task, like in SIMILAR.items() if like in tasks]
     runs += [Run(t, c, SIMILAR_SEED) for t in similar for c in ("ft", "pre", f"learned@{REGION}")]
-    runs += [Run("", REGION, 0, "overlap"), Run("", REGION, SEEDS[0], "continual")]
+    runs += [Run("", REGION, 0, "overlap")]
     if SGD_TASK in tasks:
         runs += [Run(SGD_TASK, f"sgd-{rate}", SEEDS[0]) for rate in SGD_RATES]
         cells = [f"sgd:learned@{d}" for d in (REGION, SMALL, LARGE)]
         cells += ["sgd:pre", f"sgd:movement@{REGION}", f"sgd:movement@{LARGE}"]
         runs += [Run(SGD_TASK, cell, SEEDS[0]) for cell in cells]
-    runs += [Run(task, cell, s) for s in SEEDS[1:] for task in tasks for cell in second_cells()]
+    runs += [Run("", REGION, seed, "continual") for seed in SEEDS[1:]]
     runs += [Run("", REGION, SEEDS[0], "multi")]
+    runs += [Run(task, cell, s) for s in SEEDS[1:] for task in tasks for cell in second_cells()]
     last = [f"retrain@{REGION}", "bitfit"]
     runs += [Run(task, cell, seed) for seed in SEEDS for task in tasks for cell in last]
-    runs += [Run("", REGION, seed, "continual") for seed in SEEDS[1:]]
     tiny = [f"{kind}@{TINY}" for kind in KINDS[:2]]
     return runs + [Run(task, cell, seed) for seed in SEEDS for task in tasks for cell in tiny]
 

@@ -29,14 +29,14 @@ from howfine.tune import tune
 # Training rows and tokens kept of an example: sized for two cores. Test sets are cut to TEST rows;
 # HELDOUT others choose SGD's rate and fit temperatures.
 SIZES = {
-    "sst2": (2000, 64),
-    "mrpc": (1500, 64),
-    "qnli": (2000, 64),
-    "rte": (1200, 128),
-    "qqp": (1500, 64),
-    "rotten-tomatoes": (2000, 64),
+    "sst2": (1000, 64),
+    "mrpc": (1000, 64),
+    "qnli": (1000, 64),
+    "rte": (1000, 128),
+    "qqp": (1000, 64),
+    "rotten-tomatoes": (1000, 64),
 }
-TEST, HELDOUT = 1000, 300
+TEST, HELDOUT = 800, 300
 # To see that every cell runs.
 SMOKE_ROWS, SMOKE_LENGTH = 32, 16
 # The blocks: embeddings stay the base's, as in the authors' code.
@@ -45,7 +45,7 @@ COMMON = {"epochs": 3, "batch_size": 16, "precision": "bf16", "readout_learning_
 FULL_RATE, BIAS_RATE, HEAD_RATE, REGION_RATE = 1e-4, 4e-3, 1e-2, 1e-3
 SGD_EPOCHS, SGD_HEAD_RATE = 4, 0.1
 LONGEST, FEW = 128, 16
-STEPS, MICRO, MICROS = 20, 32, 8  # mask steps, and batches of so many examples in one of them
+STEPS, MICRO, MICROS = 20, 32, 4  # mask steps, and batches of so many examples in one of them
 # A change is scaled by this to begin again at the base with its places kept.
 ALMOST_NOTHING = 1e-3
 
