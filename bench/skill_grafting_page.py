@@ -56,9 +56,9 @@ def _intro(found: Found, sizes: Mapping[str, tuple[int, int]], test: int) -> str
         "in memory.",
         "The letters are those of claims taken from Panigrahi, Saunshi, Zhao & Arora 2023 (arXiv "
         "2302.06600), on RoBERTa-base with prompts. What is checked is whether they carry over to "
-        "a small base, a linear head and two thousand rows; no figure here is the paper's.",
+        "a small base, a linear head and a thousand rows; no figure here is the paper's.",
         "θ_ft moves all of the blocks; embeddings stay the base's. Shares are of the blocks' "
-        "entries. Every graft has θ_ft's head. *learned* is the mask's training (20 steps of 256 "
+        "entries. Every graft has θ_ft's head. *learned* is the mask's training (20 steps of 128 "
         "examples), *movement* the entries that moved most, *random* as many at random: values "
         "are θ_ft's and nothing else is trained. *zero* is θ_ft in the region and 0 elsewhere. "
         "*wise* is θ + α Δ. *retrain* trains a learned region's entries from the base on, with "
