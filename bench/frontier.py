@@ -60,7 +60,7 @@ SIZES = {
     "sst2": Size(1000),
     "cola": Size(1500),
     "mrpc": Size(1000),
-    "rte": Size(1000, max_length=128),
+    "rte": Size(400, max_length=128),
 }
 SEEDS = (0, 1, 2)
 COMMON = {"epochs": 3, "batch_size": 32, "precision": "bf16"}
