@@ -14,8 +14,8 @@ from howfine.recipe import Recipe, Training
 sys.path.insert(0, str(Path(__file__).parent / "plugins" / "methods"))
 from peft_peer import PeftPeer
 
-# Three rates are tried for each entry on each task. The head's own rate is the same for all but
-# where a recipe names another.
+# Three rates are tried for each entry. The head's own rate is the same for all but where a recipe
+# names another.
 HEAD_RATE = 1e-2
 RATES = {
     "full": (5e-5, 1e-4, 3e-4),

@@ -7,10 +7,10 @@ Each entry tries three learning rates with seed 0 on one task, judged on held-ou
 best one is run on all tasks with all seeds. Full fine-tuning, which all are held against, tries
 them on every task. Where an entry's first seed is far below the target, its other seeds are left
 out. Runs what the ledgers under bench/ledgers lack, one line a finished run, and stops between two
-runs when the time is up. Call it again to go on. `--part i/n`
-takes every n-th cell and writes a ledger of its own, so that n processes may run beside each other.
-`--page` writes docs/results/frontier.md from all ledgers and runs nothing. An error is recorded,
-not tried again; `--retry` does.
+runs when the time is up. Call it again to go on. `--part i/n` takes every n-th entry and writes a
+ledger of its own, so that n processes may run beside each other. `--page` writes
+docs/results/frontier.md from all ledgers and runs nothing. An error is recorded, not tried again;
+`--retry` does.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ import numpy as np
 import peers
 import torch
 from entries import ENTRIES, RATES, Entry
+from frontier_results import TUNED_ON
 
 from howfine import cost
 from howfine.base import Base
@@ -56,7 +57,7 @@ class Size:
 
 # Sized for two cores.
 SIZES = {
-    frontier_results.TUNED_ON: Size(1000),
+    TUNED_ON: Size(1000),
     "sst2": Size(1000),
     "cola": Size(1500),
     "mrpc": Size(1000),
@@ -76,8 +77,10 @@ def main() -> None:
         part, parts = map(int, options.part.split("/"))
         path = ledgers / (f"frontier-{part}.jsonl" if parts > 1 else "frontier.jsonl")
         bench = Bench(path, options)
-        plan = [(t, e) for e in options.entries.split(",") for t in options.tasks.split(",")]
-        bench.run([cell for number, cell in enumerate(plan) if number % parts == part])
+        # A part has all tasks of its entries: rates are chosen on the first of them.
+        tasks = sorted(options.tasks.split(","), key=lambda task: task != TUNED_ON)
+        mine = options.entries.split(",")[part::parts]
+        bench.run([(task, entry) for entry in mine for task in tasks])
     if not options.smoke:
         frontier_page.write(PAGE, records_in(ledgers), list(ENTRIES.values()), SIZES, SEEDS, COMMON)
 
@@ -146,7 +149,8 @@ class Bench:
         if frontier_results.judged_on(task, entry) == task:
             yield from ((rate, SEEDS[0]) for rate in rates)
         best = frontier_results.best_rate(self.records(), task, entry, SEEDS[0])
-        if best is None:  # no rate could be run, or none was yet
+        if best is None:
+            print(f"{task}/{entry.name}: left out, for no rate of it was run on {TUNED_ON}")
             return
         yield best, SEEDS[0]
         found = frontier_results.TaskResults(task, self.records(), ENTRIES.values(), SEEDS)
@@ -161,6 +165,12 @@ class Bench:
         """One run, unless it is recorded."""
         key = frontier_results.key(name, entry.name, rate, seed)
         known = self.records().get(key)
+        size = len(self.task(name).splits["train"])
+        if known is not None and known["train_size"] != size:
+            raise SystemExit(
+                f"{key} was run with {known['train_size']:,} training rows, now there are "
+                f"{size:,}; move the ledgers away, or name a folder of their own with --ledgers"
+            )
         if known is not None and not (self.options.retry and "error" in known):
             return
         if time.monotonic() > self.deadline:
@@ -174,7 +184,7 @@ class Bench:
             "settings": dict(entry.settings),
             "rate": rate,
             "seed": seed,
-            "train_size": len(task.splits["train"]),
+            "train_size": size,
             "heldout_size": len(task.splits["dev"]),
             "task_fingerprint": task.fingerprint,
             "machine": self.machine(),

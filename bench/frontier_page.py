@@ -9,7 +9,7 @@ from typing import Any
 
 import frontier_plot
 from entries import HEAD_RATE, RATES, Entry
-from frontier_results import FULL, HOPELESS, KEPT, TUNED_ON, Row, TaskResults
+from frontier_results import FULL, HOPELESS, KEPT, STEADY, TUNED_ON, Row, TaskResults
 
 from howfine.container import write_atomically
 from howfine.ledger import Record
@@ -117,7 +117,7 @@ def _summary(found: Sequence[TaskResults], asked: int) -> list[str]:
     for results in found:
         ours, theirs = results.smallest("howfine"), results.smallest("peft")
         ratio = theirs.bytes / ours.bytes if ours and theirs else None
-        times.append(ratio >= RATIO if ratio is not None else None)
+        times.append(ratio >= RATIO if ratio is not None and results.telling else None)
         small.append(ours is not None and results.telling and ours.bytes < SMALL)
         full = f"{100 * results.full.score:.2f}" if results.full else "not run"
         cells = [results.task, full, *_smallest(results, ours), *_smallest(results, theirs)]
@@ -128,7 +128,8 @@ def _summary(found: Sequence[TaskResults], asked: int) -> list[str]:
         lines += [
             "",
             f"On {', '.join(dull)}, one answer for all rows keeps {KEPT:.0%} of full fine-tuning, "
-            f"too: what is small there says nothing, and it is not counted as under 1 KB.",
+            f"too, or full fine-tuning's seeds differ by more than {STEADY:.0%} of its score: what "
+            "is small there says nothing, and counts for neither aim.",
         ]
     return lines
 
@@ -148,7 +149,8 @@ def _verdict(
         held = bool(times) and all(times), sum(small) >= SMALL_TASKS
         words = tuple("**holds**" if each else "**does not hold**" for each in held)
     lacking = [r.task for r, held in zip(found, times, strict=True) if held is None]
-    note = f"; no ratio on {', '.join(lacking)}, where a side has none" if lacking else ""
+    said = "where a side has none or the task says nothing"
+    note = f"; no ratio on {', '.join(lacking)}, {said}" if lacking else ""
     run = f"of {len(found)} tasks" + f" (of {asked})" * (len(found) < asked)
     return (
         f"Ten times smaller than PEFT's smallest on every task: {words[0]}, on "

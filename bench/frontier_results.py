@@ -18,6 +18,8 @@ KEPT = 0.99
 # With a first seed below this share of it, the other seeds would have to be better than full
 # fine-tuning by half a point in a hundred for the mean to keep 99 %.
 HOPELESS = 0.96
+# Standard deviation over seeds, as a share of the score, up to which a task's verdicts count.
+STEADY = 0.05
 FULL = "full"
 # Where the rates are chosen that all tasks are run with.
 TUNED_ON = "rotten-tomatoes"
@@ -93,7 +95,9 @@ class TaskResults:
         found = {entry.name: self._row(entry) for entry in entries}
         self.rows = {name: row for name, row in found.items() if row is not None}
         self.full = self.rows.get(FULL)
-        self.metric = METRICS[next(iter(self.rows.values())).runs[0]["metric"]] if found else None
+        self.metric = (
+            METRICS[next(iter(self.rows.values())).runs[0]["metric"]] if self.rows else None
+        )
 
     def _row(self, entry: Entry) -> Row | None:
         """None while a rate has not been tried yet, or where none could be."""
@@ -118,8 +122,13 @@ class TaskResults:
 
     @property
     def telling(self) -> bool:
-        """Whether keeping 99 % asks for more than one answer for all rows."""
-        return self.full is not None and self.one_answer < KEPT * self.full.score
+        """Whether keeping 99 % asks for more than one answer for all rows, and for more than luck.
+
+        It is luck where full fine-tuning's own seeds lie far apart.
+        """
+        if self.full is None or self.full.spread > STEADY * self.full.score:
+            return False
+        return self.one_answer < KEPT * self.full.score
 
     def share(self, row: Row) -> float:
         """Of full fine-tuning's score."""
@@ -133,7 +142,7 @@ class TaskResults:
     def hopeless(self, name: str) -> bool:
         """Whether an entry's first seed is too far below to run the others for."""
         row = self.rows.get(name)
-        if row is None or not self.comparable or name == FULL:
+        if row is None or not self.comparable or not self.telling or name == FULL:
             return False
         first = [run["score"] for run in row.runs if run["seed"] == self.seeds[0]]
         return bool(first) and first[0] < HOPELESS * self.full.score

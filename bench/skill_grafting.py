@@ -24,7 +24,7 @@ from pathlib import Path
 
 import skill_grafting_page
 import torch
-from skill_grafting_cells import BLOCKS, SIZES, TEST, Cells, entries_changed
+from skill_grafting_cells import BLOCKS, SETTINGS, SIZES, TEST, Cells, entries_changed
 from skill_grafting_several import continual, multi, overlap
 
 from howfine.base import Base
@@ -149,7 +149,9 @@ class Bench:
         self.options, self.ledger = options, Ledger(ledger)
         self.deadline = time.monotonic() + 60 * options.minutes
         self.base = Base.load()
-        self.cells = Cells(self.base, Path(options.work), options.data, options.smoke)
+        # Files of other sizes or settings are not taken for these.
+        folder = Path(options.work) / SETTINGS
+        self.cells = Cells(self.base, folder, options.data, options.smoke)
         self.entries = sum(self.base.parameter(p).numel() for p in self.base.choose(BLOCKS))
 
     def run(self, runs: list[Run]) -> None:

@@ -8,6 +8,7 @@ share of the entries, `zero-learned@0.01` is θ_ft on the same entries and 0 els
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -46,6 +47,9 @@ FULL_RATE, BIAS_RATE, HEAD_RATE, REGION_RATE = 1e-4, 4e-3, 1e-2, 1e-3
 SGD_EPOCHS, SGD_HEAD_RATE = 4, 0.1
 LONGEST, FEW = 128, 16
 STEPS, MICRO, MICROS = 20, 32, 4  # mask steps, and batches of so many examples in one of them
+SETTINGS = hashlib.sha256(repr((SIZES, TEST, COMMON, STEPS, MICRO, MICROS)).encode()).hexdigest()[
+    :8
+]
 # A change is scaled by this to begin again at the base with its places kept.
 ALMOST_NOTHING = 1e-3
 

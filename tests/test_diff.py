@@ -163,6 +163,26 @@ def test_memory_kept_between_calls_changes_nothing() -> None:
     assert len(spare) == 2
 
 
+def test_memory_that_is_kept_serves_every_mode_and_precision() -> None:
+    """Whatever asked for it first: evaluation in inference mode, or numbers of another format."""
+    weight, diff = torch.randn(2, 3, 5, generator=torch.Generator().manual_seed(0))
+    noise = (torch.full((3, 5), 0.6), 0.5)
+
+    def drawn(dtype: torch.dtype) -> Tensor:
+        alpha = torch.zeros(3, 5, dtype=dtype, requires_grad=True)
+        value, _ = concrete.add_gated(weight.to(dtype), diff.to(dtype), alpha, None, noise)
+        value.sum().backward()
+        return alpha.grad
+
+    concrete._KEPT.__dict__.clear()
+    with torch.inference_mode():
+        concrete.add_gated(weight, diff, torch.zeros(3, 5), None, noise)
+    expected = drawn(torch.float32)
+    assert expected.abs().sum() > 1
+    torch.testing.assert_close(drawn(torch.float64).float(), expected)
+    torch.testing.assert_close(drawn(torch.float32), expected, rtol=0, atol=0)
+
+
 # --- a training step -----------------------------------------------------------------------------
 
 

@@ -25,12 +25,12 @@ from transformers import (
 
 from console import howfine_here
 from disk import base_folder, task_folder
-from howfine import fingerprint, pair, streams
+from howfine import fingerprint, gain, pair, streams
 from howfine.base import Base
 from howfine.codec import decode_values, encode_places, encode_values
 from howfine.delta import Delta
 from howfine.errors import BaseError, BaseNotFound, DeltaError, HowfineError, SettingError
-from howfine.evaluate import Score, evaluate
+from howfine.evaluate import Score, evaluate, logits
 from howfine.extract import extract
 from howfine.merge import merge
 from howfine.method import holding, method, methods
@@ -275,6 +275,50 @@ def test_more_bytes_less_error(models: Models, tmp_path: Path) -> None:
     ]
     assert errors == sorted(errors, reverse=True)
     assert errors[0] > 0.3 > 0.01 > errors[-1]
+
+
+@pytest.mark.parametrize("store", ["steps", "sign"])
+def test_a_gain_brings_the_answers_closer(models: Models, tmp_path: Path, store: Any) -> None:
+    """Same places and steps; the least divergence among the factors that were tried."""
+    asked: dict[str, Any] = {"density": 0.02, "store": store, "task": tiny_task()}
+    base = Base.load(str(models.base))
+    plain = extract(base, models.delta, tmp_path / OUT, gain=False, **asked)
+    found = extract(base, models.delta, tmp_path / OUT, **asked)
+    assert (plain.gain, plain.error, plain.kept) == (1, found.error, found.kept)
+    assert found.gain != 1
+    (one,) = (s for s in plain.delta.streams if s.name.startswith("method/"))
+    (other,) = (s for s in found.delta.streams if s.name.startswith("method/"))
+    assert one.coded == other.coded
+    assert one.values.payload == other.values.payload
+    assert other.values.params == pytest.approx([found.gain * p for p in one.values.params])
+    teacher = gain.teacher_of(Delta.load(models.delta), base, tiny_task())
+    reached = teacher.divergence(found.delta)
+    assert reached < teacher.divergence(plain.delta)
+    for factor in (0.75, 1.3):
+        assert teacher.divergence(gain.scaled(found.delta, factor)) > reached - 1e-6
+    heads = [
+        {s.name: s for s in d.streams if "readout" in s.name} for d in (plain.delta, found.delta)
+    ]
+    assert heads[0] == heads[1]
+
+
+def test_the_divergence_is_that_of_the_answers(models: Models) -> None:
+    """Σ p·log(p / q) by a plain loop, averaged over texts; 0 of a model from itself."""
+    base, delta = Base.load(str(models.base)), Delta.load(models.delta)
+    teacher = gain.teacher_of(delta, base, tiny_task())
+    assert teacher.divergence(delta) == pytest.approx(0, abs=1e-9)
+    head = replace(delta, streams=tuple(s for s in delta.streams if "readout" in s.name))
+    with head.applied(base) as model:
+        outputs = logits(model, base, teacher.examples).double().softmax(-1)
+    rows = zip(teacher.shares.tolist(), outputs.tolist(), strict=True)
+    each = [sum(p * math.log(p / q) for p, q in zip(*row, strict=True)) for row in rows]
+    assert teacher.divergence(head) == pytest.approx(sum(each) / len(each), rel=1e-6)
+    assert sum(each) > 0
+
+
+def test_without_scales_or_a_task_there_is_no_gain(models: Models, tmp_path: Path) -> None:
+    for asked in ({"density": 0.02}, {"density": 0.02, "store": "fp16", "task": tiny_task()}):
+        assert extract(str(models.base), models.delta, tmp_path / OUT, **asked).gain == 1
 
 
 @pytest.mark.parametrize("density", [0.001, 0.3])

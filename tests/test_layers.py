@@ -26,7 +26,7 @@ ROOMS = [
     ("task", "tasks", "tasks.*", "base", "pretrained"),
     ("surgery", "change"),
     ("method", "readout"),
-    ("whole", "entries", "probe"),
+    ("whole", "entries", "overlay", "probe"),
     ("methods", "methods.*", "readouts", "readouts.*"),
     ("streams", "recode"),
     ("delta", "recipe"),
@@ -37,7 +37,7 @@ ROOMS = [
     ("harvest",),
     (
         *("tune", "loop", "trainer", "rates", "rounding", "evaluate", "merge", "attach"),
-        *("compose", "extract", "targets"),
+        *("compose", "extract", "gain", "targets"),
     ),
     ("ledger", "answer", "plan", "stored"),
     ("queue", "study"),

@@ -24,6 +24,7 @@ from tiny import (
     TinyProbe,
     fit_a_little,
     logits_of,
+    loss_of,
     tiny_base,
     tiny_task,
     tuned_weights,
@@ -254,10 +255,13 @@ def test_entries_train_in_the_bases_own_memory() -> None:
     fitted = fit_a_little(base, method("sparse", by="random", density=0.02), seed=0)
     tensors = fitted.method.pack(base, fitted.change)
     assert len(tensors) > 10
+    loss_of(fitted)  # a forward pass writes what the last step made
     for path in base.paths():
-        changed = (base.parameter(path) != before[path]).flatten().nonzero().flatten()
-        expected = flat_entries(tensors[path])[0] if path in tensors else changed[:0]
-        assert set(changed.tolist()) <= set(expected.tolist()), path
+        expected = before[path].clone()
+        if path in tensors:
+            index, values = flat_entries(tensors[path])
+            expected.view(-1)[index] = values
+        assert torch.equal(base.parameter(path), expected), path
         assert torch.equal(base.original(path), before[path]), path
     with pytest.raises(SettingError, match="entries in use by another delta"):
         entries.unpack(base, tensors)
@@ -265,6 +269,50 @@ def test_entries_train_in_the_bases_own_memory() -> None:
     assert base.is_untouched()
     assert all(torch.equal(base.parameter(path), before[path]) for path in base.paths())
     assert {path: base.parameter(path).data_ptr() for path in base.paths()} == memory
+
+
+@pytest.mark.parametrize("between", ["removal", "other values"])
+def test_a_gradient_of_weights_that_are_gone_is_refused(between: str) -> None:
+    """As torch does where a parameter was modified in place; the same values again are no harm."""
+    base = tiny_base("bert")
+    fitted = fit_a_little(base, method("sparse", by="random", density=0.02), seed=0)
+    (values,) = fitted.change.trainable.values()
+    loss = loss_of(fitted)
+    loss_of(fitted)
+    loss.backward()
+    loss = loss_of(fitted)
+    if between == "removal":
+        fitted.change.remove()
+    else:
+        with torch.no_grad():
+            values.add_(0.1)
+        loss_of(fitted)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+    fitted.change.remove()
+    assert base.is_untouched()
+
+
+def test_a_second_derivative_is_refused() -> None:
+    """The gradient of a sampled weight is no function of its input that autograd knows."""
+    index = draw(24 * 30, 20)
+    sampling = sampled.Sampling((24, 30), index // 30, index % 30)
+    x, values = torch.randn(5, 30, requires_grad=True), torch.zeros(20, requires_grad=True)
+    made = sampled.Linear.apply(x, values, torch.randn(24, 30), None, sampling, False)
+    (first,) = torch.autograd.grad(made.square().sum(), values, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        first.sum().backward()
+
+
+def test_a_base_that_is_cast_while_entries_train_gives_them() -> None:
+    base = tiny_base("bert")
+    fitted = fit_a_little(base, method("sparse", by="random", density=0.02), seed=0)
+    before = fitted.method.pack(base, fitted.change)
+    base.towers.to(torch.bfloat16)
+    after = fitted.method.pack(base, fitted.change)
+    assert after.keys() <= before.keys()
+    assert sum(len(flat_entries(part)[0]) for part in after.values()) > 100
+    fitted.change.remove()
 
 
 @pytest.mark.parametrize("transposed", [False, True])

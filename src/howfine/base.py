@@ -180,7 +180,7 @@ class Base:
         if entries:
             value = value.clone(memory_format=torch.contiguous_format)
         for entry in entries:
-            value.view(-1)[entry.index] = entry.old
+            value.view(-1)[entry.index.to(value.device)] = entry.old.to(value)
         return value
 
     def train(self) -> None:

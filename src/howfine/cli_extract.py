@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from howfine import options
+
+if TYPE_CHECKING:
+    from howfine.extract import Extracted
 
 _Target = Annotated[int | None, typer.Option("--bytes", help="The largest file that fits.")]
 
@@ -32,6 +35,9 @@ def extract(
     weigh: Annotated[
         str, typer.Option(help="none, or fisher: finer steps where the task is sensitive.")
     ] = "none",
+    gain: Annotated[
+        bool, typer.Option(help="With a task: scale what is kept so that answers are AFTER's.")
+    ] = True,
     data: options.DataDir = None,
     text: options.TextColumns = None,
     label: options.LabelColumn = None,
@@ -45,14 +51,20 @@ def extract(
 
     found = options.load_task(options.stated_task(task, data, text, label)) if task else None
     targets: dict[str, Any] = {"bytes": most, "density": density, "loss": loss}
-    chosen: dict[str, Any] = {"store": store, "weigh": weigh, "split": split}
+    chosen: dict[str, Any] = {"store": store, "weigh": weigh, "split": split, "gain": gain}
     made = run(before, after, out, task=found, progress=not as_json, **targets, **chosen)
+    options.show(as_json, made.as_dict(), _said(made))
+
+
+def _said(made: Extracted) -> str:
     said = f"{made.path}: {made.bytes:,} bytes, {made.kept:,} of {made.entries:,} entries, "
     said += f"squared error {made.error:.2%}"
+    if made.gain != 1:
+        said += f", times {made.gain:.2f}"
     if made.score is not None and made.reference is not None:
         said += f"; {options.said(made.score)}; the tuned model {made.reference.value:.4f}"
     elif not made.head:
         said += "; without a head, so it can be merged and not evaluated"
     if made.left_out:
         said += f"; left out: {', '.join(made.left_out)}"
-    options.show(as_json, made.as_dict(), said)
+    return said

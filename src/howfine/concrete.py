@@ -178,8 +178,10 @@ def _scratch(like: Tensor) -> Iterator[Tensor]:
     """
     if like.device.type != "cpu":
         return itertools.repeat(like.new_empty(0))
-    if not hasattr(_KEPT, "rows"):
-        _KEPT.rows = tuple(torch.empty(2, _chunk(like)))
+    if getattr(_KEPT, "dtype", None) != like.dtype:
+        with torch.inference_mode(False):  # whoever calls first: training will write there, too
+            rows = torch.empty(2, _chunk(like), dtype=like.dtype, device=like.device)
+        _KEPT.rows, _KEPT.dtype = tuple(rows), like.dtype
     return itertools.cycle(_KEPT.rows)
 
 

@@ -74,6 +74,9 @@ class Entries:
     def write(self, values: Tensor) -> None:
         """Put `values` at the places, wherever and in whatever format the parameter is by now."""
         flat = self.flat
+        if not self.parameter.is_inference():
+            # What was computed with the values before has no gradient any more: autograd says so.
+            torch.autograd.graph.increment_version(self.parameter)
         if flat is not None and flat.data_ptr() == self.parameter.data_ptr():
             flat.scatter_(0, self.index, values)
             return

@@ -51,7 +51,8 @@ class Extracted:
     bytes: int
     kept: int  # entries that change
     entries: int  # of all tensors of the base
-    error: float  # squared difference that the file lacks, over all of it
+    error: float  # squared difference that the file lacks, over all of it; before the gain
+    gain: float  # factor on what is kept, 1 where none was chosen
     score: Score | None  # of the file, where a task was given
     reference: Score | None  # of the tuned model itself
     head: bool  # whether the file can answer; without a head it can be merged
@@ -82,6 +83,7 @@ def extract(
     split: str = "dev",
     store: Store = "steps",
     weigh: Weigh = "none",
+    gain: bool = True,
     progress: bool = False,
 ) -> Extracted:
     """Store what `after` changes of `before`, both streamed where their files allow, at `out`.
@@ -90,7 +92,9 @@ def extract(
     One target at most: `bytes`, the largest file that fits; `density`, the share of all entries
     that are kept at most; `loss`, the smallest file whose score on `task` is at least (1 - loss)
     times that of `after`. Stores `fp16`, `fp32` and `bitdelta` need none. A `task` alone scores the
-    file. `weigh="fisher"` gives each tensor a step by the root of its mean squared gradient on the
+    file; what is kept is then scaled by the one factor that brings the file's answers to texts of
+    its training split closest to those of `after`, unless `gain` is False (see `howfine.gain`).
+    `weigh="fisher"` gives each tensor a step by the root of its mean squared gradient on the
     task's training split, taken at `after`.
 
     Raises SettingError for targets that don't fit together or can't be met, BaseError for models
@@ -98,7 +102,7 @@ def extract(
     """
     start = time.perf_counter()
     found = Task.load(task) if isinstance(task, str) else task
-    asked = Asked(Path(out), store, bytes, density, loss, found, split, progress)
+    asked = Asked(Path(out), store, bytes, density, loss, found, split, progress, gain)
     _check(asked, weigh)
     base_loaded = found is not None
     opened = pair.opened(before, after, loaded=base_loaded)
@@ -122,6 +126,7 @@ def _result(work: Work, made: Made, reference: Score | None, seconds: float) -> 
         kept=made.tally.kept,
         entries=made.tally.entries,
         error=made.tally.relative,
+        gain=made.gain,
         score=made.score,
         reference=reference,
         head=bool(work.answer.head),

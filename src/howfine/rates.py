@@ -12,8 +12,8 @@ from howfine.readout import Head
 from howfine.recipe import Recipe
 
 # A head without a rate of its own has the method's, up to this: methods of scores and gates climb
-# at rates that would throw a head about.
-HEAD_LIMIT, HEAD_RATE = 1e-2, 1e-3
+# at rates that would throw a head about. Where a head trains alone the rate is its own.
+HEAD_LIMITS, HEAD_RATE = {"adamw": 1e-2, "sgd": 1.0}, 1e-3
 
 
 def groups(
@@ -25,7 +25,8 @@ def groups(
     if training.readout_learning_rate is not None:
         own["lr"] = training.readout_learning_rate
     elif training.learning_rate is not None:
-        own["lr"] = min(training.learning_rate, HEAD_LIMIT)
+        limit = HEAD_LIMITS[training.optimizer] if change.trainable else training.learning_rate
+        own["lr"] = min(training.learning_rate, limit)
     made = []
     for group in [*recipe.method.groups(change), own]:
         shared = {

@@ -32,7 +32,8 @@ class Training:
     gradient_accumulation: int = 1
     # Peak learning rate of the method's parameters; None for the method's own.
     learning_rate: float | None = None
-    # Peak learning rate of the readout's head; None for the same where one is named, else 1e-3.
+    # Peak learning rate of the readout's head; None for the same where one is named,
+    # up to 1e-2 (SGD: 1) beside a method that trains something, else 1e-3.
     readout_learning_rate: float | None = None
     # AdamW's decoupled weight decay.
     weight_decay: float = 0.01

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 # Pairs for each row and column up to which pair by pair is the quickest, and the share of entries
@@ -68,7 +69,7 @@ class Sampling:
 def pairs(left: Tensor, right: Tensor, index: Tensor) -> Tensor:
     """(k,) inner products of the columns of `left` (tokens, k) and those of `right` at `index`.
 
-    In float32, some tokens at a time: what is gathered stays in the cache.
+    In float32, some tokens at a time: what is gathered of `right` stays in the cache.
     """
     total = left.new_zeros(min(TOKENS, len(left)), left.shape[1], dtype=torch.float32)
     for one, other in zip(left.split(TOKENS), right.split(TOKENS), strict=True):
@@ -110,6 +111,7 @@ class Linear(torch.autograd.Function):
         return made.view(*x.shape[:-1], weight.shape[1])
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         read, weight = ctx.saved_tensors
         to_x, to_values, _, to_bias, *_ = ctx.needs_input_grad

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from howfine import harvest, streams
+from howfine import gain, harvest, streams
 from howfine.align import is_matrix
 from howfine.delta import Delta
 from howfine.errors import SettingError
@@ -43,6 +43,7 @@ class Asked:
     task: Task | None
     split: str
     progress: bool
+    gain: bool = True
 
 
 @dataclass
@@ -55,6 +56,8 @@ class Work:
     weights: Weights
     trial: Path
     passes: int = 0
+    teacher: gain.Teacher | None = None  # whose answers a factor is chosen by, if one is
+    begin: float = 1.0  # where the search for it begins
     tried: list[tuple[int, float]] = field(default_factory=list)
 
     def delta(self, coded: list[Stream]) -> Delta:
@@ -93,6 +96,7 @@ class Made:
     size: int
     tally: Tally
     score: Score | None = None
+    gain: float = 1.0
 
 
 def reference_of(work: Work) -> Score:
@@ -101,6 +105,8 @@ def reference_of(work: Work) -> Score:
     work.passes += 1
     head = streams.encode("readout", work.answer.head, "fp32", work.pair.base)
     whole = replace(work.delta(coded), streams=(*coded, *head), method=holding("tensors"))
+    if work.asked.gain and work.asked.task is not None and work.asked.task.labels:
+        work.teacher = gain.teacher_of(whole, work.pair.base, work.asked.task)
     return evaluate(whole, work.pair.base, work.asked.task, split=work.asked.split)
 
 
@@ -239,13 +245,17 @@ def _most_bits(search: Search, store: str) -> float:
 
 
 def scored(work: Work, made: Made) -> Made:
-    """With the score of the file, loaded again."""
+    """With a factor where one is to be chosen, and the score of the file, loaded again."""
     if made.score is not None:
         return made
-    made.delta.save(work.trial)
+    delta, factor = made.delta, 1.0
+    if work.teacher is not None:
+        delta, factor = gain.best(delta, work.teacher, work.begin)
+        work.begin = factor  # the next file is of about this size
+    delta.save(work.trial)
     loaded = Delta.load(work.trial)
     score = evaluate(loaded, work.pair.base, work.asked.task, split=work.asked.split)
-    delta = made.delta.with_score(score.stated())
+    delta = delta.with_score(score.stated())
     size = delta.save(work.trial)
     work.tried.append((size, score.value))
-    return Made(delta, size, made.tally, score)
+    return Made(delta, size, made.tally, score, factor)
