@@ -71,6 +71,7 @@ OURS = [
     Entry(
         "sparse-tiny-2x", "sparse-tiny", "vectors", {"start_precision": "bf16", "density": 0.024}
     ),
+    Entry("sparse-tiny-4x", "sparse-tiny", "vectors", {"start_precision": "bf16", "density": 0.05}),
     Entry("bias-norm", "bias-norm", "vectors"),
     Entry("lora-xs-int4", "lora-xs", "cores", {"store": "int4", "reference": True}),
     Entry("head-only-int4", "head-only", "head", {"store": "int4", "reference": True}),
