@@ -21,8 +21,8 @@ from torch.nn import functional
 # Pairs for each row and column up to which pair by pair is the quickest, and the share of entries
 # above which the whole product is: bench/sampled.py.
 FEW, WHOLE = 0.65, 0.10
-# Tokens whose pairs are multiplied at once.
-TOKENS = 128
+# Pairs multiplied at once: what stays in a core's cache.
+AT_ONCE = 1 << 17
 # Columns of a layer's input that must be spared for keeping a copy of the others to pay.
 SPARED = 512
 
@@ -51,7 +51,7 @@ class Sampling:
         Entries are in row-major order.
         """
         if self.few:
-            return pairs(left.index_select(1, self.row), right, self.column)
+            return pairs(left, right, self.row, self.column)
         left, right = left.float(), right.float()
         if len(self.row) > WHOLE * self.shape[0] * self.shape[1]:
             return (left.t() @ right)[self.row, self.column]
@@ -66,15 +66,20 @@ class Sampling:
         return torch.sparse.sampled_addmm(wanted, left.t(), right, beta=0.0).values()
 
 
-def pairs(left: Tensor, right: Tensor, index: Tensor) -> Tensor:
-    """(k,) inner products of the columns of `left` (tokens, k) and those of `right` at `index`.
+def pairs(left: Tensor, right: Tensor, row: Tensor | None, column: Tensor) -> Tensor:
+    """(k,) inner products of the columns of `left` at `row` and those of `right` at `column`.
 
-    In float32, some tokens at a time: what is gathered of `right` stays in the cache.
+    Both are (tokens, …); a `left` without `row` holds just the k columns already. In float32, some
+    tokens at a time: what is gathered stays in the cache.
     """
-    total = left.new_zeros(min(TOKENS, len(left)), left.shape[1], dtype=torch.float32)
-    for one, other in zip(left.split(TOKENS), right.split(TOKENS), strict=True):
-        gathered = other.index_select(1, index).float()
-        total[: len(one)].addcmul_(one.float(), gathered)  # the last one may be shorter
+    height = max(1, min(AT_ONCE // max(1, len(column)), len(left)))
+    total = left.new_zeros(height, len(column), dtype=torch.float32)
+    for one, other in zip(left.split(height), right.split(height), strict=True):
+        if row is not None:
+            one = one.index_select(1, row)
+        # The last part may be shorter.
+        sums = total if len(one) == height else total[: len(one)]
+        sums.addcmul_(one.float(), other.index_select(1, column).float())
     return total.sum(0)
 
 
@@ -120,7 +125,7 @@ class Linear(torch.autograd.Function):
         from_x = from_values = from_bias = None
         if to_values and ctx.gathered:
             written = sampling.column if ctx.transposed else sampling.row
-            from_values = pairs(read, wrote, written)
+            from_values = pairs(read, wrote, None, written)
         elif to_values:
             from_values = sampling.product(*((read, wrote) if ctx.transposed else (wrote, read)))
         if to_bias:
