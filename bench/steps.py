@@ -1,6 +1,6 @@
 """Step time and peak memory of each method against full fine-tuning, side by side in one run.
 
-    python bench/steps.py [--rounds 9] [--threads 2] [--out FILE.jsonl]
+    python bench/steps.py [--rounds 13] [--threads 2] [--out FILE.jsonl]
 
 MiniLM, 16 sentences of 64 tokens, AdamW. Time: all methods in every round, in an order shuffled
 anew, medians over rounds; ratios are medians of per-round ratios. Memory: a fresh process for each
@@ -140,7 +140,7 @@ def peak(name: str) -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=13)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--peak", help="measure one method's memory in this process")
     options = parser.parse_args()
