@@ -85,10 +85,10 @@ held-out rows are rows of train that nothing was trained on.
   on the held-out rows is its rate on all tasks. Full fine-tuning tries its three on every task. The
   head has a rate of its own ({HEAD_RATE:g}, or what the recipe says). No rate was chosen on test
   rows.
-- **Seeds**: on tasks that count (below), where the first seed's score is under {HOPELESS:.0%} of full
-  fine-tuning's mean, the others are not run, and the entry does not keep {KEPT:.0%}. The same rule
-  for both sides, by scores on test: it saves time and can only leave out an entry whose other seeds
-  would have to be better than full fine-tuning.
+- **Seeds**: on tasks that count (below), where the first seed's score is under {HOPELESS:.0%} of
+  full fine-tuning's mean, the others are not run, and the entry does not keep {KEPT:.0%}. The same
+  rule for both sides, by scores on test: it saves time and can only leave out an entry whose other
+  seeds would have to be better than full fine-tuning.
 - **Precision**: a file of PEFT's falls back to fp32 where fp16 loses a held-out row; howfine's
   precisions are the recipes' and are not put to that test.
 - **Bytes** of howfine are the delta file with its header and head. Bytes of PEFT are its
