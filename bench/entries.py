@@ -132,3 +132,26 @@ PEERS = [
     _peer("tinylora-min", "TINYLORA", "prompt", ONE, **_TINY),
 ]
 ENTRIES = {entry.name: entry for entry in [*OURS, *PEERS]}
+# Entries of one kind, each with more numbers than the one before it. Where one keeps the score,
+# those after it can't be the smallest; where one is far below, those before it won't keep it.
+LADDERS = [
+    tuple(names.split())
+    for names in (
+        "head-only-int4 head-only-int8 head-only",
+        "sparse-tiny sparse-tiny-2x sparse-tiny-4x bias-norm",
+        "layernorm-top layernorm bitfit",
+        "mask-top mask",
+        "lora-min lora-r1-qv lora-r2-qv lora-r4-qv lora-r8-qv",
+        "lora-r1-all lora-r2-all lora-r4-all lora-r8-all",
+        "ia3-min ia3-small ia3",
+        "vera-min vera-small vera",
+        "ln-min ln",
+        "beft-min beft",
+        "shira-min shira-small shira",
+        "super-min super-small super",
+        "prompt-1 prompt-20",
+        "fourierft-min fourierft-small fourierft",
+        "unilora-min unilora-small unilora",
+        "tinylora-min tinylora-small tinylora",
+    )
+]

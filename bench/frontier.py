@@ -6,11 +6,11 @@
 Each entry tries three learning rates with seed 0 on one task, judged on held-out rows of train; the
 best one is run on all tasks with all seeds. Full fine-tuning, which all are held against, tries
 them on every task. Where an entry's first seed is far below the target, its other seeds are left
-out. Runs what the ledgers under bench/ledgers lack, one line a finished run, and stops between two
-runs when the time is up. Call it again to go on. `--part i/n` takes every n-th entry and writes a
-ledger of its own, so that n processes may run beside each other. `--page` writes
-docs/results/frontier.md from all ledgers and runs nothing. An error is recorded, not tried again;
-`--retry` does.
+out, and so are entries that another one of their kind makes needless (`entries.LADDERS`). Runs what
+the ledgers under bench/ledgers lack, one line a finished run, and stops between two runs when the
+time is up. Call it again to go on. `--part i/n` takes every n-th entry and writes a ledger of its
+own, so that n processes may run beside each other. `--page` writes docs/results/frontier.md from
+all ledgers and runs nothing. An error is recorded, not tried again; `--retry` does.
 """
 
 from __future__ import annotations
@@ -135,27 +135,34 @@ class Bench:
         """All runs of the cells (task, entry), as far as the time goes."""
         try:
             for task, name in cells:
-                for rate, seed in self.plan(task, ENTRIES[name]):
-                    self.once(task, ENTRIES[name], rate, seed)
+                for where, rate, seed in self.plan(task, ENTRIES[name]):
+                    self.once(where, ENTRIES[name], rate, seed)
         except TimeUp:
             print("time is up; call again to go on")
 
-    def plan(self, task: str, entry: Entry) -> Iterator[tuple[float, int]]:
+    def plan(self, task: str, entry: Entry) -> Iterator[tuple[str, float, int]]:
         """The rates with the first seed, then the best of them with the others."""
         rates = RATES[entry.rates]
         if self.options.smoke:
-            yield rates[1], SEEDS[0]
+            yield task, rates[1], SEEDS[0]
             return
-        if frontier_results.judged_on(task, entry) == task:
-            yield from ((rate, SEEDS[0]) for rate in rates)
+        if reason := self.results(task).needless(entry.name):
+            print(f"{task}/{entry.name}: not needed, {reason}")
+            return
+        judged_on = frontier_results.judged_on(task, entry)
+        yield from ((judged_on, rate, SEEDS[0]) for rate in rates)
         best = frontier_results.best_rate(self.records(), task, entry, SEEDS[0])
         if best is None:
-            print(f"{task}/{entry.name}: left out, for no rate of it was run on {TUNED_ON}")
+            print(f"{task}/{entry.name}: left out, for no rate of it could be run on {judged_on}")
             return
-        yield best, SEEDS[0]
-        found = frontier_results.TaskResults(task, self.records(), ENTRIES.values(), SEEDS)
-        if not found.hopeless(entry.name):
-            yield from ((best, seed) for seed in SEEDS[1:])
+        yield task, best, SEEDS[0]
+        if not self.results(task).hopeless(entry.name):
+            yield from ((task, best, seed) for seed in SEEDS[1:])
+
+    def results(self, task: str) -> frontier_results.TaskResults:
+        """What is known of a task by now."""
+        self.task(task)  # its labels are in the ledger then
+        return frontier_results.TaskResults(task, self.records(), ENTRIES.values(), SEEDS)
 
     def records(self) -> dict[str, Record]:
         """What is done, by whichever part."""

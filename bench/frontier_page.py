@@ -41,6 +41,7 @@ def write(
             write_atomically(file, _picture(results).encode())
             lines += [f"![Score against bytes on {results.task}]({file.name})", ""]
         lines += _table(results)
+        lines += _left_out(results, entries)
     lines += ["", "## What could not be run", "", *_failures(found)]
     lines += ["", "## The entries", "", *_entries(entries)]
     write_atomically(path, ("\n".join(lines) + "\n").encode())
@@ -89,6 +90,9 @@ held-out rows are rows of train that nothing was trained on.
   full fine-tuning's mean, the others are not run, and the entry does not keep {KEPT:.0%}. The same
   rule for both sides, by scores on test: it saves time and can only leave out an entry whose other
   seeds would have to be better than full fine-tuning.
+- **Kinds**: of entries that differ in nothing but how many numbers they train, those above one
+  that keeps {KEPT:.0%} are not run on that task (they can't be the smallest), nor those below one
+  whose first seed is under {HOPELESS:.0%}. What was left out is listed below each table.
 - **Precision**: a file of PEFT's falls back to fp32 where fp16 loses a held-out row; howfine's
   precisions are the recipes' and are not put to that test.
 - **Bytes** of howfine are the delta file with its header and head. Bytes of PEFT are its
@@ -188,11 +192,36 @@ def _table(results: TaskResults) -> list[str]:
             cells += [f"{results.seeds_that_keep(row)} of {len(row.runs)}"]
             cells += ["" if row.entry.name == FULL else f"{results.chance(row):.2f}"]
             far = results.hopeless(row.entry.name)
-            unfinished = "" if row.whole else "no, far below" if far else "seeds lacking"
+            needless = results.needless(row.entry.name)
+            lacking = "not needed" if needless else "seeds lacking"
+            unfinished = "" if row.whole else "no, far below" if far else lacking
             cells += [unfinished or ("yes" if results.keeps(row) else "no")]
         else:
             cells += [""] * 4
         lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def _left_out(results: TaskResults, entries: Sequence[Entry]) -> list[str]:
+    """Entries without all their seeds, and why."""
+    lacking = [
+        entry.name
+        for entry in entries
+        if entry.name not in results.rows or not results.rows[entry.name].whole
+    ]
+    reasons = {name: results.needless(name) for name in lacking}
+    needless = [f"{name} ({reason})" for name, reason in reasons.items() if reason]
+    failed = results.failures()
+    open_ = [
+        name
+        for name in lacking
+        if not reasons[name] and not results.hopeless(name) and name not in failed
+    ]
+    lines = []
+    if needless:
+        lines += ["", f"Not needed: {', '.join(needless)}."]
+    if open_:
+        lines += ["", f"Not run, or not with all seeds: {', '.join(open_)}."]
     return lines
 
 

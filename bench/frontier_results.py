@@ -8,7 +8,7 @@ from functools import cached_property
 from statistics import mean, stdev
 
 import numpy as np
-from entries import RATES, Entry
+from entries import LADDERS, RATES, Entry
 
 from howfine.ledger import Record, unpack_predictions
 from howfine.metrics import METRICS, paired_bootstrap
@@ -146,6 +146,20 @@ class TaskResults:
             return False
         first = [run["score"] for run in row.runs if run["seed"] == self.seeds[0]]
         return bool(first) and first[0] < HOPELESS * self.full.score
+
+    def needless(self, name: str) -> str:
+        """Why an entry has no say in who is smallest, by others of its kind; empty if it has."""
+        for ladder in LADDERS:
+            if name not in ladder:
+                continue
+            at = ladder.index(name)
+            for smaller in ladder[:at]:
+                if smaller in self.rows and self.keeps(self.rows[smaller]):
+                    return f"{smaller} keeps {KEPT:.0%} with less"
+            for larger in ladder[at + 1 :]:
+                if self.hopeless(larger):
+                    return f"{larger} is far below with more"
+        return ""
 
     def seeds_that_keep(self, row: Row) -> int:
         """Seeds whose score is 99 % at least of full fine-tuning's with the same seed."""

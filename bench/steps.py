@@ -37,6 +37,11 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "select biases (BitFit)": ("select", {"train": ("bias",)}),
     "head only": ("select", {"train": ("none",)}),
     "sparse, 0.1 % of the matrices": ("sparse", {"density": 0.001, "by": "random"}),
+    # A thousandth of the encoder's matrices, in the twelve of 36 that LoRA is put on below.
+    "sparse, 0.1 % of the matrices, in q, v": (
+        "sparse",
+        {"density": 0.006, "by": "random", "where": ("Q", "V")},
+    ),
     "sparse, 1 % of the matrices": ("sparse", {"density": 0.01, "by": "random"}),
     "diff, stage 1 on the matrices": ("diff", {"where": ("matrices",)}),
 }
@@ -49,6 +54,7 @@ LIMITS = {
     "select top-2 layers": 0.55,
     "head only": 0.40,
     "sparse, 0.1 % of the matrices": 0.65,
+    "sparse, 0.1 % of the matrices, in q, v": 0.65,
     "sparse, 1 % of the matrices": 0.85,
     "diff, stage 1 on the matrices": 1.05,
 }

@@ -214,6 +214,37 @@ def test_a_rate_is_chosen_on_one_task_and_seeds_far_below_are_left_out(bench: An
     assert [results.hopeless(name) for name in scores] == [False, False, True]
 
 
+def test_what_another_of_its_kind_makes_needless_is_left_out(bench: Any, tmp_path: Path) -> None:
+    """Above one that keeps 99 %, and below one that is far below."""
+    scores = {"full": [0.80] * 3, "lora-r2-qv": [0.80] * 3, "ia3": [0.76] * 3, "ln": [0.78] * 3}
+    records = ledger(bench, scores, dict.fromkeys(scores, 100))
+    tuned_on, entries = bench.results.TUNED_ON, bench.entries.ENTRIES
+    results = bench.results.TaskResults(tuned_on, records, entries.values(), (0, 1, 2))
+    assert results.needless("lora-r4-qv") == "lora-r2-qv keeps 99% with less"
+    assert results.needless("ia3-min") == "ia3 is far below with more"
+    # Smaller than what keeps; as large; neither kept nor far below; of no ladder.
+    needed = ("lora-r1-qv", "lora-r2-qv", "ln-min", "sparse")
+    assert [results.needless(name) for name in needed] == [""] * 4
+
+    page = tmp_path / "frontier.md"
+    one = {tuned_on: bench.frontier.SIZES[tuned_on]}
+    bench.page.write(page, records, list(entries.values()), one, (0, 1, 2), bench.frontier.COMMON)
+    needless, lacking = page.read_text().split("Not needed: ")[1].split("Not run, or")
+    assert "ia3-min (ia3 is far below with more)" in needless
+    lacking = lacking.splitlines()[0]
+    assert "sparse," in lacking
+    assert "lora-r4-qv" not in lacking
+
+
+def test_ladders_name_entries_and_grow(bench: Any) -> None:
+    known = bench.entries.ENTRIES
+    for ladder in bench.entries.LADDERS:
+        assert {known[name].side for name in ladder} in ({"howfine"}, {"peft"})
+        ranks = [known[name].settings.get("options", {}).get("r", 0) for name in ladder]
+        if ladder[0].startswith("lora"):
+            assert ranks == sorted(ranks)
+
+
 def test_an_error_is_recorded_word_for_word(bench: Any, tmp_path: Path) -> None:
     """PEFT refuses layer-norm tuning without targets; the run goes on, and doesn't try again."""
     options = SimpleNamespace(
