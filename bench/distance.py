@@ -65,7 +65,7 @@ def write(path: Path, matrices: dict[str, tuple[int, int]], step: float) -> None
 
 def measured(before: str, after: str) -> None:
     """The fresh process: measures, then prints its own peak, time and a few of its figures."""
-    from howfine.anatomy import anatomy_of
+    from howfine.architectures import anatomy_of
     from howfine.checkpoint import Checkpoint
     from howfine.distance import distance, summary
 

@@ -13,7 +13,7 @@ from transformers import BertConfig, BertForMaskedLM, T5Config, T5EncoderModel, 
 
 from disk import base_folder
 from howfine import fingerprint as fp
-from howfine.anatomy import anatomy_of
+from howfine.architectures import anatomy_of
 from howfine.base import Base
 from howfine.errors import BaseNotFound, SettingError, UnknownArchitecture
 from howfine.evaluate import evaluate, predict

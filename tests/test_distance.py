@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import save_file
 
 from howfine.align import align
-from howfine.anatomy import anatomy_of
+from howfine.architectures import anatomy_of
 from howfine.checkpoint import Checkpoint, MemorySource
 from howfine.distance import Distance, Sums, distance, measure, summary, table
 from howfine.errors import BaseError, BaseNotFound, SettingError

@@ -20,13 +20,13 @@ SRC = Path(howfine.__file__).parent
 ROOMS = [
     ("errors", "batch", "gates", "concrete", "crossing", "sampled", "adamw"),
     (
-        *("plugins", "fingerprint", "anatomy", "codec", "codec.*", "checkpoint"),
+        *("plugins", "fingerprint", "anatomy", "architectures", "codec", "codec.*", "checkpoint"),
         *("container", "folded", "metrics", "calibration", "text", "lora", "sources", "spread"),
     ),
     ("task", "tasks", "tasks.*", "base", "pretrained"),
     ("surgery", "change"),
     ("method", "readout"),
-    ("whole", "entries", "overlay", "probe"),
+    ("whole", "entries", "overlay", "probe", "language", "template", "tokens"),
     ("methods", "methods.*", "readouts", "readouts.*"),
     ("streams", "recode"),
     ("delta", "recipe"),

@@ -124,6 +124,7 @@ TINY: dict[str, tuple[str, dict[str, Any]]] = {
     "dinov2": ("Dinov2", {**_IMAGE, "mlp_ratio": INNER // HIDDEN}),
 }
 # Without a [CLS] in front: what a causal or a T5 tokenizer gives.
+_CAUSAL = {"gpt2": "GPT2LMHeadModel", "llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 _PLAIN = ("gpt2", "llama", "qwen3", "gemma2", "t5")
 
 
@@ -139,6 +140,23 @@ def tiny_tower(name: str, seed: int = 0, **changes: Any) -> PreTrainedModel:
                 if parameter.ndim == 1:
                     parameter.add_(0.1 * torch.randn_like(parameter))
     return model.get_encoder() if config.is_encoder_decoder else model
+
+
+def tiny_language_base(name: str, seed: int = 0) -> Base:
+    """A tiny masked language model with its head; a causal one where there is no masked one."""
+    prefix, settings = TINY[name]
+    masked = hasattr(transformers, f"{prefix}ForMaskedLM")
+    cls = getattr(transformers, f"{prefix}ForMaskedLM" if masked else _CAUSAL[name])
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = cls(getattr(transformers, f"{prefix}Config")(**settings))
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.ndim == 1:
+                    parameter.add_(0.1 * torch.randn_like(parameter))
+    tokenizer = tiny_tokenizer(name not in _PLAIN)
+    kind = "masked_lm" if masked else "causal_lm"
+    return Base(f"tiny-{name}-lm", model, tokenizer, kind=kind)
 
 
 def tiny_tokenizer(pair: bool = True, padding_side: str = "right") -> PreTrainedTokenizerFast:
@@ -192,6 +210,7 @@ class TinyProbe:
         self.readout = readout
         self.start = tuned_weights(base) if base else {}
         self.outside: dict[str, Tensor] = {}
+        self.slots = readout.slots
 
     def gradients(
         self,

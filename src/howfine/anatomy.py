@@ -1,4 +1,4 @@
-"""Facts about architectures, as rows of path strings: never as branches.
+"""What a model is made of, by path: layers, parts, and selectors that name some of them.
 
 A path is a parameter's name inside its tower. `part` letters are the source paper's (Radiya-Dixit
 & Wang 2020): Q, K, V and D (attention output) of the attention, I and O (in and out) of the
@@ -18,9 +18,8 @@ import functools
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
-from howfine.errors import SettingError, UnknownArchitecture, near
+from howfine.errors import SettingError, near
 
 # LayerNorm, layer_norm, norm1, q_norm, ln_1, ln_f …: how the libraries spell a normalisation.
 _NORM = re.compile(r"norm|(^|\.)ln_", re.IGNORECASE)
@@ -37,6 +36,9 @@ class Anatomy:
     pooling: str = "cls"  # cls | mean | last | pooler: how the architecture's own head reads
     linear_axes: tuple[str, str] = ("out", "in")  # stored axes of a block's matrices
     heads: str = "num_attention_heads"  # config field: number of attention heads
+    # Steps from the last hidden state to what a language model's decoder reads: modules of the
+    # model with that head, or "gelu". None where there is no such model.
+    language: tuple[str, ...] | None = None
 
     def place(self, path: str) -> tuple[int | None, str]:
         """(layer, part) of a parameter path: layer None outside the blocks, part as above."""
@@ -127,170 +129,3 @@ def parse_layers(text: str, depth: int) -> set[int]:
             )
         layers.update(range(start, stop + 1))
     return layers
-
-
-_BERT = Anatomy(
-    block="encoder.layer.{}",
-    letters={
-        "Q": "attention.self.query",
-        "K": "attention.self.key",
-        "V": "attention.self.value",
-        "D": "attention.output.dense",
-        "I": "intermediate.dense",
-        "O": "output.dense",
-    },
-    embedding="embeddings.word_embeddings",
-    pooler="pooler.dense",
-    pooling="pooler",
-)
-_ATTENTION = {"Q": "self_attn.q_proj", "K": "self_attn.k_proj", "V": "self_attn.v_proj"}
-_LLAMA = Anatomy(
-    block="layers.{}",
-    letters={
-        **_ATTENTION,
-        "D": "self_attn.o_proj",
-        "G": "mlp.gate_proj",
-        "I": "mlp.up_proj",
-        "O": "mlp.down_proj",
-    },
-    embedding="embed_tokens",
-    pooling="last",
-)
-_T5 = Anatomy(
-    block="block.{}",
-    letters={
-        "Q": "layer.0.SelfAttention.q",
-        "K": "layer.0.SelfAttention.k",
-        "V": "layer.0.SelfAttention.v",
-        "D": "layer.0.SelfAttention.o",
-        "I": "layer.1.DenseReluDense.wi|layer.1.DenseReluDense.wi_1",
-        "G": "layer.1.DenseReluDense.wi_0",
-        "O": "layer.1.DenseReluDense.wo",
-    },
-    embedding="embed_tokens",
-    pooling="mean",
-    heads="num_heads",
-)
-_VIT_LETTERS = {
-    "Q": "attention.q_proj",
-    "K": "attention.k_proj",
-    "V": "attention.v_proj",
-    "D": "attention.o_proj",
-    "I": "mlp.fc1",
-    "O": "mlp.fc2",
-}
-
-# Paths are those of transformers' own body classes: the encoder of an encoder-decoder, the model
-# without its language-model head otherwise. Keys are `config.model_type`.
-ANATOMIES: dict[str, Anatomy] = {
-    "bert": _BERT,
-    "roberta": _BERT,
-    "xlm-roberta": _BERT,
-    "camembert": _BERT,
-    "electra": Anatomy(_BERT.block, _BERT.letters, _BERT.embedding, pooling="cls"),
-    "deberta-v2": Anatomy(
-        _BERT.block,
-        {
-            "Q": "attention.self.query_proj",
-            "K": "attention.self.key_proj",
-            "V": "attention.self.value_proj",
-            "KP": "attention.self.pos_key_proj",
-            "QP": "attention.self.pos_query_proj",
-            "D": "attention.output.dense",
-            "I": "intermediate.dense",
-            "O": "output.dense",
-        },
-        _BERT.embedding,
-        pooling="cls",
-    ),
-    "mpnet": Anatomy(
-        _BERT.block,
-        {
-            "Q": "attention.attn.q",
-            "K": "attention.attn.k",
-            "V": "attention.attn.v",
-            "D": "attention.attn.o",
-            "I": "intermediate.dense",
-            "O": "output.dense",
-        },
-        _BERT.embedding,
-        pooler="pooler.dense",
-        pooling="cls",
-    ),
-    "distilbert": Anatomy(
-        block="transformer.layer.{}",
-        letters={
-            "Q": "attention.q_lin",
-            "K": "attention.k_lin",
-            "V": "attention.v_lin",
-            "D": "attention.out_lin",
-            "I": "ffn.lin1",
-            "O": "ffn.lin2",
-        },
-        embedding="embeddings.word_embeddings",
-        pooling="cls",
-    ),
-    # One set of weights serves all layers: there is one block to change.
-    "albert": Anatomy(
-        block="encoder.albert_layer_groups.0.albert_layers.{}",
-        letters={
-            "Q": "attention.query",
-            "K": "attention.key",
-            "V": "attention.value",
-            "D": "attention.dense",
-            "I": "ffn",
-            "O": "ffn_output",
-        },
-        embedding="embeddings.word_embeddings",
-        pooler="pooler",
-        pooling="pooler",
-    ),
-    "gpt2": Anatomy(
-        block="h.{}",
-        letters={
-            "QKV": "attn.c_attn",
-            "D": "attn.c_proj",
-            "I": "mlp.c_fc",
-            "O": "mlp.c_proj",
-        },
-        embedding="wte",
-        pooling="last",
-        linear_axes=("in", "out"),
-    ),
-    **dict.fromkeys(
-        ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text"), _LLAMA
-    ),
-    "t5": _T5,
-    "mt5": _T5,
-    "bart": Anatomy(
-        block="layers.{}",
-        letters={**_ATTENTION, "D": "self_attn.out_proj", "I": "fc1", "O": "fc2"},
-        embedding="embed_tokens",
-        pooling="mean",
-        heads="encoder_attention_heads",
-    ),
-    "vit": Anatomy(
-        block="layers.{}",
-        letters=_VIT_LETTERS,
-        embedding="embeddings.patch_embeddings.projection",
-        pooler="pooler.dense",
-        pooling="cls",
-    ),
-    "dinov2": Anatomy(
-        block="encoder.layer.{}",
-        letters=_VIT_LETTERS,
-        embedding="embeddings.patch_embeddings.projection",
-        pooling="cls",
-    ),
-}
-
-
-def anatomy_of(config: Any) -> Anatomy:
-    """The row for a Hugging Face config. Raises UnknownArchitecture, with what is known."""
-    kind = str(config.model_type)
-    if kind not in ANATOMIES:
-        raise UnknownArchitecture(
-            f"model type {kind!r} has no anatomy row, so its layers and matrices can't be named. "
-            f"{near(kind, ANATOMIES)} Add a row to howfine.anatomy.ANATOMIES: it is a line."
-        )
-    return ANATOMIES[kind]

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from howfine import fingerprint as fp
 from howfine import pretrained
-from howfine.anatomy import Anatomy, anatomy_of
+from howfine.anatomy import Anatomy
+from howfine.architectures import anatomy_of
 from howfine.errors import SettingError, near
-from howfine.pretrained import EMBEDDED, KINDS
+from howfine.pretrained import EMBEDDED, KINDS, LANGUAGE_MODEL
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -47,6 +48,8 @@ class Base:
         self._parameters = dict(self.towers.named_parameters())
         # Changes that are written into the parameters' own memory at the moment.
         self.switches: list[Any] = []
+        # Positions that changes take away from the texts at the moment.
+        self.reserved = 0
         self.pooling = self.anatomy.pooling
         self.has_pooler = bool(self.anatomy.pooler)
         self._fingerprint = fingerprint
@@ -66,7 +69,7 @@ class Base:
         Raises BaseNotFound where there is no such model or no network to ask for it,
         UnknownArchitecture where no anatomy row fits, SettingError for an unknown kind or dtype.
         """
-        if kind not in KINDS:
+        if kind not in (*KINDS, LANGUAGE_MODEL):
             raise SettingError(f"base kind {kind!r} is unknown. {near(kind, KINDS)}")
         if dtype not in DTYPES:
             raise SettingError(f"dtype {dtype!r} is unknown. {near(dtype, DTYPES)}")
@@ -74,6 +77,8 @@ class Base:
             device = f"cuda:{os.environ['LOCAL_RANK']}"
         _check_device(device)
         source = pretrained.embedded_path() if name == EMBEDDED else name
+        if kind == LANGUAGE_MODEL:
+            kind = pretrained.language_kind(source, revision)
         tower, tokenizer, missing = pretrained.read(source, kind, revision)
         # Hashed once for each state of a folder; what a hub name stands for may change unseen.
         known = fp.cached(source, kind) if Path(source).is_dir() else None
@@ -112,6 +117,33 @@ class Base:
     def tower(self) -> Any:
         """The only tower: a transformers model."""
         return self.towers[self.tower_name]
+
+    @property
+    def body(self) -> Any:
+        """The tower without a language model's head."""
+        return self.tower if self.kind == "body" else self.tower.base_model
+
+    @property
+    def embedding(self) -> Any:
+        """The module that makes vectors of token numbers."""
+        return self.towers.get_submodule(self.embedding_path)
+
+    @property
+    def embedding_path(self) -> str:
+        """Path of that module."""
+        return f"{self._body()}{self.anatomy.embedding}"
+
+    @property
+    def room(self) -> int:
+        """Tokens that fit: the tokenizer's word, the position table, less what changes take."""
+        positions = getattr(self.config, "max_position_embeddings", None) or 2**31
+        for name, table in self.tower.named_modules():
+            # RoBERTa and its kin count positions from the one after the padding's.
+            padding = getattr(table, "padding_idx", None)
+            if name.endswith("position_embeddings") and padding is not None:
+                positions = table.num_embeddings - padding - 1
+        stated = 2**31 if self.tokenizer is None else self.tokenizer.model_max_length
+        return min(positions, stated) - self.reserved
 
     @property
     def hidden_size(self) -> int:

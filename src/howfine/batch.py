@@ -5,7 +5,9 @@ A readout fills it from examples; a method may read it and never builds it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,6 +39,24 @@ class Batch:
     def from_kwargs(cls, fields: Mapping[str, Any]) -> Batch:
         """The inverse of `as_kwargs`."""
         return cls(**fields)
+
+
+_RUNNING: ContextVar[Batch | None] = ContextVar("running", default=None)
+
+
+@contextmanager
+def running(batch: Batch) -> Iterator[None]:
+    """Let what is put on a base see the batch whose forward pass runs inside."""
+    token = _RUNNING.set(batch)
+    try:
+        yield
+    finally:
+        _RUNNING.reset(token)
+
+
+def current() -> Batch | None:
+    """The batch whose forward pass runs now; None outside of one, as in a tower called alone."""
+    return _RUNNING.get()
 
 
 def to_device(value: Any, device: torch.device) -> Any:

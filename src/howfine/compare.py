@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 
 from howfine import container
 from howfine.align import Place
-from howfine.anatomy import Anatomy, anatomy_of
+from howfine.anatomy import Anatomy
+from howfine.architectures import anatomy_of
 from howfine.checkpoint import Checkpoint, MemorySource, Source
 from howfine.distance import Distance, distance
 from howfine.errors import BaseNotFound

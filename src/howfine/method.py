@@ -41,6 +41,11 @@ class Probe(Protocol):
         """Entries to leave as they are, as boolean masks by path: the regions of other deltas."""
         ...
 
+    @property
+    def slots(self) -> tuple[str, ...]:
+        """Free positions that the readout has in every input: a word to begin with, or ""."""
+        ...
+
     def gradients(
         self,
         base: Base,

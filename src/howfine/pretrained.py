@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from howfine import fingerprint as fp
-from howfine.anatomy import anatomy_of
+from howfine.architectures import anatomy_of
 from howfine.errors import BaseNotFound
 
 EMBEDDED = "minilm"
@@ -26,7 +26,8 @@ KINDS = {
     "causal_lm": "AutoModelForCausalLM",
     "seq2seq_lm": "AutoModelForSeq2SeqLM",
 }
-
+# The language model that an architecture is: masked or causal, as its row says.
+LANGUAGE_MODEL = "language_model"
 
 # Keys of a sentence-transformers pooling config, of those that are read here.
 _POOLING = {"pooling_mode_cls_token": "cls", "pooling_mode_mean_tokens": "mean"}
@@ -92,6 +93,26 @@ def read(source: str, kind: str, revision: str | None) -> tuple[nn.Module, Any, 
     if tokenizer is not None and tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return model, tokenizer, missing
+
+
+def language_kind(source: str, revision: str | None) -> str:
+    """ "masked_lm" or "causal_lm". Raises BaseNotFound for an architecture that is neither."""
+    import transformers
+
+    options = {"revision": revision} if revision else {}
+    try:
+        with quiet_transformers():
+            config = transformers.AutoConfig.from_pretrained(source, **options)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise BaseNotFound(f"base {source!r} can't be loaded: {reason}") from error
+    steps = anatomy_of(config).language
+    if steps is None:
+        raise BaseNotFound(
+            f"base {source!r} ({config.model_type}) has no masked or causal language model; give "
+            "one such as a BERT, RoBERTa or GPT-2 with its head"
+        )
+    return "masked_lm" if steps else "causal_lm"
 
 
 def outline(folder: str, kind: str) -> nn.Module:

@@ -39,6 +39,7 @@ class GradientProbe:
         self.model, self.base = model, base
         self.examples, self.batch_size = examples, batch_size
         self.start, self.outside = dict(start or {}), dict(outside or {})
+        self.slots = model.readout.slots
 
     def gradients(
         self,

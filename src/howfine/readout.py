@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from howfine import plugins
 from howfine.base import Base
-from howfine.batch import Batch
+from howfine.batch import Batch, running
 from howfine.errors import DamagedDelta
 from howfine.method import Tensors
 from howfine.task import Example
@@ -53,6 +53,11 @@ class Readout(ABC):
     def settled(self, base: Base) -> Readout:
         """The same readout with nothing left for the base to say: what a delta stores."""
         return self
+
+    @property
+    def slots(self) -> tuple[str, ...]:
+        """The free positions in each of its inputs (`Batch.slots`): a word to begin with, or ""."""
+        return ()
 
     @abstractmethod
     def collate(self, base: Base, examples: Sequence[Example], labelled: bool = True) -> Batch:
@@ -127,7 +132,8 @@ class Wired(nn.Module):
     def forward(self, **fields: Any) -> dict[str, Tensor]:
         """Takes a Batch's fields; gives `logits` and, with targets, `loss`."""
         batch = Batch.from_kwargs(fields)
-        outputs = self.head(self.towers, batch)
+        with running(batch):
+            outputs = self.head(self.towers, batch)
         if batch.targets is None:
             return {"logits": outputs}
         return {"loss": self.readout.loss(outputs, batch.targets), "logits": outputs}

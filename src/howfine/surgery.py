@@ -98,6 +98,20 @@ def rewire(module: nn.Module, forward: Callable[..., Tensor]) -> Undo:
     return undo
 
 
+def hold(module: nn.Module, name: str, value: nn.Parameter | nn.Module) -> Undo:
+    """Let a module of the tree hold a new parameter or module, so that it is found and moved.
+
+    Raises SettingError where it has that name already: two such changes at once.
+    """
+    if hasattr(module, name):
+        raise SettingError(
+            f"{type(module).__name__} holds {name!r} already: another change of this kind is on; "
+            "take it off first"
+        )
+    setattr(module, name, value)
+    return lambda: delattr(module, name)
+
+
 def trainable_copy(model: nn.Module, path: str) -> tuple[nn.Parameter, Undo]:
     """Put a trainable copy of the parameter at `path` in its place; the original waits in undo."""
     module, attribute = homes(model, path)[0]

@@ -71,7 +71,7 @@ class Classifier(Readout):
             *map(list, columns),
             padding=True,
             truncation=True,
-            max_length=min(self.max_length, _room(base)),
+            max_length=min(self.max_length, base.room),
             padding_side="right",  # positions then start at 0 in every row, padded or not
             return_tensors="pt",
         )
@@ -101,16 +101,6 @@ def _fill_empty(encoded: Any, tokenizer: Any) -> None:
     token = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.pad_token_id
     encoded["input_ids"][empty, 0] = token
     encoded["attention_mask"][empty, 0] = 1
-
-
-def _room(base: Base) -> int:
-    """Tokens that fit the base: its tokenizer's word, and its position table."""
-    positions = getattr(base.config, "max_position_embeddings", None) or 2**31
-    for name, table in base.tower.named_modules():
-        # RoBERTa and its kin count positions from the one after the padding's.
-        if name.endswith("position_embeddings") and getattr(table, "padding_idx", None) is not None:
-            positions = table.num_embeddings - table.padding_idx - 1
-    return min(positions, base.tokenizer.model_max_length)
 
 
 class _LinearHead(Head):

@@ -1,0 +1,79 @@
+"""A language model's head, step by step: what its decoder reads, and the decoder itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn import functional
+
+from howfine.base import Base
+from howfine.errors import SettingError
+
+MASKED, CAUSAL = "masked_lm", "causal_lm"
+
+
+def require(base: Base, what: str, kinds: tuple[str, ...] = (MASKED, CAUSAL)) -> None:
+    """Raises SettingError unless the base is a language model of one of the kinds."""
+    if base.kind in kinds and base.anatomy.language is not None:
+        return
+    named = " or ".join(kinds)
+    found = "no language model's head" if base.kind == "body" else f"kind {base.kind}"
+    raise SettingError(
+        f"{what} needs a base of kind {named}, and {base.name} was loaded with {found}; load it "
+        f"with Base.load({base.name!r}, kind={kinds[0]!r}), or give another base"
+    )
+
+
+def before_decoder(base: Base) -> Callable[[nn.Module, Tensor], Tensor]:
+    """A function of (tower, hidden states (…, H)): what the decoder would read, (…, H').
+
+    H' is the width of the output embedding: that of the embedding table where it is factorised.
+    """
+    steps = base.anatomy.language or ()
+
+    def run(tower: nn.Module, hidden: Tensor) -> Tensor:
+        for step in steps:
+            module: Callable[[Tensor], Tensor] = functional.gelu
+            if step != "gelu":
+                module = tower.get_submodule(step)
+            hidden = module(hidden)
+        return hidden
+
+    return run
+
+
+def decoder(base: Base) -> nn.Linear:
+    """The layer from there to the vocabulary: rows are output vectors of tokens."""
+    found: Any = base.tower.get_output_embeddings()
+    return found
+
+
+def single_token(base: Base, word: str, what: str) -> int:
+    """The number of a word that is one token of the vocabulary, as it stands after a space.
+
+    Raises SettingError for a word of several pieces, or one that is not known.
+    """
+    ids = pieces(base, word)
+    if len(ids) != 1 or ids[0] == base.tokenizer.unk_token_id:
+        shown = base.tokenizer.convert_ids_to_tokens(ids)
+        raise SettingError(
+            f"{what} {word!r} is {len(ids)} tokens of {base.name} ({' '.join(shown)}), expected "
+            "one that it knows; give another word"
+        )
+    return ids[0]
+
+
+def pieces(base: Base, text: str) -> list[int]:
+    """Token numbers of a text that stands after a space, without special tokens around it."""
+    tokenizer = base.tokenizer
+    ids: list[int] = tokenizer(_spaced(tokenizer) + text, add_special_tokens=False)["input_ids"]
+    return ids
+
+
+def _spaced(tokenizer: Any) -> str:
+    """A space where the tokenizer tells words by the space before them and adds none itself."""
+    alone, after = tokenizer.tokenize("a"), tokenizer.tokenize(" a")
+    marks_itself = bool(alone) and alone[0].startswith("\u2581")
+    return " " if alone != after and not marks_itself else ""

@@ -1,0 +1,115 @@
+"""Free vectors among a model's input vectors: at slots, and in front of every input."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from howfine import surgery
+from howfine.base import Base
+from howfine.batch import current
+from howfine.change import Undo
+from howfine.errors import SettingError
+
+_HELD = "howfine_vectors"
+
+
+def fill(base: Base, vectors: nn.Parameter, slots: int) -> Undo:
+    """Let the first `slots` rows of `vectors` (n, E) stand at the slots of the running batch.
+
+    The embedding module holds the parameter. Inputs of another shape than the batch's `slots`, as
+    in the later steps of a generation, have none.
+    """
+    embedding = base.embedding
+    released = surgery.hold(embedding, _HELD, vectors)
+    look_up = embedding.forward
+
+    def forward(ids: Tensor) -> Tensor:
+        found = look_up(ids)
+        batch = current()
+        if batch is None or batch.slots is None or batch.slots.shape != ids.shape:
+            return found
+        here = batch.slots.to(ids.device)
+        chosen = vectors[here.clamp(min=0)].to(found.dtype)
+        return torch.where((here >= 0).unsqueeze(-1), chosen, found)
+
+    restored = surgery.rewire(embedding, forward) if slots else None
+
+    def undo() -> None:
+        if restored is not None:
+            restored()
+        released()
+
+    return undo
+
+
+def prepend(base: Base, vectors: nn.Parameter, first: int) -> Undo:
+    """Put the rows of `vectors` from `first` on before every input, and take them off the output.
+
+    Positions count them, so texts have as much less room. Raises SettingError where none is left.
+    """
+    count = len(vectors) - first
+    if base.room - count < 1:
+        raise SettingError(
+            f"{count} vectors in front leave no room for a text: {base.name} holds {base.room} "
+            "tokens; use fewer"
+        )
+    body, embedding = base.body, base.embedding
+    run = body.forward
+    first_name = next(iter(inspect.signature(run).parameters))
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        if args:
+            kwargs[first_name], *rest = args
+            if rest:
+                raise TypeError("call the model with keyword arguments: a prompt is on it")
+        ids, given = kwargs.pop("input_ids", None), kwargs.pop("inputs_embeds", None)
+        own = embedding(ids) if given is None else given
+        front = vectors[first:].to(own.dtype).expand(len(own), -1, -1)
+        kwargs = _longer(kwargs, own, count)
+        state = run(inputs_embeds=torch.cat([front, own], dim=1), **kwargs)
+        return _without_front(state, count)
+
+    restored = surgery.rewire(body, forward)
+    base.reserved += count
+
+    def undo() -> None:
+        restored()
+        base.reserved -= count
+
+    return undo
+
+
+def _longer(kwargs: dict[str, Any], own: Tensor, count: int) -> dict[str, Any]:
+    """The other inputs of a model, for as many more positions."""
+    rows, length = own.shape[:2]
+    made = dict(kwargs)
+    mask = made.get("attention_mask")
+    if mask is None:
+        mask = torch.ones(rows, length, dtype=torch.long, device=own.device)
+    if mask.ndim != 2:
+        raise SettingError(
+            "vectors in front need an attention mask of two axes, and this readout gives one of "
+            f"{mask.ndim}; use slots of its template instead"
+        )
+    made["attention_mask"] = torch.cat([mask.new_ones(rows, count), mask], dim=1)
+    types = made.get("token_type_ids")
+    if types is not None:
+        made["token_type_ids"] = torch.cat([types.new_zeros(rows, count), types], dim=1)
+    places = made.get("position_ids")
+    if places is not None:
+        front = torch.arange(count, device=own.device).expand(rows, -1)
+        made["position_ids"] = torch.cat([front, places + count], dim=1)
+    return made
+
+
+def _without_front(state: Any, count: int) -> Any:
+    """A model's output as if the vectors in front had none."""
+    state["last_hidden_state"] = state["last_hidden_state"][:, count:]
+    for name in ("hidden_states",):
+        if state.get(name) is not None:
+            state[name] = tuple(layer[:, count:] for layer in state[name])
+    return state
