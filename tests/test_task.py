@@ -903,3 +903,81 @@ def test_sklearn_agrees_on_many_classes() -> None:
     t, p = rng.integers(5, size=(2, 300))
     resampled = METRICS["matthews"].resampled(p[None], t[None])[0]
     assert resampled == pytest.approx(sklearn.matthews_corrcoef(t, p))
+
+
+# --- few examples --------------------------------------------------------------------------------
+
+
+def test_shots_take_so_many_of_each_class(embedded: Task) -> None:
+    few = embedded.shots(16, seed=3)
+    for split in ("train", "dev"):
+        labels = [example.label for example in few.splits[split]]
+        assert [labels.count(label) for label in (0, 1)] == [16, 16]
+    train = {example.texts for example in few.splits["train"]}
+    assert not train & {example.texts for example in few.splits["dev"]}
+    assert few.splits["test"] == embedded.splits["test"]
+    assert few.fingerprint == embedded.shots(16, seed=3).fingerprint
+    assert few.fingerprint != embedded.shots(16, seed=4).fingerprint
+    assert "16 of each class" in few.provenance
+    with pytest.raises(SettingError, match="expected 1 or more"):
+        embedded.shots(0)
+
+
+def test_a_rare_class_is_shared_by_train_and_dev() -> None:
+    rows = [Example((f"t{number}",), int(number < 5)) for number in range(40)]
+    task = Task("x", {"train": rows, "dev": rows, "test": rows}, ("a", "b"), "accuracy", "made")
+    few = task.shots(16)
+    counts = {s: [e.label for e in few.splits[s]] for s in ("train", "dev")}
+    assert {s: (c.count(0), c.count(1)) for s, c in counts.items()} == {
+        "train": (16, 2),
+        "dev": (16, 2),
+    }
+
+
+def few_shot_folder(folder: Path) -> Path:
+    """Two seeds of MR with a test of its own, and CB."""
+    mr, cb = folder / "lmbff_16shot" / "mr", folder / "superglue_few" / "cb"
+    mr.mkdir(parents=True)
+    cb.mkdir(parents=True)
+    rows = [
+        (seed, split, label) for seed in (13, 21) for split in ("train", "dev") for label in "01"
+    ]
+    table = {
+        "seed": [row[0] for row in rows],
+        "split": [row[1] for row in rows],
+        "text_a": [f"{seed} {split} {label}" for seed, split, label in rows],
+        "text_b": [""] * len(rows),
+        "label": [row[2] for row in rows],
+    }
+    parquet.write_table(pyarrow.table(table), mr / "kshot.parquet")
+    test = {"text_a": ["good", "bad"], "text_b": ["", ""], "label": ["1", "0"]}
+    parquet.write_table(pyarrow.table(test), mr / "test.parquet")
+    for stem in ("train32", "dev32", "val"):
+        pair = {"premise": [stem, "p"], "hypothesis": ["h", "h"], "label": ["2", "0"]}
+        parquet.write_table(pyarrow.table(pair), cb / f"{stem}.parquet")
+    return folder
+
+
+def test_published_few_shot_splits(tmp_path: Path) -> None:
+    data = few_shot_folder(tmp_path)
+    task = Task.load("lmbff/mr@21", data=data)
+    assert [e.texts for e in task.splits["train"]] == [("21 train 0",), ("21 train 1",)]
+    assert [(e.texts, e.label) for e in task.splits["test"]] == [(("good",), 1), (("bad",), 0)]
+    assert "seed 21" in task.provenance
+    cb = Task.load("fewglue/cb", data=data)
+    assert [(e.texts, e.label) for e in cb.splits["dev"]] == [(("dev32", "h"), 2), (("p", "h"), 0)]
+    assert cb.labels == ("entailment", "contradiction", "neutral")
+
+
+def test_few_shot_splits_that_are_not_there(tmp_path: Path) -> None:
+    with pytest.raises(TaskNotFound, match="name it with --data"):
+        Task.load("fewglue/cb")
+    with pytest.raises(TaskNotFound, match=r"kshot\.parquet"):
+        Task.load("lmbff/mr@13", data=tmp_path)
+    with pytest.raises(SettingError, match="fixed columns"):
+        Task.load("lmbff/mr@13", data=tmp_path, text="a")
+    data = few_shot_folder(tmp_path)
+    odd = {"text_a": ["good"], "text_b": [""], "label": ["7"]}
+    parquet.write_table(pyarrow.table(odd), data / "lmbff_16shot" / "mr" / "test.parquet")
+    with pytest.raises(UnknownLabel, match=r"row 1: label '7'"):
+        Task.load("lmbff/mr@13", data=data)

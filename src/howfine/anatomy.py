@@ -36,6 +36,8 @@ class Anatomy:
     pooling: str = "cls"  # cls | mean | last | pooler: how the architecture's own head reads
     linear_axes: tuple[str, str] = ("out", "in")  # stored axes of a block's matrices
     heads: str = "num_attention_heads"  # config field: number of attention heads
+    # Module of a block whose output is the feed-forward net's, before the residual is added.
+    feed_forward: str = ""
     # Steps from the last hidden state to what a language model's decoder reads: modules of the
     # model with that head, or "gelu". None where there is no such model.
     language: tuple[str, ...] | None = None

@@ -24,6 +24,7 @@ _BERT = Anatomy(
     embedding="embeddings.word_embeddings",
     pooler="pooler.dense",
     pooling="pooler",
+    feed_forward="output.dropout",
     language=("cls.predictions.transform",),
 )
 _ROBERTA = replace(_BERT, language=("lm_head.dense", "gelu", "lm_head.layer_norm"))
@@ -39,8 +40,10 @@ _LLAMA = Anatomy(
     },
     embedding="embed_tokens",
     pooling="last",
+    feed_forward="mlp",
     language=(),
 )
+_GEMMA2 = replace(_LLAMA, feed_forward="post_feedforward_layernorm")
 _T5 = Anatomy(
     block="block.{}",
     letters={
@@ -55,6 +58,7 @@ _T5 = Anatomy(
     embedding="embed_tokens",
     pooling="mean",
     heads="num_heads",
+    feed_forward="layer.1.dropout",
 )
 _VIT_LETTERS = {
     "Q": "attention.q_proj",
@@ -87,6 +91,7 @@ ANATOMIES: dict[str, Anatomy] = {
         },
         _BERT.embedding,
         pooling="cls",
+        feed_forward=_BERT.feed_forward,
         language=_BERT.language,
     ),
     "mpnet": Anatomy(
@@ -102,6 +107,7 @@ ANATOMIES: dict[str, Anatomy] = {
         _BERT.embedding,
         pooler="pooler.dense",
         pooling="cls",
+        feed_forward=_BERT.feed_forward,
         language=_ROBERTA.language,
     ),
     "distilbert": Anatomy(
@@ -116,6 +122,7 @@ ANATOMIES: dict[str, Anatomy] = {
         },
         embedding="embeddings.word_embeddings",
         pooling="cls",
+        feed_forward="ffn",
         language=("vocab_transform", "activation", "vocab_layer_norm"),
     ),
     # One set of weights serves all layers: there is one block to change.
@@ -132,6 +139,7 @@ ANATOMIES: dict[str, Anatomy] = {
         embedding="embeddings.word_embeddings",
         pooler="pooler",
         pooling="pooler",
+        feed_forward="ffn_output",
         language=("predictions.dense", "predictions.activation", "predictions.LayerNorm"),
     ),
     "gpt2": Anatomy(
@@ -145,11 +153,11 @@ ANATOMIES: dict[str, Anatomy] = {
         embedding="wte",
         pooling="last",
         linear_axes=("in", "out"),
+        feed_forward="mlp",
         language=(),
     ),
-    **dict.fromkeys(
-        ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text"), _LLAMA
-    ),
+    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "gemma"), _LLAMA),
+    **dict.fromkeys(("gemma2", "gemma3_text"), _GEMMA2),
     "t5": _T5,
     "mt5": _T5,
     "bart": Anatomy(
@@ -158,6 +166,7 @@ ANATOMIES: dict[str, Anatomy] = {
         embedding="embed_tokens",
         pooling="mean",
         heads="encoder_attention_heads",
+        feed_forward="fc2",
     ),
     "vit": Anatomy(
         block="layers.{}",
@@ -165,12 +174,14 @@ ANATOMIES: dict[str, Anatomy] = {
         embedding="embeddings.patch_embeddings.projection",
         pooler="pooler.dense",
         pooling="cls",
+        feed_forward="mlp",
     ),
     "dinov2": Anatomy(
         block="encoder.layer.{}",
         letters=_VIT_LETTERS,
         embedding="embeddings.patch_embeddings.projection",
         pooling="cls",
+        feed_forward="layer_scale2",
     ),
 }
 

@@ -121,7 +121,12 @@ class Base:
     @property
     def body(self) -> Any:
         """The tower without a language model's head."""
-        return self.tower if self.kind == "body" else self.tower.base_model
+        return self.towers.get_submodule(self.body_path)
+
+    @property
+    def body_path(self) -> str:
+        """Path of that module among the towers."""
+        return self.body_prefix.rstrip(".")
 
     @property
     def embedding(self) -> Any:
@@ -131,7 +136,7 @@ class Base:
     @property
     def embedding_path(self) -> str:
         """Path of that module."""
-        return f"{self._body()}{self.anatomy.embedding}"
+        return f"{self.body_prefix}{self.anatomy.embedding}"
 
     @property
     def room(self) -> int:
@@ -186,14 +191,15 @@ class Base:
 
     def place(self, path: str) -> tuple[int | None, str]:
         """(layer, part letter) of a path; see `anatomy.Anatomy.place`."""
-        return self.anatomy.place(path.removeprefix(self._body()))
+        return self.anatomy.place(path.removeprefix(self.body_prefix))
 
     def choose(self, selectors: tuple[str, ...]) -> list[str]:
         """Paths named by selectors such as `matrices@0-3`; see `howfine.anatomy`."""
-        whole = {path.removeprefix(self._body()): path for path in self.paths()}
+        whole = {path.removeprefix(self.body_prefix): path for path in self.paths()}
         return [whole[path] for path in self.anatomy.choose(whole, selectors)]
 
-    def _body(self) -> str:
+    @property
+    def body_prefix(self) -> str:
         """Prefix of the body's paths: the tower's name, then the body's in a model with a head."""
         inner = "" if self.kind == "body" else f"{self.tower.base_model_prefix}."
         return f"{self.tower_name}.{inner}"
@@ -223,7 +229,7 @@ class Base:
         parameter outside the blocks (the pooler is above them all), everything is in training mode.
         """
         self.towers.train()
-        body = self._body()
+        body = self.body_prefix
         trained = [
             self.place(path)
             for path, value in self.towers.named_parameters()

@@ -53,6 +53,9 @@ def tune(
     out: Annotated[Path | None, typer.Option(help="The delta file to write.")] = None,
     seed: int = 0,
     train_size: Annotated[int | None, typer.Option(help="Train on so many examples.")] = None,
+    shots: Annotated[
+        int | None, typer.Option(help="Train on so many of each class, drawn by --seed.")
+    ] = None,
     work: Annotated[Path | None, typer.Option(help="Folder for training checkpoints.")] = None,
     resume: Annotated[
         bool, typer.Option(help="Go on from the newest checkpoint in --work.")
@@ -75,6 +78,7 @@ def tune(
 
     chosen = Recipe.load(recipe).override(**options.settings(context.args))
     found = options.load_task(options.stated_task(task, data, text, label, train=train_size))
+    found = found if shots is None else found.shots(shots, seed)
     loaded = Base.load(base or "minilm", kind=chosen.readout.kind, dtype=dtype, device=device)
     tuned = run(
         loaded, found, chosen, out=out, seed=seed, work=work, resume=resume, progress=not as_json

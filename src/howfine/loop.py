@@ -79,6 +79,7 @@ class Fit:
         """What training left, as a delta. Raises TrainingError where it is not finite."""
         made = self.parts
         made.model.eval()
+        made.recipe.readout.remember(made.model, made.base, made.task.splits["train"])
         for name, parameter in made.model.named_parameters():
             if parameter.requires_grad and not bool(torch.isfinite(parameter).all()):
                 raise self.trainer.diverged(f"{name} holds NaN or infinity")

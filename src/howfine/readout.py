@@ -78,6 +78,13 @@ class Readout(ABC):
         """
         return outputs.double().softmax(-1)
 
+    # A hook, not a duty: most readouts need nothing of the kind.
+    def remember(self, model: Wired, base: Base, examples: Sequence[Example]) -> None:  # noqa: B027
+        """Keep in the head what answers need of the training examples, such as class means.
+
+        Called before each evaluation in training and before a change is packed.
+        """
+
     def pack(self, head: Head) -> Tensors:
         """The head's tensors."""
         return {name: value.detach().clone() for name, value in head.state_dict().items()}

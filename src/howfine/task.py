@@ -14,9 +14,19 @@ from typing import Any
 
 import numpy as np
 
-from howfine.errors import BadSplit, SettingError, TaskError, TaskNotFound, UnknownLabel, near
-from howfine.metrics import METRICS, Metric
-from howfine.tasks import SPLITS, Found, Row, files, glue, rotten_tomatoes, stratified
+from howfine import checks
+from howfine.errors import SettingError, TaskError, TaskNotFound, UnknownLabel, near
+from howfine.tasks import (
+    SPLITS,
+    Found,
+    Row,
+    few_shot,
+    files,
+    glue,
+    rotten_tomatoes,
+    shots,
+    stratified,
+)
 
 CLASSIFICATION, REGRESSION = "classification", "regression"
 DEFAULT_METRIC = {CLASSIFICATION: "accuracy", REGRESSION: "pearson_spearman"}
@@ -51,8 +61,8 @@ class Task:
 
     def __post_init__(self) -> None:
         """Refuse what can't be learned from."""
-        _check_splits(self)
-        _check_metric(self)
+        checks.learnable(self)
+        checks.fits(self)
 
     @property
     def kind(self) -> str:
@@ -99,6 +109,20 @@ class Task:
         provenance = f"{self.provenance}; a sample of {asked} at most, seed {seed}"
         return replace(self, splits=splits, provenance=provenance)
 
+    def shots(self, count: int, seed: int = 0) -> Task:
+        """The few-shot task: `count` train rows of each class for train, as many others for dev.
+
+        Test stays whole. Raises SettingError for a count < 1 and for scores, BadSplit where a
+        class has too few rows.
+        """
+        if count < 1 or not self.labels:
+            raise SettingError(f"{count} examples of each class of {self.name}: expected 1 or more")
+        rows = self.splits["train"]
+        chosen = shots([row.label for row in rows], count, np.random.default_rng(seed))
+        few = {s: [rows[i] for i in part] for s, part in zip(SPLITS, chosen, strict=False)}
+        made = f"{self.provenance}; {count} of each class for train and for dev, seed {seed}"
+        return replace(self, splits={**self.splits, **few}, provenance=made)
+
     @staticmethod
     def load(
         name_or_path: str | Path,
@@ -126,7 +150,7 @@ class Task:
         found = _named(name, data, {**given, **({"seed": seed} if seed else {})})
         if found is None:
             found = _unnamed(name, _wanted(given, seed))
-        _check_filled(name, found.splits)
+        checks.filled(name, found.splits)
         labels, metric, splits = _encoded(found, metric)
         return Task(
             name=name.removeprefix("glue/"),
@@ -140,7 +164,7 @@ class Task:
 def _named(name: str, data: str | Path | None, options: Mapping[str, Any]) -> Found | None:
     """A task known by name, None where it is none."""
     short = name.removeprefix("glue/")
-    if name != rotten_tomatoes.NAME and short not in glue.TASKS:
+    if name != rotten_tomatoes.NAME and short not in glue.TASKS and not few_shot.known(name):
         return None
     if options:
         raise SettingError(
@@ -150,7 +174,8 @@ def _named(name: str, data: str | Path | None, options: Mapping[str, Any]) -> Fo
     if name == rotten_tomatoes.NAME:
         return rotten_tomatoes.read()
     folder = data or os.environ.get(DATA_VARIABLE)
-    return glue.read(short, Path(folder) if folder else None)
+    source = Path(folder) if folder else None
+    return few_shot.read(name, source) if few_shot.known(name) else glue.read(short, source)
 
 
 def _unnamed(name: str, wanted: files.Wanted) -> Found:
@@ -160,7 +185,7 @@ def _unnamed(name: str, wanted: files.Wanted) -> Found:
         return files.read(path, wanted)
     if name.count("/") == 1 and not name.startswith((".", "/", "~")):
         return files.read_hub(name, wanted)
-    known = [rotten_tomatoes.NAME, *glue.TASKS]
+    known = [rotten_tomatoes.NAME, *glue.TASKS, *few_shot.names()]
     raise TaskNotFound(
         f"task {name!r} is no known name, no file or folder, and no owner/name of the hub. "
         f"{near(name, known)}"
@@ -214,7 +239,7 @@ def _class_values(splits: Mapping[str, Sequence[Row]], metric: str | None) -> li
     types = set(first)
     kind = REGRESSION if float in types else CLASSIFICATION
     if metric is not None:
-        kind = _known(metric).kind
+        kind = checks.known(metric).kind
     if kind == REGRESSION and types <= {int, float}:
         return []
     if kind == CLASSIFICATION and types in ({int}, {str}, {bool}, set()):
@@ -230,57 +255,3 @@ def _score(row: Row) -> float:
     if not isinstance(row.label, int | float) or not math.isfinite(row.label):
         raise TaskError(f"{row.where}: score {row.label!r}, expected a finite number")
     return float(row.label)
-
-
-def _known(metric: str) -> Metric:
-    if metric not in METRICS:
-        raise SettingError(f"metric {metric!r} is unknown. {near(metric, METRICS)}")
-    return METRICS[metric]
-
-
-def _check_metric(task: Task) -> None:
-    metric = _known(task.metric)
-    if metric.kind != task.kind:
-        fit = [name for name, other in METRICS.items() if other.kind == task.kind]
-        raise SettingError(
-            f"metric {metric.name!r} is for {metric.kind}, but task {task.name!r} is "
-            f"{task.kind}; choose of {', '.join(fit)}"
-        )
-    if metric.name == "f1" and len(task.labels) != 2:
-        raise SettingError(
-            f"metric 'f1' scores the second of two classes, but task {task.name!r} has "
-            f"{len(task.labels)}; choose macro_f1"
-        )
-
-
-def _check_filled(name: str, splits: Mapping[str, Sequence[Any]]) -> None:
-    for split in SPLITS:
-        if not splits.get(split):
-            raise BadSplit(
-                f"split {split!r} of task {name!r} has no examples, expected some in each of "
-                f"{', '.join(SPLITS)}; give more rows, or a file for each split"
-            )
-
-
-def _check_splits(task: Task) -> None:
-    _check_filled(task.name, task.splits)
-    for split in SPLITS:
-        examples = task.splits[split]
-        counts = {len(example.texts) for example in examples}
-        if counts not in ({1}, {2}):
-            raise TaskError(
-                f"split {split!r} of task {task.name!r} has examples of {sorted(counts)} texts, "
-                "expected one text in each, or two in each"
-            )
-        bad = {e.label for e in examples} - set(range(len(task.labels))) if task.labels else set()
-        if bad:
-            raise UnknownLabel(
-                f"split {split!r} of task {task.name!r} has class indices {sorted(bad)}, expected "
-                f"0 to {len(task.labels) - 1}"
-            )
-    classes = {example.label for example in task.splits["train"]}
-    if task.labels and len(classes) == 1:
-        raise BadSplit(
-            f"every train example of task {task.name!r} has the label "
-            f"{task.labels[int(classes.pop())]!r}, expected two classes at least; check the labels"
-        )

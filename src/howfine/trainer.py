@@ -135,6 +135,13 @@ class PartsTrainer(Trainer):
                 f"{len(odd)} parameters, such as {odd[0]}; name another folder with --work"
             )
 
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Trainer's, once the readout has what it remembers of the training examples."""
+        made = self.parts
+        made.recipe.readout.remember(made.model, made.base, made.task.splits["train"])
+        found: dict[str, float] = super().evaluate(*args, **kwargs)
+        return found
+
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """Groups of the method, then the head with its own rate; no decay on biases and norms."""
         if self.optimizer is None:

@@ -99,6 +99,7 @@ def cases() -> Iterator[tuple[str, Method, str]]:
     yield "subspace-lora-xs", method("subspace", rank=2), "fp16"
     tiny = method("subspace", map="tiny-lora", rank=3, size=4, sharing="letter")
     yield "subspace-tiny-lora", tiny, "bf16"
+    yield "adapter", method("adapter", reduction=8, beside=["norm"]), "fp16"
     yield "prompt", method("prompt", length=4, init="table"), "int8"
 
 

@@ -109,7 +109,7 @@ class _LinearHead(Head):
     ) -> None:
         super().__init__()
         self.reference = reference
-        self.tower_name = base.tower_name
+        self.body_path = base.body_path
         self.pooling = pooling
         self.dropout = nn.Dropout(dropout)
         self.linear = nn.Linear(base.hidden_size, outputs)
@@ -117,7 +117,7 @@ class _LinearHead(Head):
         nn.init.zeros_(self.linear.bias)
 
     def forward(self, towers: nn.ModuleDict, batch: Batch) -> Tensor:
-        state = towers[self.tower_name](**batch.inputs)
+        state = towers.get_submodule(self.body_path)(**batch.inputs)
         pooled = pool(state, batch.inputs.get("attention_mask"), self.pooling)
         outputs = self.linear(self.dropout(pooled.to(self.linear.weight.dtype)))
         return functional.pad(outputs, (1, 0)) if self.reference else outputs

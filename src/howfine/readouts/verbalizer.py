@@ -99,7 +99,7 @@ class _ClassVectors(Head):
     def __init__(self, base: Base, settings: Verbalizer, classes: int) -> None:
         super().__init__()
         self.tower_name = base.tower_name
-        self.body = "" if base.kind == "body" else base.tower.base_model_prefix
+        self.body_path = base.body_path
         self.reading = language.before_decoder(base)
         self.hidden = settings.read == "hidden"
         decoder = language.decoder(base)
@@ -124,12 +124,11 @@ class _ClassVectors(Head):
             self.classes.bias.copy_(torch.zeros(len(ids)) if bias is None else bias[ids])
 
     def forward(self, towers: nn.ModuleDict, batch: Batch) -> Tensor:
-        tower = towers[self.tower_name]
-        state = getattr(tower, self.body)(**batch.inputs).last_hidden_state
+        state = towers.get_submodule(self.body_path)(**batch.inputs).last_hidden_state
         assert batch.reads is not None
         read = state[torch.arange(len(state), device=state.device), batch.reads[:, 0]]
         if not self.hidden:
-            read = self.reading(tower, read)
+            read = self.reading(towers[self.tower_name], read)
         return self.classes(read.to(self.classes.weight.dtype))
 
 

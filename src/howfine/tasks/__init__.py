@@ -164,3 +164,19 @@ def _parts(counts: Sequence[int], size: int) -> list[int]:
         at = max(movable, key=lambda at: step * (exact[at] - parts[at]))
         parts[at] += step
     return parts
+
+
+def shots(strata: Sequence[float], count: int, rng: np.random.Generator) -> tuple[list[int], ...]:
+    """(train, dev): of each stratum `count` rows at random, and as many others.
+
+    Of a stratum with fewer than twice that, half its rows each.
+    """
+    order = rng.permutation(len(strata))
+    train: list[int] = []
+    dev: list[int] = []
+    for value in np.unique(strata):
+        rows = [int(row) for row in order if strata[row] == value]
+        share = min(count, len(rows) // 2)
+        train += rows[:share]
+        dev += rows[share : 2 * share]
+    return sorted(train), sorted(dev)

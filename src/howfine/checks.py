@@ -1,0 +1,83 @@
+"""What a task must be to be learned from and scored, each with its error."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+from howfine.errors import BadSplit, SettingError, TaskError, UnknownLabel, near
+from howfine.metrics import METRICS, Metric
+from howfine.tasks import SPLITS
+
+
+class Asked(Protocol):
+    """What is asked of a task: see `howfine.task.Task`."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def kind(self) -> str: ...
+    @property
+    def labels(self) -> tuple[str, ...]: ...
+    @property
+    def metric(self) -> str: ...
+    @property
+    def splits(self) -> Mapping[str, Sequence[Any]]: ...
+
+
+def known(metric: str) -> Metric:
+    """A metric by name. Raises SettingError with the near one."""
+    if metric not in METRICS:
+        raise SettingError(f"metric {metric!r} is unknown. {near(metric, METRICS)}")
+    return METRICS[metric]
+
+
+def fits(task: Asked) -> None:
+    """Raises SettingError for a metric that does not fit the task's labels."""
+    metric = known(task.metric)
+    if metric.kind != task.kind:
+        fit = [name for name, other in METRICS.items() if other.kind == task.kind]
+        raise SettingError(
+            f"metric {metric.name!r} is for {metric.kind}, but task {task.name!r} is "
+            f"{task.kind}; choose of {', '.join(fit)}"
+        )
+    if metric.name == "f1" and len(task.labels) != 2:
+        raise SettingError(
+            f"metric 'f1' scores the second of two classes, but task {task.name!r} has "
+            f"{len(task.labels)}; choose macro_f1"
+        )
+
+
+def filled(name: str, splits: Mapping[str, Sequence[Any]]) -> None:
+    """Raises BadSplit for a split without examples."""
+    for split in SPLITS:
+        if not splits.get(split):
+            raise BadSplit(
+                f"split {split!r} of task {name!r} has no examples, expected some in each of "
+                f"{', '.join(SPLITS)}; give more rows, or a file for each split"
+            )
+
+
+def learnable(task: Asked) -> None:
+    """Raises TaskError's children for splits that can't be learned from or compared."""
+    filled(task.name, task.splits)
+    for split in SPLITS:
+        examples = task.splits[split]
+        counts = {len(example.texts) for example in examples}
+        if counts not in ({1}, {2}):
+            raise TaskError(
+                f"split {split!r} of task {task.name!r} has examples of {sorted(counts)} texts, "
+                "expected one text in each, or two in each"
+            )
+        bad = {e.label for e in examples} - set(range(len(task.labels))) if task.labels else set()
+        if bad:
+            raise UnknownLabel(
+                f"split {split!r} of task {task.name!r} has class indices {sorted(bad)}, expected "
+                f"0 to {len(task.labels) - 1}"
+            )
+    classes = {example.label for example in task.splits["train"]}
+    if task.labels and len(classes) == 1:
+        raise BadSplit(
+            f"every train example of task {task.name!r} has the label "
+            f"{task.labels[int(classes.pop())]!r}, expected two classes at least; check the labels"
+        )

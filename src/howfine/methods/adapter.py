@@ -1,0 +1,149 @@
+"""Small modules after each feed-forward net: A(x) = W_up·act(W_down·x + b_down) + b_up + x.
+
+Houlsby et al. 2019, "Parameter-efficient transfer learning for NLP", in the placement of Karimi
+Mahabadi et al. 2022, "PERFECT: Prompt-free and efficient few-shot learning with language models":
+one in each layer, after the feed-forward net's output and dropout, before the residual is added and
+the layer's LayerNorm is applied.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+from transformers.activations import ACT2FN
+
+from howfine import inserted, whole
+from howfine.base import Base
+from howfine.change import Change, all_or_nothing
+from howfine.codec import rounded
+from howfine.errors import DamagedDelta, SettingError, near
+from howfine.method import Method, Probe, Tensors
+
+
+class Bottleneck(nn.Module):
+    """An adapter between H and `width` numbers a position; computes in its own precision."""
+
+    def __init__(self, hidden: int, width: int, activation: str) -> None:
+        super().__init__()
+        self.down = nn.Linear(hidden, width)
+        self.act = ACT2FN[activation]
+        self.up = nn.Linear(width, hidden)
+
+    def forward(self, x: Tensor) -> Tensor:
+        made: Tensor = self.up(self.act(self.down(x.to(self.down.weight.dtype))))
+        return x + made.to(x.dtype)
+
+
+@dataclass(frozen=True)
+class Adapter(Method):
+    """How narrow adapters are, how they begin, and what trains beside them."""
+
+    starts_at_base: ClassVar[bool] = False
+
+    # Where they stand in a layer: on the feed-forward net's output, before the residual.
+    placement: Literal["feed_forward"] = "feed_forward"
+    # Hidden numbers for each number between down and up.
+    reduction: int = 16
+    # The nonlinearity, by transformers' name.
+    activation: str = "gelu_new"
+    # Deviation of the weights they begin with; 0 for an up-projection of zeros: then they begin as
+    # the base.
+    std: float = 0.02
+    # Parameters of the base that train, too, as selectors.
+    beside: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.reduction < 1 or not 0 <= self.std < 10:
+            raise SettingError(
+                f"adapter: found reduction {self.reduction} and std {self.std}, expected 1 or more "
+                "and a deviation from 0"
+            )
+        if self.activation not in ACT2FN:
+            raise SettingError(
+                f"adapter activation {self.activation!r} is unknown. "
+                f"{near(self.activation, list(ACT2FN))}"
+            )
+
+    def attach(self, base: Base, probe: Probe | None = None) -> Change:
+        made = {}
+        for layer in inserted.layers(base):
+            module = made[layer] = self._module(base)
+            std = self.std or 0.02
+            for linear in (module.down, module.up):
+                nn.init.normal_(linear.weight, std=std)
+                nn.init.zeros_(linear.bias)
+            if not self.std:
+                nn.init.zeros_(module.up.weight)
+        with all_or_nothing() as undo:
+            self._insert(base, made, undo)
+            paths = base.choose(self.beside) if self.beside else []
+            beside = whole.attach(base, paths)
+            undo.append(beside.remove)
+            trainable = {
+                f"{inserted.path(base, layer)}:{name}": value
+                for layer, module in made.items()
+                for name, value in module.named_parameters()
+            }
+            trainable |= beside.trainable
+            return Change(trainable, undo, parts={"made": made, "beside": beside})
+
+    def _module(self, base: Base) -> Bottleneck:
+        width = max(1, base.hidden_size // self.reduction)
+        return Bottleneck(base.hidden_size, width, self.activation).to(base.device)
+
+    def _insert(self, base: Base, made: dict[int, Bottleneck], undo: list[Any]) -> None:
+        for layer, module in made.items():
+            undo.append(inserted.after_feed_forward(base, layer, module))
+
+    def pack(self, base: Base, change: Change) -> Tensors:
+        own = {
+            f"adapter.{layer}.{name}": value.detach().clone()
+            for layer, module in change.parts["made"].items()
+            for name, value in module.named_parameters()
+        }
+        return own | whole.pack(change.parts["beside"])
+
+    def stored(self, change: Change, store: str) -> Tensors:
+        beside: Change = change.parts["beside"]
+        own = {
+            name: rounded(value.detach(), store).to(value.device)
+            for name, value in change.trainable.items()
+            if name not in beside.trainable
+        }
+        return own | whole.stored(beside, store)
+
+    def learning_rate(self, steps: int) -> float:
+        return 1e-4
+
+    def unpack(self, base: Base, tensors: Tensors) -> Change:
+        own = {name: value for name, value in tensors.items() if name.startswith("adapter.")}
+        made = {}
+        for layer in inserted.layers(base):
+            made[layer] = self._module(base).requires_grad_(False)
+        expected = {
+            f"adapter.{layer}.{name}": value
+            for layer, module in made.items()
+            for name, value in module.named_parameters()
+        }
+        found = {name: tuple(value.shape) for name, value in own.items()}
+        wanted = {name: tuple(value.shape) for name, value in expected.items()}
+        if found != wanted:
+            odd = sorted(set(found.items()) ^ set(wanted.items()))[0]
+            raise DamagedDelta(
+                f"adapter tensors don't fit the base {base.name}, such as {odd[0]} of shape "
+                f"{odd[1]}; the file is damaged, or made for another model"
+            )
+        with torch.no_grad():
+            for name, value in expected.items():
+                value.copy_(own[name])
+        with all_or_nothing() as undo:
+            self._insert(base, made, undo)
+            rest = {name: value for name, value in tensors.items() if name not in own}
+            undo.append(whole.unpack(base, rest).remove)
+            return Change({}, undo)
+
+
+EXAMPLE = Adapter(reduction=4, beside=("norm",))
