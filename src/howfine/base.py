@@ -142,13 +142,18 @@ class Base:
     def room(self) -> int:
         """Tokens that fit: the tokenizer's word, the position table, less what changes take."""
         positions = getattr(self.config, "max_position_embeddings", None) or 2**31
-        for name, table in self.tower.named_modules():
-            # RoBERTa and its kin count positions from the one after the padding's.
-            padding = getattr(table, "padding_idx", None)
-            if name.endswith("position_embeddings") and padding is not None:
-                positions = table.num_embeddings - padding - 1
+        positions -= self.first_position
         stated = 2**31 if self.tokenizer is None else self.tokenizer.model_max_length
         return min(positions, stated) - self.reserved
+
+    @property
+    def first_position(self) -> int:
+        """The number of the first position: RoBERTa and its kin count on from the padding's."""
+        for name, table in self.tower.named_modules():
+            padding = getattr(table, "padding_idx", None)
+            if name.endswith("position_embeddings") and padding is not None:
+                return int(padding) + 1
+        return 0
 
     @property
     def hidden_size(self) -> int:

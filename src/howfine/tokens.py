@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -52,20 +53,12 @@ def prepend(base: Base, vectors: nn.Parameter, first: int) -> Undo:
     Positions count them, so texts have as much less room. Raises SettingError where none is left.
     """
     count = len(vectors) - first
-    if base.room - count < 1:
-        raise SettingError(
-            f"{count} vectors in front leave no room for a text: {base.name} holds {base.room} "
-            "tokens; use fewer"
-        )
+    _check_room(base, count)
     body, embedding = base.body, base.embedding
     run = body.forward
-    first_name = next(iter(inspect.signature(run).parameters))
 
     def forward(*args: Any, **kwargs: Any) -> Any:
-        if args:
-            kwargs[first_name], *rest = args
-            if rest:
-                raise TypeError("call the model with keyword arguments: a prompt is on it")
+        kwargs = _named(run, args, kwargs)
         ids, given = kwargs.pop("input_ids", None), kwargs.pop("inputs_embeds", None)
         own = embedding(ids) if given is None else given
         front = vectors[first:].to(own.dtype).expand(len(own), -1, -1)
@@ -113,3 +106,65 @@ def _without_front(state: Any, count: int) -> Any:
         if state.get(name) is not None:
             state[name] = tuple(layer[:, count:] for layer in state[name])
     return state
+
+
+def later(base: Base, before: Callable[[], None], count: int) -> Undo:
+    """Call `before` ahead of each forward pass, and let positions of the text start at `count`.
+
+    Models without numbered positions (T5) have none to move. Raises SettingError where no room is
+    left.
+    """
+    body = base.body
+    run = body.forward
+    numbered = "position_ids" in inspect.signature(run).parameters
+    count = count if numbered else 0
+    _check_room(base, count)
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        before()
+        if count:
+            kwargs = _named(run, args, kwargs)
+            args = ()
+            kwargs["position_ids"] = _positions(base, kwargs) + count
+        return run(*args, **kwargs)
+
+    restored = surgery.rewire(body, forward)
+    base.reserved += count
+
+    def undo() -> None:
+        restored()
+        base.reserved -= count
+
+    return undo
+
+
+def _positions(base: Base, kwargs: dict[str, Any]) -> Tensor:
+    """(B, S) positions as the model would number them; those of padding play no part."""
+    given = kwargs.get("position_ids")
+    if isinstance(given, Tensor):
+        return given
+    inputs = kwargs["input_ids"] if kwargs.get("input_ids") is not None else kwargs["inputs_embeds"]
+    rows, length = inputs.shape[:2]
+    cache = kwargs.get("past_key_values")
+    past = int(cache.get_seq_length()) if cache is not None else 0
+    mask = kwargs.get("attention_mask")
+    if mask is None or mask.ndim != 2:
+        mask = torch.ones(rows, past + length, dtype=torch.long, device=inputs.device)
+    places = (mask.long().cumsum(1) - 1).clamp(min=0)[:, -length:]
+    return places + base.first_position
+
+
+def _named(
+    run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> dict[str, Any]:
+    """All arguments by name."""
+    names = list(inspect.signature(run).parameters)
+    return {**dict(zip(names, args, strict=False)), **kwargs}
+
+
+def _check_room(base: Base, count: int) -> None:
+    if base.room - count < 1:
+        raise SettingError(
+            f"{count} vectors in front leave no room for a text: {base.name} holds {base.room} "
+            "tokens; use fewer"
+        )

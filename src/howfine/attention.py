@@ -1,0 +1,177 @@
+"""Keys and values in front of every attention, through transformers' attention interface.
+
+They come after the projections (and after rotation, where positions rotate keys) and never enter a
+cache: the interface is called with what a cache holds, so generation, beams and batches of any
+padding see the same keys and values in front, at every step.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from howfine.base import Base
+from howfine.change import Undo, all_or_nothing
+from howfine.errors import SettingError
+
+_HELD = "howfine_front"
+_PREFIX = "howfine_"
+
+
+@dataclass
+class Front:
+    """What stands in front at one attention, (heads, p, width) each; or what passes, recorded."""
+
+    keys: Tensor | None = None
+    values: Tensor | None = None
+    seen: list[tuple[Tensor, Tensor]] | None = field(default=None)
+
+
+def modules(base: Base) -> list[nn.Module]:
+    """Each layer's self-attention; one where all layers share a block."""
+    letters = base.anatomy.letters
+    query = letters.get("Q") or letters["QKV"]
+    inside = query.rpartition(".")[0]
+    block = base.anatomy.block
+    depth = base.anatomy.depth(path.removeprefix(base.body_prefix) for path in base.paths())
+    return [base.body.get_submodule(f"{block.format(layer)}.{inside}") for layer in range(depth)]
+
+
+def put_on(base: Base) -> tuple[list[Front], Undo]:
+    """A Front for each attention, empty so far, which the base's attention then looks at.
+
+    Raises SettingError for an architecture that computes attention in its own way.
+    """
+    config: Any = base.tower.config
+    before = config._attn_implementation
+    name = _registered(before)
+    fronts = []
+    with all_or_nothing() as undo:
+        for module in modules(base):
+            if hasattr(module, _HELD):
+                raise SettingError(
+                    "keys and values are in front of this base's attention already: another "
+                    "change of this kind is on; take it off first"
+                )
+            fronts.append(Front())
+            setattr(module, _HELD, fronts[-1])
+            undo.append(functools.partial(delattr, module, _HELD))
+        base.tower.set_attn_implementation(name)
+        undo.append(lambda: base.tower.set_attn_implementation(before))
+        if config._attn_implementation != name:
+            raise SettingError(
+                f"{base.config.model_type} does not compute attention through transformers' "
+                "attention interface, so nothing can stand in front of its keys; give another base"
+            )
+        every = list(undo)
+
+    def remove() -> None:
+        while every:
+            every.pop()()
+
+    return fronts, remove
+
+
+@torch.no_grad()
+def recorded(base: Base, ids: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """(keys, values) of each attention for one input (S,), (heads, S, width) each."""
+    fronts, undo = put_on(base)
+    was_training = base.tower.training
+    base.tower.eval()
+    try:
+        for front in fronts:
+            front.seen = []
+        base.body(input_ids=ids.unsqueeze(0).to(base.device))
+        found = [front.seen[0] for front in fronts if front.seen]
+    finally:
+        base.tower.train(was_training)
+        undo()
+    if len(found) != len(fronts):
+        raise SettingError(
+            f"{base.config.model_type} does not compute attention through transformers' attention "
+            "interface, so nothing can stand in front of its keys; give another base"
+        )
+    return [(keys[0].clone(), values[0].clone()) for keys, values in found]
+
+
+def _registered(implementation: str) -> str:
+    """The name of an attention implementation that looks for a Front, known to transformers."""
+    name = _PREFIX + implementation
+    if name not in ALL_ATTENTION_FUNCTIONS:
+
+        def attend(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            return _attend(_own(implementation, module), module, *args, **kwargs)
+
+        AttentionInterface.register(name, attend)
+        AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[implementation])
+    return name
+
+
+def _own(implementation: str, module: nn.Module) -> Callable[..., Any]:
+    """The function that the module would have called."""
+    if implementation in ALL_ATTENTION_FUNCTIONS:
+        found: Callable[..., Any] = ALL_ATTENTION_FUNCTIONS[implementation]
+        return found
+    # Every modelling file has its own one for "eager".
+    eager: Callable[..., Any] = sys.modules[type(module).__module__].eager_attention_forward
+    return eager
+
+
+def _attend(
+    own: Callable[..., Any],
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    **kwargs: Any,
+) -> Any:
+    """(B, heads, S, width) queries, keys and values, with what stands in front, in each row."""
+    front: Front | None = getattr(module, _HELD, None)
+    if front is not None and front.seen is not None:
+        front.seen.append((key.detach(), value.detach()))
+    if front is None or front.keys is None or front.values is None:
+        return own(module, query, key, value, attention_mask, **kwargs)
+    count = front.keys.shape[-2]
+    attention_mask = _wider(module, query, key, attention_mask, count, kwargs)
+    if kwargs.get("position_bias") is not None:  # T5's: none for what has no place in the text
+        kwargs["position_bias"] = functional.pad(kwargs["position_bias"], (count, 0))
+    key, value = _before(front.keys, key), _before(front.values, value)
+    return own(module, query, key, value, attention_mask, **kwargs)
+
+
+def _before(front: Tensor, own: Tensor) -> Tensor:
+    return torch.cat([front.to(own.dtype).expand(len(own), -1, -1, -1), own], dim=2)
+
+
+def _wider(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    mask: Tensor | None,
+    count: int,
+    kwargs: dict[str, Any],
+) -> Tensor | None:
+    """The mask with `count` columns that everything sees, where there is or must be a mask."""
+    if mask is not None:
+        seen = True if mask.dtype == torch.bool else (1 if mask.ndim == 2 else 0)
+        return functional.pad(mask, (count, 0), value=seen)
+    causal = kwargs.get("is_causal")
+    causal = getattr(module, "is_causal", True) if causal is None else causal
+    if not causal or query.shape[2] == 1:
+        return None
+    # No mask stood for the lower triangle; with more keys than queries it must be written out.
+    rows, columns = query.shape[2], key.shape[2]
+    made = torch.ones(rows, columns, dtype=torch.bool, device=query.device)
+    made = made.tril(columns - rows)
+    return functional.pad(made, (count, 0), value=True)[None, None]
