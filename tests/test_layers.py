@@ -27,15 +27,8 @@ ROOMS = [
     ("surgery", "change"),
     ("method", "readout"),
     (
-        "whole",
-        "entries",
-        "overlay",
-        "probe",
-        "language",
-        "template",
-        "tokens",
-        "inserted",
-        "attention",
+        *("whole", "entries", "overlay", "probe", "language", "template", "tokens"),
+        *("inserted", "attention", "choices"),
     ),
     ("methods", "methods.*", "readouts", "readouts.*"),
     ("streams", "recode"),
@@ -47,7 +40,7 @@ ROOMS = [
     ("harvest",),
     (
         *("tune", "loop", "trainer", "rates", "rounding", "evaluate", "merge", "attach"),
-        *("compose", "extract", "gain", "targets"),
+        *("compose", "extract", "gain", "targets", "zero_shot"),
     ),
     ("ledger", "answer", "plan", "stored"),
     ("queue", "study"),
@@ -55,7 +48,7 @@ ROOMS = [
         *("report", "report_page", "report_tables", "report_where", "wording", "catalogue"),
         *("figures", "figures_calibration", "figures_distance"),
     ),
-    ("cli", "cli_compose", "cli_extract", "cli_inspect", "options"),
+    ("cli", "cli_compose", "cli_extract", "cli_inspect", "cli_zero_shot", "options"),
 ]
 # Files that never import another of their own folder.
 APART = ("methods.*", "readouts.*")

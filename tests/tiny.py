@@ -142,14 +142,14 @@ def tiny_tower(name: str, seed: int = 0, **changes: Any) -> PreTrainedModel:
     return model.get_encoder() if config.is_encoder_decoder else model
 
 
-def tiny_language_base(name: str, seed: int = 0) -> Base:
+def tiny_language_base(name: str, seed: int = 0, **changes: Any) -> Base:
     """A tiny masked language model with its head; a causal one where there is no masked one."""
     prefix, settings = TINY[name]
     masked = hasattr(transformers, f"{prefix}ForMaskedLM")
     cls = getattr(transformers, f"{prefix}ForMaskedLM" if masked else _CAUSAL[name])
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = cls(getattr(transformers, f"{prefix}Config")(**settings))
+        model = cls(getattr(transformers, f"{prefix}Config")(**{**settings, **changes}))
         with torch.no_grad():
             for parameter in model.parameters():
                 if parameter.ndim == 1:

@@ -35,6 +35,7 @@ if TYPE_CHECKING:  # the same names as _HOME, for type checkers and editors; a t
     from howfine.study import study
     from howfine.task import Task
     from howfine.tune import tune
+    from howfine.zero_shot import zero_shot
 
     __version__: str
 
@@ -62,6 +63,7 @@ __all__ = [
     "report",
     "study",
     "tune",
+    "zero_shot",
 ]
 
 # Public name -> the module that defines it, with the name it has there where that is another.
@@ -88,6 +90,7 @@ _HOME = {
     "report": "report",
     "study": "study",
     "tune": "tune",
+    "zero_shot": "zero_shot",
 }
 
 

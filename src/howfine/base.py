@@ -50,8 +50,12 @@ class Base:
         self.switches: list[Any] = []
         # Positions that changes take away from the texts at the moment.
         self.reserved = 0
-        self.pooling = self.anatomy.pooling
-        self.has_pooler = bool(self.anatomy.pooler)
+        pooler = f"{self.body_prefix}{self.anatomy.pooler}"
+        # A language model's body is made without one.
+        self.has_pooler = bool(self.anatomy.pooler) and any(
+            path.startswith(pooler) for path in self._parameters
+        )
+        self.pooling = self.default_pooling
         self._fingerprint = fingerprint
 
     @classmethod
@@ -94,7 +98,7 @@ class Base:
 
     def settle_pooling(self, source: str, missing: list[str]) -> None:
         """Pooling as the folder states it; no pooler where the checkpoint has none."""
-        self.has_pooler = bool(self.anatomy.pooler) and not any(
+        self.has_pooler = self.has_pooler and not any(
             name.startswith(self.anatomy.pooler) for name in missing
         )
         self.pooling = pretrained.stated_pooling(source) or self.default_pooling

@@ -12,6 +12,7 @@ import typer
 from howfine import cli_compose, options
 from howfine.cli_extract import extract
 from howfine.cli_inspect import inspect
+from howfine.cli_zero_shot import zero_shot
 
 app = typer.Typer(
     name="howfine",
@@ -169,6 +170,7 @@ def distance(
 
 app.command()(extract)
 app.command()(inspect)
+app.command("zero-shot")(zero_shot)
 
 
 @app.command()

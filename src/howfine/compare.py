@@ -53,9 +53,15 @@ def _compare_delta(before: str, file: Path, references: bool, seed: int) -> list
 def delta_distance(
     delta: Delta, base: Base, references: bool = True, seed: int = 0
 ) -> list[Distance]:
-    """Distances from a base to the same base with a delta on. Frozen tensors are at 0."""
+    """Distances from a base to the same base with a delta on. Frozen tensors are at 0.
+
+    Raises SettingError for a change that is not one of weights.
+    """
+    from howfine.delta import only_weights
+
     before = dict(base.tower.named_parameters())
     with delta.changed(base):
+        only_weights(base, "which are at no distance from anything; measure changes of weights")
         after = dict(base.tower.named_parameters())
         return distance(
             MemorySource(before),

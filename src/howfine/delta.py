@@ -203,3 +203,9 @@ class Delta:
             score=dict(zip(SCORE, header["score"], strict=True)) if "score" in header else {},
             base_kind=str(header.get("kind", "body")),
         )
+
+
+def only_weights(base: Base, otherwise: str) -> None:
+    """Raises SettingError where the change that is on puts parameters beside the base's."""
+    if set(dict(base.towers.named_parameters())) != set(base.paths()):
+        raise SettingError(f"the delta puts parameters of its own beside the base's, {otherwise}")

@@ -176,18 +176,9 @@ def predict(
     WrongBase.
     """
     delta, base = opened(delta, base)
-    examples = [
-        Example(texts=(text,) if isinstance(text, str) else tuple(text), label=0) for text in texts
-    ]
+    examples = examples_of(texts)
     if not examples:
         return []
-    counts = sorted({len(example.texts) for example in examples})
-    if counts not in ([1], [2]):
-        found = " and ".join(map(str, counts))
-        raise TaskError(
-            f"found inputs of {found} texts, expected one text in each, or a pair in each; take "
-            "surplus tabs out"
-        )
     with delta.applied(base) as model:
         outputs = logits(model, base, examples, batch_size=batch_size, progress=progress)
         predictions = model.readout.predict(outputs)
@@ -198,6 +189,21 @@ def predict(
         {"label": delta.labels[int(index)], "probability": float(row[int(index)])}
         for index, row in zip(predictions, shares, strict=True)
     ]
+
+
+def examples_of(texts: Sequence[str | tuple[str, str]]) -> list[Example]:
+    """Texts, or pairs of texts, as examples. Raises TaskError for a mixture."""
+    examples = [
+        Example(texts=(text,) if isinstance(text, str) else tuple(text), label=0) for text in texts
+    ]
+    counts = sorted({len(example.texts) for example in examples})
+    if counts not in ([], [1], [2]):
+        found = " and ".join(map(str, counts))
+        raise TaskError(
+            f"found inputs of {found} texts, expected one text in each, or a pair in each; take "
+            "surplus tabs out"
+        )
+    return examples
 
 
 def opened(delta: Delta | str | Path, base: Base | None) -> tuple[Delta, Base]:

@@ -72,6 +72,16 @@ def pieces(base: Base, text: str) -> list[int]:
     return ids
 
 
+def around(tokenizer: Any) -> tuple[list[int], list[int]]:
+    """Token numbers that the tokenizer puts before and after a text."""
+    inner = tokenizer("a", add_special_tokens=False)["input_ids"]
+    whole = tokenizer("a")["input_ids"]
+    for start in range(len(whole) - len(inner) + 1):
+        if whole[start : start + len(inner)] == inner:
+            return whole[:start], whole[start + len(inner) :]
+    return [], []
+
+
 def _spaced(tokenizer: Any) -> str:
     """A space where the tokenizer tells words by the space before them and adds none itself."""
     alone, after = tokenizer.tokenize("a"), tokenizer.tokenize(" a")

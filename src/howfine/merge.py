@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from howfine import fingerprint, pretrained
 from howfine.base import Base
-from howfine.delta import Delta
+from howfine.delta import Delta, only_weights
 from howfine.errors import BaseNotFound, StorageError, WrongBase
 from howfine.evaluate import opened
 from howfine.readout import Head
@@ -31,6 +31,7 @@ def merge(delta: Delta | str | Path, out: str | Path, base: Base | None = None) 
     `AutoModel.from_pretrained(out)` loads the body with no need of howfine. The head, if there is
     one, lies beside it in `readout.safetensors`, with its settings and labels in `readout.json`.
     Raises StorageError where `out` exists or can't be written; a half-written folder is removed.
+    Raises SettingError for a change that is not one of weights.
     Raises BaseNotFound, WrongBase where the base is an encoder and the encoder-decoder that it was
     taken from is not to be had.
     """
@@ -41,6 +42,7 @@ def merge(delta: Delta | str | Path, out: str | Path, base: Base | None = None) 
     partial = out.with_name(f".{out.name}.partial")
     try:
         with delta.changed(base) as head, pretrained.quiet_transformers():
+            only_weights(base, "which no plain checkpoint holds; keep the delta beside its base")
             whole = _whole(base)
             whole.save_pretrained(partial, state_dict=_own_tensors(base, whole))
             if head is not None:

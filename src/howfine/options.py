@@ -51,10 +51,11 @@ def study(
 ) -> None:
     """Run a study and report it: what `study` and `demo` have in common."""
     from howfine.base import Base
+    from howfine.plan import Plan
     from howfine.report import report as write_report
     from howfine.study import study as run
 
-    loaded = Base.load(base, device=device, dtype=dtype)
+    loaded = Base.load(base, kind=Plan.load(plan).kind, device=device, dtype=dtype)
     found = load_task(task)
     facts = {"task": task, "command": shlex.join(["howfine", *sys.argv[1:]])}
     run(loaded, found, plan, out=out, storage=storage, progress=not as_json, facts=facts)

@@ -22,8 +22,8 @@ from howfine import container, lora, pretrained
 from howfine import fingerprint as fp
 from howfine.base import Base
 from howfine.checkpoint import Checkpoint, MemorySource, Source
-from howfine.delta import Delta
-from howfine.errors import BaseError, BaseNotFound, SettingError
+from howfine.delta import Delta, only_weights
+from howfine.errors import BaseError, BaseNotFound
 from howfine.head import Answer, answer_of, head_in, left_out, no_answer
 from howfine.sources import Named, Patched
 from howfine.start import weight_at
@@ -243,12 +243,11 @@ def _of_delta(before: str | Base, delta: Delta) -> Pair:
     base = before if isinstance(before, Base) else Base.load(before, kind=delta.base_kind)
     delta.check_head(base)
     with delta.applied(base):
-        present = set(dict(base.towers.named_parameters()))
-        if present != set(base.paths()):
-            raise SettingError(
-                "the delta puts parameters of its own beside the base's: a difference of weights "
-                "can't say what it does. Extract from a delta or a model that changes weights"
-            )
+        only_weights(
+            base,
+            "and a difference of weights can't say what it does. Extract from a delta or a model "
+            "that changes weights",
+        )
         after = {path: weight_at(base, path).clone() for path in base.paths()}
     answer = Answer(delta.readout, delta.labels, delta.tensors(base)[1])
     source = MemorySource({path: base.original(path) for path in base.paths()})

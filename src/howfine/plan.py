@@ -66,6 +66,13 @@ class Plan:
                     "leave the setting out for the recipe's own value"
                 )
 
+    @property
+    def kind(self) -> str:
+        """The kind of base that all its recipes can read: a body, if none asks for more."""
+        names = (self.ceiling, self.floor, *self.recipes)
+        kinds = {Recipe.load(name).readout.kind for name in names}
+        return max(kinds, key=lambda kind: kind != "body")
+
     @classmethod
     def load(cls, name: str | Path = "default") -> Plan:
         """A plan that ships with howfine by name, or a YAML file."""

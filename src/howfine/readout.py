@@ -129,11 +129,12 @@ class Wired(nn.Module):
                 module.training = any(parameter.requires_grad for parameter in own)
         return self
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
+    def state_dict(  # type: ignore[override]
+        self, *args: Any, prefix: str = "", **kwargs: Any
+    ) -> dict[str, Any]:
         """Trainable parameters alone: a checkpoint of the training loop need not hold the base."""
         kept = {name for name, value in self.named_parameters() if value.requires_grad}
-        whole = super().state_dict(*args, **kwargs)
-        prefix = kwargs.get("prefix", "")
+        whole = super().state_dict(*args, prefix=prefix, **kwargs)
         return {name: whole[name] for name in whole if name.removeprefix(prefix) in kept}
 
     def forward(self, **fields: Any) -> dict[str, Tensor]:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from howfine import container, pretrained
 from howfine.base import Base
-from howfine.delta import Delta
+from howfine.delta import Delta, only_weights
 from howfine.errors import BaseError, SettingError
 from howfine.readout import Head, Labels, Readout
 
@@ -47,12 +47,9 @@ def of_file(path: str | Path, base: Base, readout: Readout, labels: Labels) -> S
 def of_delta(delta: Delta, base: Base, readout: Readout, labels: Labels) -> Start:
     """The start that a delta is, decoded as evaluation decodes it; its head where it has one."""
     with delta.changed(base) as head:
-        present = set(dict(base.towers.named_parameters()))
-        if present != set(base.paths()):
-            raise SettingError(
-                "the delta to start from puts parameters of its own beside the base's, which a fit "
-                "of another change can't go on from; start from one that changes weights"
-            )
+        only_weights(
+            base, "which a fit of another change can't go on from; start from one of weights"
+        )
         found = {path: weight_at(base, path).clone() for path in base.paths()}
     known = delta.labels == labels and delta.readout == readout.settled(base)
     if head is not None and not known:

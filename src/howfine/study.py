@@ -48,7 +48,7 @@ def study(
     `study.json` says beside the plan: how to load the task again ("task"), the command.
     """
     plan = plan if isinstance(plan, Plan) else Plan.load(plan)
-    base = Base.load(base) if isinstance(base, str) else base
+    base = Base.load(base, kind=plan.kind) if isinstance(base, str) else base
     # How to load the task again, as far as a name tells.
     named = task.name if isinstance(task, Task) else {"name_or_path": task}
     if data and isinstance(named, dict):

@@ -20,6 +20,7 @@ from howfine.tasks import (
     SPLITS,
     Found,
     Row,
+    choice,
     few_shot,
     files,
     glue,
@@ -39,6 +40,8 @@ class Example:
 
     texts: tuple[str, ...]
     label: int | float
+    # What may be answered, where that differs from example to example: the label is its index.
+    options: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -75,7 +78,8 @@ class Task:
         digest = hashlib.sha256(json.dumps(list(self.labels)).encode())
         for split in SPLITS:
             for example in self.splits[split]:
-                digest.update(json.dumps([split, *example.texts, example.label]).encode())
+                told = [split, *example.texts, example.label, *example.options]
+                digest.update(json.dumps(told).encode())
         return digest.hexdigest()[:16]
 
     def subset(
@@ -164,7 +168,8 @@ class Task:
 def _named(name: str, data: str | Path | None, options: Mapping[str, Any]) -> Found | None:
     """A task known by name, None where it is none."""
     short = name.removeprefix("glue/")
-    if name != rotten_tomatoes.NAME and short not in glue.TASKS and not few_shot.known(name):
+    collection = next((each for each in (few_shot, choice) if each.known(name)), None)
+    if name != rotten_tomatoes.NAME and short not in glue.TASKS and collection is None:
         return None
     if options:
         raise SettingError(
@@ -175,7 +180,7 @@ def _named(name: str, data: str | Path | None, options: Mapping[str, Any]) -> Fo
         return rotten_tomatoes.read()
     folder = data or os.environ.get(DATA_VARIABLE)
     source = Path(folder) if folder else None
-    return few_shot.read(name, source) if few_shot.known(name) else glue.read(short, source)
+    return collection.read(name, source) if collection else glue.read(short, source)
 
 
 def _unnamed(name: str, wanted: files.Wanted) -> Found:
@@ -185,7 +190,7 @@ def _unnamed(name: str, wanted: files.Wanted) -> Found:
         return files.read(path, wanted)
     if name.count("/") == 1 and not name.startswith((".", "/", "~")):
         return files.read_hub(name, wanted)
-    known = [rotten_tomatoes.NAME, *glue.TASKS, *few_shot.names()]
+    known = [rotten_tomatoes.NAME, *glue.TASKS, *few_shot.names(), *choice.names()]
     raise TaskNotFound(
         f"task {name!r} is no known name, no file or folder, and no owner/name of the hub. "
         f"{near(name, known)}"
@@ -224,7 +229,7 @@ def _encoded(
                 f"{', '.join(map(str, values))}; correct the row, or name another split if this "
                 "one has hidden labels"
             )
-        return Example(row.texts, index[row.label])
+        return Example(row.texts, index[row.label], row.options)
 
     splits = {split: [encoded(row) for row in found.splits[split]] for split in SPLITS}
     return labels, metric or DEFAULT_METRIC[CLASSIFICATION if labels else REGRESSION], splits

@@ -21,7 +21,7 @@ from torch import Tensor
 from howfine.base import Base
 from howfine.batch import Batch
 from howfine.errors import SettingError, TaskError
-from howfine.language import pieces
+from howfine.language import around, pieces
 from howfine.task import Example
 
 _PART = re.compile(r"\{(?P<kind>text|pair|mask|slot)(\*(?P<count>\d+))?(=(?P<word>[^{}]+))?\}")
@@ -75,7 +75,7 @@ class Template:
         return Batch(inputs=inputs, slots=slots, reads=torch.tensor(masks))
 
     def _row(self, base: Base, example: Example, limit: int) -> _Row:
-        before, after = _around(base.tokenizer)
+        before, after = around(base.tokenizer)
         texts = self._texts(base, example)
         fixed = {number: _fixed(base, part) for number, part in enumerate(self.parts)}
         taken = len(before) + len(after) + sum(map(len, fixed.values()))
@@ -176,16 +176,6 @@ def _blank(tokenizer: Any) -> int:
         if getattr(tokenizer, name) is not None:
             return int(getattr(tokenizer, name))
     return 0
-
-
-def _around(tokenizer: Any) -> tuple[list[int], list[int]]:
-    """Token numbers that the tokenizer puts before and after a text."""
-    inner = tokenizer("a", add_special_tokens=False)["input_ids"]
-    whole = tokenizer("a")["input_ids"]
-    for start in range(len(whole) - len(inner) + 1):
-        if whole[start : start + len(inner)] == inner:
-            return whole[:start], whole[start + len(inner) :]
-    return [], []
 
 
 def _shorten(texts: dict[str, list[int]], room: int) -> None:

@@ -32,6 +32,8 @@ class Row(NamedTuple):
     # For messages: the file or split, and the row in it, counted from 1 without the header.
     source: str
     number: int
+    # What may be answered, where each row has options of its own.
+    options: tuple[str, ...] = ()
 
     @property
     def where(self) -> str:

@@ -1,0 +1,164 @@
+"""Inputs of multiple choice: options side by side that do not see each other, then the texts.
+
+Positions, types and the attention mask are those of UniMC's released code (Yang et al. 2022), but
+for one thing: an input is put together of the parts' own tokens, so that no option's place can be
+miscounted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from howfine.base import Base
+from howfine.batch import Batch
+from howfine.errors import SettingError, TaskError
+from howfine.language import around, pieces
+from howfine.task import Example
+
+# Added to the attention scores of what is not to be seen.
+UNSEEN = -1e9
+# Tokens that options leave to everything else, as in the authors' code.
+SPARED = 32
+
+
+class Asked(Protocol):
+    """The settings that say what an input looks like."""
+
+    @property
+    def options(self) -> tuple[str, ...]: ...
+    @property
+    def question(self) -> str: ...
+    @property
+    def max_length(self) -> int: ...
+
+
+@dataclass
+class Row:
+    """One input: its tokens, where its options' masks are, and the first place behind them."""
+
+    ids: list[int]
+    masks: list[int]
+    behind: int
+
+
+def check(options: Sequence[str]) -> None:
+    """Raises SettingError for two options with one text."""
+    twice = sorted({option for option in options if list(options).count(option) > 1})
+    if twice:
+        raise SettingError(f"options: {twice[0]!r} is there twice; each must be told apart")
+
+
+def row(base: Base, asked: Asked, example: Example) -> Row:
+    """The input of an example, texts cut from their ends to fit.
+
+    Raises TaskError for an example without options, with two equal ones, or with the mask token in
+    a text, SettingError where options alone leave no room.
+    """
+    written = example.options or asked.options
+    if len(written) < 2:
+        raise TaskError(
+            f"multiple choice needs two options at least, and {example.texts[0][:60]!r} has "
+            f"{len(written)}; set options, one for each class, or give examples with their own"
+        )
+    texts = dict(zip(("{text}", "{pair}"), example.texts, strict=False))
+    rest = [text for hole, text in texts.items() if not any(hole in each for each in written)]
+    for hole, text in texts.items():
+        written = tuple(option.replace(hole, text) for option in written)
+    limit = min(asked.max_length, base.room)
+    options = _shortened(base, written, limit)
+    parts = [_tokens(base, text) for text in (asked.question, *rest) if text]
+    return _joined(base, options, parts, limit)
+
+
+def _shortened(base: Base, written: Sequence[str], limit: int) -> list[list[int]]:
+    """Tokens of the options, halved until they leave room for the rest."""
+    options = [_tokens(base, option) for option in written]
+    while sum(map(len, options)) + len(options) > max(limit - SPARED, limit // 2):
+        if max(map(len, options)) < 2:
+            raise SettingError(
+                f"{len(options)} options leave no room for a text in {limit} tokens; raise "
+                f"max_length (the base holds {base.room}), or give fewer options"
+            )
+        options = [ids[: max(1, len(ids) // 2)] for ids in options]
+    for number, ids in enumerate(options):
+        if ids in options[:number]:
+            raise TaskError(
+                f"two options are the same: {written[number][:60]!r} and "
+                f"{written[options.index(ids)][:60]!r} (as far as {limit} tokens leave room for "
+                "them); each must be told apart"
+            )
+    return options
+
+
+def _joined(base: Base, options: list[list[int]], parts: list[list[int]], limit: int) -> Row:
+    before, after = around(base.tokenizer)
+    made = Row(list(before), [], 0)
+    for ids in options:
+        made.masks.append(len(made.ids))
+        made.ids += [base.tokenizer.mask_token_id, *ids]
+    made.behind = len(made.ids)
+    made.ids += after
+    for ids in parts:
+        made.ids += ids + after
+    if len(made.ids) > limit:  # the tail goes, the last separator stays
+        made.ids = made.ids[: limit - len(after)] + list(after)
+    return made
+
+
+def _tokens(base: Base, text: str) -> list[int]:
+    ids = pieces(base, text)
+    if base.tokenizer.mask_token_id in ids:
+        raise TaskError(
+            f"a text holds the mask token {base.tokenizer.mask_token}: {text[:80]!r}; only options "
+            "have one in front: take it out of the text"
+        )
+    return ids
+
+
+def padded(base: Base, rows: Sequence[Row], apart: bool) -> Batch:
+    """A batch of inputs; `reads` (B, m + 1): the options' masks, -1 for none, and what is behind.
+
+    With `apart` options see no other option and their positions start anew.
+    """
+    width, most = max(len(r.ids) for r in rows), max(len(r.masks) for r in rows)
+    ids = torch.full((len(rows), width), base.tokenizer.pad_token_id or 0)
+    types = torch.zeros_like(ids)
+    places = torch.zeros_like(ids)
+    mask = torch.full((len(rows), 1, width, width), UNSEEN)
+    reads = torch.full((len(rows), most + 1), -1)
+    for number, one in enumerate(rows):
+        length = len(one.ids)
+        ids[number, :length] = torch.tensor(one.ids)
+        first = one.masks[0]
+        types[number, first : one.behind + 1] = 1
+        places[number, :length] = _places(one) if apart else torch.arange(length)
+        # A padded place sees what a real one does: a row of nothing has no softmax.
+        mask[number, 0, :, :length] = 0
+        if apart:
+            mask[number, 0, first : one.behind, first : one.behind] = UNSEEN
+            for start, stop in zip(one.masks, [*one.masks[1:], one.behind], strict=True):
+                mask[number, 0, start:stop, start:stop] = 0
+        reads[number, : len(one.masks)] = torch.tensor(one.masks)
+        reads[number, -1] = one.behind
+    inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": places}
+    inputs["position_ids"] += base.first_position
+    if getattr(base.config, "type_vocab_size", 0) > 1:
+        inputs["token_type_ids"] = types
+    return Batch(inputs=inputs, reads=reads)
+
+
+def _places(one: Row) -> torch.Tensor:
+    """Positions: from 1 in each option, and after the longest one from there on."""
+    first, longest = one.masks[0], 0
+    places = torch.zeros(len(one.ids), dtype=torch.long)
+    places[:first] = torch.arange(first)
+    for start, stop in zip(one.masks, [*one.masks[1:], one.behind], strict=True):
+        places[start:stop] = torch.arange(first, first + stop - start)
+        longest = max(longest, stop - start)
+    rest = len(one.ids) - one.behind
+    places[one.behind :] = torch.arange(first + longest, first + longest + rest)
+    return places

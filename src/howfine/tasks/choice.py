@@ -1,0 +1,86 @@
+"""Multiple-choice sets, each example with options of its own, from a folder of Parquet files.
+
+`mc/NAME/{train,dev,test}.parquet` with columns `question`, `choices` (a list), `label` (an index)
+and, where there is one, `context`. What a set lacks of dev and test is carved out of train; a set
+without train is learned from its dev.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from howfine.errors import TaskError, TaskNotFound
+from howfine.tasks import SPLITS, Found, Row, completed, files
+
+COLLECTION = "mc"
+# Of COPA's questions.
+_ASKED = {"cause": "What was the cause of this?", "effect": "What happened as a result?"}
+SETS = (
+    "arc_challenge",
+    "arc_easy",
+    "commonsenseqa",
+    "copa",
+    "dream",
+    "mctest160",
+    "mctest500",
+    "openbookqa",
+)
+
+
+def names() -> list[str]:
+    """Every name."""
+    return [f"{COLLECTION}/{name}" for name in SETS]
+
+
+def known(name: str) -> bool:
+    """Whether a name is one of these, or several with a plus in between."""
+    return all(part in names() for part in name.split("+"))
+
+
+def read(name: str, data: Path | None) -> Found:
+    """A set by name, or several as one: their examples one after the other.
+
+    Raises TaskNotFound where the folder lacks it, TaskError for a row that can't be answered.
+    """
+    if data is None:
+        raise TaskNotFound(
+            f"task {name!r} is read from a folder of Parquet files; name it with --data, or with "
+            "the environment variable HOWFINE_DATA"
+        )
+    parts = [_one(data / part) for part in name.split("+")]
+    splits = {split: [row for part in parts for row in part[split]] for split in parts[0]}
+    most = max(len(row.options) for rows in splits.values() for row in rows)
+    labels = tuple(str(number) for number in range(1, most + 1))
+    return Found(splits, labels, "accuracy", f"{name}, multiple choice with options of its own")
+
+
+def _one(folder: Path) -> dict[str, list[Row]]:
+    found = {path.stem: _rows(path) for path in sorted(folder.glob("*.parquet"))}
+    splits: dict[str, list[Row]] = {name: found[name] for name in SPLITS if name in found}
+    if not splits:
+        raise TaskNotFound(
+            f"{folder} holds no train.parquet, dev.parquet or test.parquet; name another folder "
+            "with --data"
+        )
+    if "train" not in splits:
+        splits["train"] = splits.pop("dev", [])
+    return completed(splits)
+
+
+def _rows(path: Path) -> list[Row]:
+    columns: dict[str, list[Any]] = files.columns(path)
+    rows = []
+    for number, values in enumerate(zip(*columns.values(), strict=True), 1):
+        row = dict(zip(columns, values, strict=True))
+        options, label = tuple(row["choices"]), int(row["label"])
+        if not 0 <= label < len(options):
+            raise TaskError(
+                f"{path}, row {number}: label {label} of {len(options)} options; expected an index"
+            )
+        if len({option.strip() for option in options}) < len(options):
+            continue  # two options are the same: no answer is right alone
+        question = _ASKED.get(row["question"], row["question"])
+        texts = (question, row.get("context") or "")
+        rows.append(Row(texts, label, str(path), number, options))
+    return rows
