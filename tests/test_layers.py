@@ -28,7 +28,7 @@ ROOMS = [
     ("method", "readout"),
     (
         *("whole", "entries", "overlay", "probe", "language", "template", "tokens"),
-        *("inserted", "attention", "choices"),
+        *("inserted", "attention", "choices", "worn", "mixed"),
     ),
     ("methods", "methods.*", "readouts", "readouts.*"),
     ("streams", "recode"),
@@ -40,7 +40,7 @@ ROOMS = [
     ("harvest",),
     (
         *("tune", "loop", "trainer", "rates", "rounding", "evaluate", "merge", "attach"),
-        *("compose", "extract", "gain", "targets", "zero_shot"),
+        *("compose", "extract", "gain", "targets", "zero_shot", "combine"),
     ),
     ("ledger", "answer", "plan", "stored"),
     ("queue", "study"),

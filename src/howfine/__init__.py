@@ -19,6 +19,7 @@ if TYPE_CHECKING:  # the same names as _HOME, for type checkers and editors; a t
 
     from howfine.attach import attach
     from howfine.base import Base
+    from howfine.combine import combine
     from howfine.compare import compare as distance
     from howfine.compose import compose
     from howfine.cost import parts as inspect
@@ -51,6 +52,7 @@ __all__ = [
     "Task",
     "__version__",
     "attach",
+    "combine",
     "compose",
     "distance",
     "evaluate",
@@ -78,6 +80,7 @@ _HOME = {
     "Score": "evaluate",
     "Task": "task",
     "attach": "attach",
+    "combine": "combine",
     "compose": "compose",
     "distance": "compare:compare",
     "evaluate": "evaluate",

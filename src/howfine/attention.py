@@ -21,6 +21,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from howfine.base import Base
+from howfine.batch import Batch, running, worn_rows
 from howfine.change import Undo, all_or_nothing
 from howfine.errors import SettingError
 
@@ -30,10 +31,15 @@ _PREFIX = "howfine_"
 
 @dataclass
 class Front:
-    """What stands in front at one attention, (heads, p, width) each; or what passes, recorded."""
+    """What stands in front at one attention, (heads, p, width) each; or what passes, recorded.
+
+    With `visible` (R, p) there are R of them, (R, heads, p, width), of which each row of the
+    running batch wears one, and sees of it what is visible.
+    """
 
     keys: Tensor | None = None
     values: Tensor | None = None
+    visible: Tensor | None = None
     seen: list[tuple[Tensor, Tensor]] | None = field(default=None)
 
 
@@ -91,7 +97,9 @@ def recorded(base: Base, ids: Tensor) -> list[tuple[Tensor, Tensor]]:
     try:
         for front in fronts:
             front.seen = []
-        base.body(input_ids=ids.unsqueeze(0).to(base.device))
+        # Where rows wear changes, this one wears none: tables end with a row for that.
+        with running(Batch({}, rows=torch.tensor([-1], device=base.device))):
+            base.body(input_ids=ids.unsqueeze(0).to(base.device))
         found = [front.seen[0] for front in fronts if front.seen]
     finally:
         base.tower.train(was_training)
@@ -144,10 +152,31 @@ def _attend(
         return own(module, query, key, value, attention_mask, **kwargs)
     count = front.keys.shape[-2]
     attention_mask = _wider(module, query, key, attention_mask, count, kwargs)
+    keys, values = front.keys, front.values
+    if front.visible is not None:
+        rows = worn_rows(len(query)).to(keys.device)
+        keys, values, visible = keys[rows], values[rows], front.visible[rows]
+        attention_mask = _seeing(query, key, attention_mask, visible)
     if kwargs.get("position_bias") is not None:  # T5's: none for what has no place in the text
         kwargs["position_bias"] = functional.pad(kwargs["position_bias"], (count, 0))
-    key, value = _before(front.keys, key), _before(front.values, value)
+    key, value = _before(keys, key), _before(values, value)
     return own(module, query, key, value, attention_mask, **kwargs)
+
+
+def _seeing(query: Tensor, key: Tensor, mask: Tensor | None, visible: Tensor) -> Tensor | None:
+    """A widened mask in which each row sees of what is in front only what it wears."""
+    if visible.all():
+        return mask
+    rows, count = visible.shape
+    if mask is None:
+        mask = torch.ones(1, 1, 1, count + key.shape[2], dtype=torch.bool, device=query.device)
+    if mask.ndim == 2:
+        return torch.cat([visible.to(mask.dtype), mask[:, count:]], dim=1)
+    mask = mask.expand(rows, -1, query.shape[2], -1).clone()
+    hidden = ~visible[:, None, None, :].expand(-1, mask.shape[1], mask.shape[2], -1)
+    never = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
+    mask[..., :count] = mask[..., :count].masked_fill(hidden, never)
+    return mask
 
 
 def _before(front: Tensor, own: Tensor) -> Tensor:

@@ -59,6 +59,21 @@ def current() -> Batch | None:
     return _RUNNING.get()
 
 
+def worn_rows(count: int) -> Tensor:
+    """(B,) which change each row of the running batch wears.
+
+    Raises RuntimeError where there is no batch of so many rows: several changes are on, and nothing
+    says which of them a row is for.
+    """
+    batch = current()
+    if batch is None or batch.rows is None or len(batch.rows) != count:
+        raise RuntimeError(
+            "several changes are on this base, each for its own rows, and this forward pass does "
+            "not say which row wears which; run it through howfine.combine"
+        )
+    return batch.rows
+
+
 def to_device(value: Any, device: torch.device) -> Any:
     """Tensors, in dicts of dicts, on a device."""
     if isinstance(value, dict):

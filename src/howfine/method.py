@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol, Self
 
 import torch
 from torch import Tensor, nn
@@ -99,6 +99,22 @@ class Method(ABC):
     @abstractmethod
     def unpack(self, base: Base, tensors: Tensors) -> Change:
         """Put a packed change on again, exactly."""
+
+    @classmethod
+    def wear(
+        cls, base: Base, worn: Mapping[int, tuple[Self, Tensors]], count: int
+    ) -> Change | None:
+        """Put several packed changes of this method on, for batches whose rows wear one each.
+
+        `worn` has them by their number in `Batch.rows`, which goes from 0 to `count`; a row of
+        another number is as without them. None where this can't be: each then has a pass of its
+        own.
+        """
+        return None
+
+    def takes(self, base: Base, tensors: Tensors) -> int:
+        """Positions that a packed change takes away from texts (`Base.reserved`)."""
+        return 0
 
     def penalty(self, change: Change, progress: float) -> Tensor:
         """What the paper adds to the loss at `progress` (0 to 1) of training; 0 without one."""

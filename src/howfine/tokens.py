@@ -58,13 +58,13 @@ def prepend(base: Base, vectors: nn.Parameter, first: int) -> Undo:
     run = body.forward
 
     def forward(*args: Any, **kwargs: Any) -> Any:
-        kwargs = _named(run, args, kwargs)
+        kwargs = named(run, args, kwargs)
         ids, given = kwargs.pop("input_ids", None), kwargs.pop("inputs_embeds", None)
         own = embedding(ids) if given is None else given
         front = vectors[first:].to(own.dtype).expand(len(own), -1, -1)
         kwargs = _longer(kwargs, own, count)
         state = run(inputs_embeds=torch.cat([front, own], dim=1), **kwargs)
-        return _without_front(state, count)
+        return without_front(body, state, count)
 
     restored = surgery.rewire(body, forward)
     base.reserved += count
@@ -99,12 +99,16 @@ def _longer(kwargs: dict[str, Any], own: Tensor, count: int) -> dict[str, Any]:
     return made
 
 
-def _without_front(state: Any, count: int) -> Any:
-    """A model's output as if the vectors in front had none."""
-    state["last_hidden_state"] = state["last_hidden_state"][:, count:]
-    for name in ("hidden_states",):
-        if state.get(name) is not None:
-            state[name] = tuple(layer[:, count:] for layer in state[name])
+def without_front(body: Any, state: Any, count: int) -> Any:
+    """A model's output as if the vectors in front had none; a pooler reads the text's first."""
+    hidden = state["last_hidden_state"] = state["last_hidden_state"][:, count:]
+    if state.get("pooler_output") is not None:
+        if hasattr(body, "pooler_activation"):  # ALBERT's takes the position itself
+            state["pooler_output"] = body.pooler_activation(body.pooler(hidden[:, 0]))
+        else:
+            state["pooler_output"] = body.pooler(hidden)
+    if state.get("hidden_states") is not None:
+        state["hidden_states"] = tuple(layer[:, count:] for layer in state["hidden_states"])
     return state
 
 
@@ -116,16 +120,15 @@ def later(base: Base, before: Callable[[], None], count: int) -> Undo:
     """
     body = base.body
     run = body.forward
-    numbered = "position_ids" in inspect.signature(run).parameters
-    count = count if numbered else 0
+    count = count if numbered(base) else 0
     _check_room(base, count)
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         before()
         if count:
-            kwargs = _named(run, args, kwargs)
+            kwargs = named(run, args, kwargs)
             args = ()
-            kwargs["position_ids"] = _positions(base, kwargs) + count
+            kwargs["position_ids"] = positions(base, kwargs) + count
         return run(*args, **kwargs)
 
     restored = surgery.rewire(body, forward)
@@ -138,7 +141,12 @@ def later(base: Base, before: Callable[[], None], count: int) -> Undo:
     return undo
 
 
-def _positions(base: Base, kwargs: dict[str, Any]) -> Tensor:
+def numbered(base: Base) -> bool:
+    """Whether the body takes numbered positions."""
+    return "position_ids" in inspect.signature(base.body.forward).parameters
+
+
+def positions(base: Base, kwargs: dict[str, Any]) -> Tensor:
     """(B, S) positions as the model would number them; those of padding play no part."""
     given = kwargs.get("position_ids")
     if isinstance(given, Tensor):
@@ -154,9 +162,7 @@ def _positions(base: Base, kwargs: dict[str, Any]) -> Tensor:
     return places + base.first_position
 
 
-def _named(
-    run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> dict[str, Any]:
+def named(run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """All arguments by name."""
     names = list(inspect.signature(run).parameters)
     return {**dict(zip(names, args, strict=False)), **kwargs}

@@ -8,6 +8,7 @@ the layer's LayerNorm is applied.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -17,10 +18,12 @@ from transformers.activations import ACT2FN
 
 from howfine import inserted, whole
 from howfine.base import Base
+from howfine.batch import worn_rows
 from howfine.change import Change, all_or_nothing
 from howfine.codec import rounded
 from howfine.errors import DamagedDelta, SettingError, near
 from howfine.method import Method, Probe, Tensors
+from howfine.worn import bottlenecks, norms
 
 
 class Bottleneck(nn.Module):
@@ -144,6 +147,59 @@ class Adapter(Method):
             rest = {name: value for name, value in tensors.items() if name not in own}
             undo.append(whole.unpack(base, rest).remove)
             return Change({}, undo)
+
+    @classmethod
+    def wear(
+        cls, base: Base, worn: Mapping[int, tuple[Adapter, Tensors]], count: int
+    ) -> Change | None:
+        activations = {method.activation for method, _ in worn.values()}
+        if len(activations) > 1:
+            return None
+        rest = {
+            row: {name: value for name, value in tensors.items() if name in set(base.paths())}
+            for row, (_, tensors) in worn.items()
+        }
+        with all_or_nothing() as undo:
+            beside = norms(base, rest, count)
+            if beside is None:
+                return None
+            undo.extend(beside)
+            for layer in inserted.layers(base):
+                parts: list[Tensors | None] = [None] * (count + 1)
+                for row, (_, tensors) in worn.items():
+                    start = f"adapter.{layer}."
+                    parts[row] = {
+                        name.removeprefix(start): value
+                        for name, value in tensors.items()
+                        if name.startswith(start)
+                    }
+                tables = bottlenecks(parts, base.hidden_size)
+                module = _Worn(tables, *activations).to(base.device)
+                undo.append(inserted.after_feed_forward(base, layer, module))
+            return Change({}, undo)
+
+
+class _Worn(nn.Module):
+    """A bottleneck for each row of a batch, of tables with one for each change."""
+
+    down_weight: Tensor
+    down_bias: Tensor
+    up_weight: Tensor
+    up_bias: Tensor
+
+    def __init__(self, tables: Tensors, activation: str) -> None:
+        super().__init__()
+        self.act = ACT2FN[activation]
+        for name, value in tables.items():
+            self.register_buffer(name.replace(".", "_"), value, persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = worn_rows(len(x)).to(x.device)
+        down, up = self.down_weight[rows], self.up_weight[rows]
+        own = x.to(down.dtype)
+        inner = torch.baddbmm(self.down_bias[rows].unsqueeze(1), own, down.transpose(1, 2))
+        made = torch.baddbmm(self.up_bias[rows].unsqueeze(1), self.act(inner), up.transpose(1, 2))
+        return x + made.to(x.dtype)
 
 
 EXAMPLE = Adapter(reduction=4, beside=("norm",))

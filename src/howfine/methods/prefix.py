@@ -7,6 +7,7 @@ which the result alone is stored. Positions of the text start at p.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -19,7 +20,9 @@ from howfine.change import Change, all_or_nothing
 from howfine.codec import rounded
 from howfine.errors import DamagedDelta, SettingError
 from howfine.method import Method, Probe, Tensors
-from howfine.tokens import later
+from howfine.tokens import later, numbered
+from howfine.worn import later as put_later
+from howfine.worn import stacked
 
 _HELD = "howfine_prefix"
 # Fitting the net to real words' keys and values: the authors' rate and steps.
@@ -156,6 +159,30 @@ class Prefix(Method):
             )
         net = _Rows(found.to(base.device)).requires_grad_(False)
         return self._put_on(base, net)
+
+    def takes(self, base: Base, tensors: Tensors) -> int:
+        return len(tensors["keys_values"]) if self.shift and numbered(base) else 0
+
+    @classmethod
+    def wear(
+        cls, base: Base, worn: Mapping[int, tuple[Prefix, Tensors]], count: int
+    ) -> Change | None:
+        rows = {row: tensors["keys_values"] for row, (_, tensors) in worn.items()}
+        table = stacked(rows, count, next(iter(rows.values()))).to(base.device)
+        visible = torch.zeros(table.shape[:2], dtype=torch.bool, device=base.device)
+        for row, own in rows.items():
+            visible[row, : len(own)] = True
+        heads = _shapes(base)
+        starts = {row: method.takes(base, tensors) for row, (method, tensors) in worn.items()}
+        with all_or_nothing() as undo:
+            fronts, off = attention.put_on(base)
+            undo.append(off)
+            parts = table.view(*table.shape[:2], 2 * len(fronts), *heads).permute(2, 0, 3, 1, 4)
+            for layer, front in enumerate(fronts):
+                front.keys, front.values = parts[2 * layer], parts[2 * layer + 1]
+                front.visible = visible
+            undo.append(put_later(base, starts, count))
+            return Change({}, undo)
 
 
 def _shapes(base: Base) -> tuple[int, int]:

@@ -8,6 +8,7 @@ vectors that no template names are put in front of every input, as in Lester, Al
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -20,6 +21,7 @@ from howfine.change import Change, all_or_nothing
 from howfine.codec import rounded
 from howfine.errors import DamagedDelta, SettingError
 from howfine.method import Method, Probe, Tensors
+from howfine.worn import fill, prepend
 
 
 @dataclass(frozen=True)
@@ -118,6 +120,23 @@ class Prompt(Method):
                 "least; the file is damaged, or made for another model"
             )
         return self._put_on(base, nn.Parameter(found.to(base.device), requires_grad=False))
+
+    def takes(self, base: Base, tensors: Tensors) -> int:
+        return self.length
+
+    @classmethod
+    def wear(
+        cls, base: Base, worn: Mapping[int, tuple[Prompt, Tensors]], count: int
+    ) -> Change | None:
+        slots, fronts = {}, {}
+        for row, (method, tensors) in worn.items():
+            vectors = tensors["vectors"]
+            first = len(vectors) - method.length
+            slots[row], fronts[row] = vectors[:first], vectors[first:]
+        with all_or_nothing() as undo:
+            undo.append(fill(base, slots, count))
+            undo.append(prepend(base, fronts, count))
+            return Change({}, undo)
 
 
 EXAMPLE = Prompt(length=3)

@@ -121,6 +121,9 @@ class LabelEmbedding(Readout):
                 f"readout tensors don't fit the base {base.name}: found {found}, expected "
                 f"{expected}; the file is damaged, or made for another model"
             )
+        with torch.no_grad():
+            for value in head.state_dict().values():  # what is not stored is nothing, each time
+                value.zero_()
         head.load_state_dict(tensors, strict=False)
         return head.to(base.device)
 

@@ -1,0 +1,54 @@
+"""Batches of several tasks as one: padded to one width, each row with the number of its change."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from howfine.base import Base
+from howfine.batch import Batch
+from howfine.choices import UNSEEN
+
+
+def merged(base: Base, batches: Sequence[Batch], numbers: Sequence[int]) -> Batch:
+    """One batch of all rows in order, `rows` being the numbers given, one for each batch.
+
+    Attention masks are of one kind: all of two axes (B, S), or all of four, added to scores.
+    """
+    width = max(batch.inputs["input_ids"].shape[1] for batch in batches)
+    names = {name for batch in batches for name in batch.inputs}
+    inputs = {
+        name: torch.cat([_input(base, batch, name, width) for batch in batches])
+        for name in sorted(names)
+    }
+    slots = None
+    if any(batch.slots is not None for batch in batches):
+        slots = torch.cat([_slots(batch, width) for batch in batches])
+    counts = torch.tensor([len(batch.inputs["input_ids"]) for batch in batches])
+    rows = torch.tensor(numbers).repeat_interleave(counts).to(base.device)
+    return Batch(inputs=inputs, slots=slots, rows=rows)
+
+
+def _input(base: Base, batch: Batch, name: str, width: int) -> Tensor:
+    """One of a batch's inputs at the common width, or what the model would take where it lacks."""
+    ids, value = batch.inputs["input_ids"], batch.inputs.get(name)
+    more = width - ids.shape[1]
+    if name == "attention_mask" and value is not None and value.ndim == 4:
+        wider = functional.pad(value, (0, more), value=UNSEEN)
+        # Places of padding see what the last place does: a row of nothing has no softmax.
+        return torch.cat([wider, wider[:, :, -1:].expand(-1, -1, more, -1)], dim=2)
+    if name == "position_ids" and value is None:
+        value = (torch.arange(ids.shape[1], device=ids.device) + base.first_position).expand_as(ids)
+    if value is None:
+        value = torch.zeros_like(ids)
+    fill = {"input_ids": base.tokenizer.pad_token_id or 0, "position_ids": base.first_position}
+    return functional.pad(value, (0, more), value=fill.get(name, 0))
+
+
+def _slots(batch: Batch, width: int) -> Tensor:
+    ids = batch.inputs["input_ids"]
+    own = torch.full_like(ids, -1) if batch.slots is None else batch.slots
+    return functional.pad(own, (0, width - ids.shape[1]), value=-1)

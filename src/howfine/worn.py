@@ -1,0 +1,159 @@
+"""Several changes at once, of which each row of a batch wears one: tables with a row for each.
+
+`Batch.rows` says which; the last row of every table is that of a row without a change. Memory and
+time grow with what the rows wear, not with how many changes there are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from howfine import surgery
+from howfine.base import Base
+from howfine.batch import current, worn_rows
+from howfine.change import Undo
+from howfine.tokens import named, numbered, positions, without_front
+
+
+def stacked(parts: Mapping[int, Tensor], count: int, like: Tensor) -> Tensor:
+    """(count + 1, n, …): parts by row, padded at the end with zeros; zeros where there is none."""
+    longest = max((len(part) for part in parts.values()), default=0)
+    table = like.new_zeros(count + 1, longest, *like.shape[1:])
+    for row, part in parts.items():
+        table[row, : len(part)] = part.to(table)
+    return table
+
+
+def fill(base: Base, tables: Mapping[int, Tensor], count: int) -> Undo:
+    """Let each row's slots hold the vectors (n, E) of its own table."""
+    embedding = base.embedding
+    table = stacked(tables, count, embedding.weight.detach())
+    look_up = embedding.forward
+
+    def forward(ids: Tensor) -> Tensor:
+        found: Tensor = look_up(ids)
+        batch = current()
+        if batch is None or batch.slots is None or batch.slots.shape != ids.shape:
+            return found
+        here, rows = batch.slots.to(ids.device), worn_rows(len(ids)).to(ids.device)
+        chosen = table[rows.unsqueeze(1), here.clamp(min=0)].to(found.dtype)
+        return torch.where((here >= 0).unsqueeze(-1), chosen, found)
+
+    return surgery.rewire(embedding, forward) if table.shape[1] else lambda: None
+
+
+def prepend(base: Base, fronts: Mapping[int, Tensor], count: int) -> Undo:
+    """Put each row's own vectors (n, E) before it, the last one next to the text, shorter ones
+    behind positions that nothing sees."""
+    flipped = {row: front.flip(0) for row, front in fronts.items()}
+    table = stacked(flipped, count, base.embedding.weight.detach()).flip(1)
+    lengths = torch.zeros(count + 1, dtype=torch.long, device=table.device)
+    for row, front in fronts.items():
+        lengths[row] = len(front)
+    longest = table.shape[1]
+    if not longest:
+        return lambda: None
+    body, embedding = base.body, base.embedding
+    run = body.forward
+    places = numbered(base)
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        kwargs = named(run, args, kwargs)
+        rows = worn_rows(len(kwargs["input_ids"])).to(base.device)
+        sizes = lengths[rows].unsqueeze(1)
+        if not sizes.any():
+            return run(**kwargs)
+        own = embedding(kwargs["input_ids"])
+        before = torch.arange(longest, device=own.device) - (longest - sizes)  # own number, or < 0
+        if places:
+            text = positions(base, kwargs)
+            front = before.clamp(min=0) + base.first_position
+            kwargs["position_ids"] = torch.cat([front, text + sizes], dim=1)
+        mask = kwargs.get("attention_mask")
+        mask = own.new_ones(own.shape[:2], dtype=torch.long) if mask is None else mask
+        kwargs["attention_mask"] = torch.cat([(before >= 0).to(mask.dtype), mask], dim=1)
+        types = kwargs.get("token_type_ids")
+        if types is not None:
+            kwargs["token_type_ids"] = functional.pad(types, (longest, 0))
+        kwargs["input_ids"] = None
+        kwargs["inputs_embeds"] = torch.cat([table[rows].to(own.dtype), own], dim=1)
+        return without_front(body, run(**kwargs), longest)
+
+    return surgery.rewire(body, forward)
+
+
+def later(base: Base, counts: Mapping[int, int], count: int) -> Undo:
+    """Let positions of each row's text start at its own number."""
+    starts = torch.zeros(count + 1, dtype=torch.long, device=base.device)
+    for row, start in counts.items():
+        starts[row] = start
+    body = base.body
+    run = body.forward
+    if not numbered(base) or not starts.any():
+        return lambda: None
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        kwargs = named(run, args, kwargs)
+        own = positions(base, kwargs)
+        kwargs["position_ids"] = own + starts[worn_rows(len(own)).to(own.device)].unsqueeze(1)
+        return run(**kwargs)
+
+    return surgery.rewire(body, forward)
+
+
+def norms(base: Base, tensors: Mapping[int, Mapping[str, Tensor]], count: int) -> list[Undo] | None:
+    """Let each row see its own scale and shift of the LayerNorms that the tensors are of.
+
+    None where one of them is no LayerNorm's.
+    """
+    paths = sorted({path for each in tensors.values() for path in each})
+    owners = sorted({path.rpartition(".")[0] for path in paths})
+    modules = {owner: base.towers.get_submodule(owner) for owner in owners}
+    if not all(type(module) is nn.LayerNorm for module in modules.values()):
+        return None
+    undo = []
+    for owner, module in modules.items():
+        parts = [_table(base, tensors, f"{owner}.{name}", count) for name in ("weight", "bias")]
+        undo.append(surgery.rewire(module, _norm(module, *parts)))
+    return undo
+
+
+def _table(
+    base: Base, tensors: Mapping[int, Mapping[str, Tensor]], path: str, count: int
+) -> Tensor:
+    """(count + 1, n): each row's own values of a parameter, or the base's."""
+    original = base.original(path)
+    return torch.stack(
+        [tensors.get(row, {}).get(path, original).to(original) for row in range(count + 1)]
+    )
+
+
+def _norm(module: Any, scales: Tensor, shifts: Tensor) -> Any:
+    def forward(x: Tensor) -> Tensor:
+        rows = worn_rows(len(x)).to(x.device)
+        plain = functional.layer_norm(x, module.normalized_shape, None, None, module.eps)
+        shape = (len(x), *[1] * (x.ndim - 2), -1)
+        return plain * scales[rows].view(shape) + shifts[rows].view(shape)
+
+    return forward
+
+
+def bottlenecks(parts: Sequence[Mapping[str, Tensor] | None], hidden: int) -> dict[str, Tensor]:
+    """Tables of down and up weights and biases, narrower ones padded with zeros; None: nothing."""
+    width = max(len(part["down.bias"]) for part in parts if part is not None)
+    shapes = {
+        "down.weight": (width, hidden),
+        "down.bias": (width,),
+        "up.weight": (hidden, width),
+        "up.bias": (hidden,),
+    }
+    tables = {name: torch.zeros(len(parts), *shape) for name, shape in shapes.items()}
+    for row, part in enumerate(parts):
+        for name, value in (part or {}).items():
+            tables[name][row][tuple(slice(0, size) for size in value.shape)] = value
+    return tables
