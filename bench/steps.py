@@ -44,10 +44,25 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "sparse, 1 % of the matrices": ("sparse", {"density": 0.01, "by": "random"}),
     "diff, stage 1 on the matrices": ("diff", {"where": ("matrices",)}),
+    "prefix, 20 positions": ("prefix", {"length": 20, "hidden": 0}),
+    "prompt, 20 vectors": ("prompt", {"length": 20}),
 }
-PEFT = {
-    "PEFT LoRA r=8 on q, v": ("LoraConfig", ["query", "value"]),
-    "PEFT SHiRA r=8 on all linear": ("ShiraConfig", ["query", "key", "value", "dense"]),
+_LINEAR = ["query", "key", "value", "dense"]
+_VIRTUAL = {"task_type": "FEATURE_EXTRACTION", "num_virtual_tokens": 20}
+LORA, PREFIX = "PEFT LoRA r=8 on q, v", "PEFT prefix tuning, 20 positions"
+PROMPT = "PEFT prompt tuning, 20 vectors"
+PEFT: dict[str, tuple[str, dict[str, Any]]] = {
+    LORA: ("LoraConfig", {"r": 8, "target_modules": ["query", "value"]}),
+    "PEFT SHiRA r=8 on all linear": ("ShiraConfig", {"r": 8, "target_modules": _LINEAR}),
+    PREFIX: ("PrefixTuningConfig", _VIRTUAL),
+    PROMPT: ("PromptTuningConfig", _VIRTUAL),
+}
+# Whose time and memory are a method's limits, besides those below.
+PEERS = {
+    "sparse, 0.1 % of the matrices": LORA,
+    "sparse, 0.1 % of the matrices, in q, v": LORA,
+    "prefix, 20 positions": PREFIX,
+    "prompt, 20 vectors": PROMPT,
 }
 LIMITS = {
     "mask": 1.00,
@@ -93,15 +108,15 @@ class Work:
         if name in PEFT:
             import peft
 
-            kind, targets = PEFT[name]
-            config = getattr(peft, kind)(r=8, target_modules=targets)
-            model = peft.get_peft_model(self.base.tower, config)
+            kind, settings = PEFT[name]
+            model = peft.get_peft_model(self.base.tower, getattr(peft, kind)(**settings))
             optimizer = _adamw([p for p in model.parameters() if p.requires_grad], head)
             model.train()
             try:
                 yield lambda: self.step(model, head, optimizer)
             finally:
-                model.unload()
+                if hasattr(model, "unload"):
+                    model.unload()
                 self.base.towers.requires_grad_(False)
             return
         kind, settings = METHODS[name]
@@ -144,6 +159,11 @@ def peak(name: str) -> int:
     return memory.growth()
 
 
+def _peak_of(name: str, threads: int) -> int:
+    command = [sys.executable, __file__, "--peak", name, "--threads", str(threads)]
+    return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=13)
@@ -155,18 +175,24 @@ def main() -> None:
         print(peak(options.peak))
         return
     found = times(options.rounds)
+    ratios_of = {
+        name: [a / b for a, b in zip(seconds, found["full"], strict=True)]
+        for name, seconds in found.items()
+    }
+    grown = {name: _peak_of(name, options.threads) for name in found}
     for name, seconds in found.items():
-        command = [sys.executable, __file__, "--peak", name, "--threads", str(options.threads)]
-        grown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-        ratios = [a / b for a, b in zip(seconds, found["full"], strict=True)]
+        ratios, peer = ratios_of[name], PEERS.get(name)
+        limits = [LIMITS.get(name), peer and statistics.median(ratios_of[peer])]
+        limit = min((each for each in limits if each is not None), default=None)
         row = {
             "bench": "step",
             "method": name,
             "ms": round(1000 * statistics.median(seconds), 1),
             "ratio": round(statistics.median(ratios), 3),
             "ratio_quartiles": [round(q, 3) for q in statistics.quantiles(ratios, n=4)[::2]],
-            "limit": LIMITS.get(name),
-            "peak_bytes": int(grown),
+            "limit": limit if limit is None else round(limit, 3),
+            "peak_bytes": grown[name],
+            "peak_limit": grown[peer] if peer else None,
             "rounds": options.rounds,
             "threads": options.threads,
         }

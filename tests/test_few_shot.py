@@ -268,3 +268,39 @@ def test_bad_settings_are_named() -> None:
         readout("label_embedding", **PERFECT, words=("w1",)).attach(tiny_base("bert"), LABELS)
     with pytest.raises(SettingError, match="vectors of 16 numbers"):
         few_shot(tiny_base("albert"), words=("w1", "w2"))
+
+
+def test_a_phase_begins_with_label_vectors_of_its_own(tmp_path: Path) -> None:
+    """Prototypes are stored and label vectors are not; the same seed still gives the same file."""
+    base, task = tiny_base("bert"), tiny_task()
+    read = readout("label_embedding", **PERFECT)
+    first = Recipe("first", method("full"), read, Training(max_steps=2))
+    second = Recipe("second", method("sparse", by="movement", density=0.1), read,
+                    Training(max_steps=2), start=first)  # fmt: skip
+    files = []
+    for name in ("a", "b"):
+        torch.rand(3)  # where the caller's random numbers are does not matter
+        path = tmp_path / f"{name}{SUFFIX}"
+        tune(base, task, second, out=path, starts=tmp_path / "starts")
+        files.append(path.read_bytes())
+    assert files[0] == files[1]
+
+
+def test_prototypes_are_of_what_is_stored(tmp_path: Path) -> None:
+    base, task = tiny_base("bert"), tiny_task()
+    recipe = Recipe(
+        "coarse",
+        method("adapter", reduction=2, std=0.3),
+        readout("label_embedding", **PERFECT),
+        Training(max_steps=4, learning_rate=1e-2, rounding=0.0),
+        store="int4",
+    )
+    path = tmp_path / f"x{SUFFIX}"
+    tune(base, task, recipe, out=path)
+    delta = Delta.load(path)
+    with delta.applied(base) as wired:
+        stored = wired.head.prototypes.clone()
+        wired.readout.remember(wired, base, task.splits["train"])
+        exact = wired.head.prototypes
+    # What is left is the rounding of the prototypes themselves.
+    assert (stored - exact).norm() / exact.norm() < 0.14

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from howfine.base import Base
 from howfine.errors import SettingError, TaskError
+from howfine.probe import GradientProbe
 from howfine.readout import Readout, Wired, readout
 from howfine.task import Example
 from tiny import LABELS, SPECIAL, WORDS, logits_of, tiny_base, tiny_language_base, tiny_task
@@ -140,6 +141,30 @@ def test_examples_may_have_options_of_their_own() -> None:
         logits_of(model, base, [Example(("w1",), 0, ("w1", "w2", "w3", "w4"))])
 
 
+def test_class_names_are_the_options_where_none_are_given() -> None:
+    base = tiny_language_base("bert")
+    read = choice(options=()).settled(base, ("w20", "w21"))
+    batch = read.collate(base, [TEXTS[0]])
+    assert ids("[MASK] w20 [MASK] w21") == batch.inputs["input_ids"][0, 1:5].tolist()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kernel", ["sdpa", "eager"])
+def test_a_base_in_half_precision(kernel: str, dtype: torch.dtype) -> None:
+    base = tiny_language_base("bert")
+    exact = scores(base, choice())
+    base.tower.set_attn_implementation(kernel)
+    base.towers.to(dtype)
+    torch.testing.assert_close(scores(base, choice()).float(), exact, atol=0.3, rtol=0)
+
+
+def test_a_text_is_no_template() -> None:
+    base = tiny_language_base("bert")
+    read = choice(options=("w30 {pair}", "w31 {pair}"), question="")
+    batch = read.collate(base, [Example(("w1", "w2 {text}"), 0)])
+    assert ids("w30 w2 [UNK]") == batch.inputs["input_ids"][0, 2:5].tolist()
+
+
 def test_options_may_hold_the_texts() -> None:
     """As entailment is asked: the hypothesis stands in the options, the premise behind them."""
     base = tiny_language_base("bert")
@@ -218,12 +243,24 @@ def test_guessed_tokens_are_drawn_as_in_the_code() -> None:
 
 
 def test_nothing_is_hidden_when_nothing_trains() -> None:
+    """Options' masks are guessed wherever there are targets; in training without dropout, too."""
     base, read = tiny_language_base("bert"), choice()
     model = wired(base, read)
     batch = read.collate(base, TEXTS)
     first, again = (model(**batch.as_kwargs())["logits"] for _ in range(2))
     assert torch.equal(first, again)
-    assert not first[:, -1].any()
+    assert (first[:, -1] > 0).all()
+    asked = read.collate(base, TEXTS, labelled=False)
+    assert not model(**asked.as_kwargs())["logits"][:, -1].any()
+    words = choice(objective="words")
+    for mode in ("train without dropout", "eval"):
+        made = Wired(base, words, words.attach(base, CLASSES), dropout=False)
+        made.train(mode != "eval")
+        assert made.head.training == (mode != "eval")
+        assert made(**batch.as_kwargs())["loss"] > 0
+    probe = GradientProbe(wired(base, words), base, TEXTS, 3)
+    (found,) = probe.gradients(base, [base.choose(("Q@0",))[0]]).values()
+    assert found.any()
 
 
 def test_long_options_and_texts_are_cut() -> None:
@@ -243,16 +280,22 @@ def test_bad_input_is_named() -> None:
     base = tiny_language_base("bert")
     with pytest.raises(SettingError, match="'w1' is there twice"):
         choice(options=("w1", "w1", "w2"))
-    with pytest.raises(TaskError, match="two options are the same"):
+    with pytest.raises(TaskError, match="w2, w2 are the same"):
         choice(options=()).collate(base, [Example(("w1",), 0, ("w2", "w2"))])
     long = " ".join(["w1"] * 80)
     both = choice(options=(f"{long} w2", f"{long} w3"), max_length=64)
-    with pytest.raises(TaskError, match="as far as 64 tokens leave room"):
-        both.collate(base, [Example(("w9",), 0)])
+    # Cut to the same tokens they have the same score, which is no error.
+    (outputs,) = logits_of(wired(base, both, LABELS), base, [Example(("w9",), 0)])
+    assert outputs[0] == pytest.approx(outputs[1].item(), abs=1e-5)
     with pytest.raises(TaskError, match=r"holds the mask token \[MASK\]"):
         choice().collate(base, [Example(("w1 [MASK]",), 0)])
     with pytest.raises(TaskError, match="has 0"):
         choice(options=()).collate(base, [Example(("w1",), 0)])
+    with pytest.raises(SettingError, match="one is empty"):
+        choice(options=("w1", " "))
+    for name in ("mpnet", "deberta-v2"):
+        with pytest.raises(SettingError, match="takes no account of"):
+            choice().attach(tiny_language_base(name), CLASSES)
     with pytest.raises(SettingError, match="expected 2: one for each"):
         choice().attach(base, LABELS)
     with pytest.raises(SettingError, match="needs a base of kind masked_lm"):

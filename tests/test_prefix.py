@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,6 @@ from howfine import attention
 from howfine.base import Base
 from howfine.delta import SUFFIX
 from howfine.errors import DamagedDelta, SettingError
-from howfine.evaluate import evaluate
 from howfine.method import method
 from howfine.readout import readout
 from howfine.recipe import Recipe, Training
@@ -163,14 +163,29 @@ def test_gradient_checkpointing_gives_the_same_training(tmp_path: Path) -> None:
             "prefix",
             method("prefix", length=3, hidden=8),
             readout("classifier", max_length=32),
-            Training(epochs=1, batch_size=8, gradient_checkpointing=checkpointing, eval_mode=True),
+            Training(epochs=1, batch_size=8, gradient_checkpointing=checkpointing),
         )
         path = tmp_path / f"{checkpointing}{SUFFIX}"
-        base = tiny_base("llama")
+        base = tiny_base("llama")  # which has no dropout
+        recomputed = _counted(base)
         tune(base, tiny_task(), recipe, out=path)
-        files.append(evaluate(path, base, tiny_task(), split="test").predictions.tolist())
+        assert (len(recomputed) > 2 * LAYERS + 2) == checkpointing
+        files.append(path.read_bytes())
         assert base.is_untouched()
     assert files[0] == files[1]
+    training = Training(gradient_checkpointing=True, eval_mode=True, max_steps=1)
+    with pytest.raises(SettingError, match="has no effect with eval_mode"):
+        tune(base, tiny_task(), replace(recipe, training=training), out=tmp_path / "x")
+
+
+def _counted(base: Base) -> list[int]:
+    """Grows by one with each run of a layer in training."""
+    runs: list[int] = []
+    for layer in base.tower.layers:
+        layer.self_attn.register_forward_pre_hook(
+            lambda module, _: runs.append(1) if torch.is_grad_enabled() else None
+        )
+    return runs
 
 
 def test_training_goes_on_from_what_is_not_folded(tmp_path: Path) -> None:
@@ -219,6 +234,26 @@ def test_bad_settings_are_named() -> None:
         words().attach(base)
     assert base.is_untouched()
     assert base.reserved == 0
+
+
+def test_a_shared_block_can_not_begin_as_words() -> None:
+    """ALBERT's layers share one prefix, and each layer's keys of a word differ."""
+    base = tiny_base("albert")
+    with pytest.raises(SettingError, match="share one block"):
+        words().attach(base)
+    assert base.is_untouched()
+    bart = tiny_base("bart")
+    with pytest.raises(SettingError, match="set shift=False"):
+        method("prefix", length=2).attach(bart)
+    with method("prefix", length=2, shift=False).attach(bart):
+        assert bart.reserved == 0
+
+
+def test_other_kernels_are_refused() -> None:
+    base = tiny_base("gpt2")
+    base.tower.config._attn_implementation_internal = "flex_attention"
+    with pytest.raises(SettingError, match="attention is computed by 'flex_attention'"):
+        method("prefix", length=2).attach(base)
 
 
 def test_recording_leaves_nothing(tmp_path: Path) -> None:

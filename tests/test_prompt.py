@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from howfine import template
+from howfine.attach import attach
 from howfine.base import Base
 from howfine.batch import current
 from howfine.delta import SUFFIX, Delta
-from howfine.errors import SettingError, TaskError
+from howfine.errors import DamagedDelta, DeltaError, SettingError, TaskError
 from howfine.method import method
 from howfine.readout import Readout, Wired, readout
 from howfine.task import Example
@@ -270,3 +271,87 @@ def test_alone(name: str) -> None:
     together = logits_of(fitted.wired, base, texts)
     alone = torch.cat([logits_of(fitted.wired, base, [text]) for text in texts])
     torch.testing.assert_close(together, alone, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+@pytest.mark.parametrize("name", CAUSAL)
+def test_generation_goes_on_as_after_the_words(name: str, beams: int) -> None:
+    """The vectors are in front once, not at each step; with padding on the left."""
+    base = tiny_language_base(name)
+    options = {"max_new_tokens": 6, "do_sample": False, "num_beams": beams, "pad_token_id": 0}
+
+    def generated(rows: list[list[int]], front: list[int]) -> list[list[int]]:
+        width = max(map(len, rows))
+        row = [[0] * (width - len(r)) + front + r for r in rows]
+        mask = [[0] * (width - len(r)) + [1] * (len(front) + len(r)) for r in rows]
+        made = base.tower.generate(
+            input_ids=torch.tensor(row), attention_mask=torch.tensor(mask), **options
+        )
+        return made[:, width + len(front) :].tolist()
+
+    texts = [ids("w4 w5 w6 w7")] if name == "gpt2" else [ids("w4 w5 w6 w7"), ids("w8 w9")]
+    expected = generated(texts, ids("w1 w2 w3"))
+    with method("prompt", length=3, init="text", init_text="w1 w2 w3").attach(base):
+        assert generated(texts, []) == expected
+    assert generated(texts, []) != expected
+
+
+@pytest.mark.parametrize("name", ["bert", "albert", "mpnet"])
+def test_a_pooler_reads_the_texts_first_token(name: str) -> None:
+    base = tiny_base(name)
+    words = torch.tensor([ids("[CLS] w4 w5 [SEP]")])
+    with torch.no_grad(), method("prompt", length=2, init="normal").attach(base):
+        state = base.tower(input_ids=words)
+        first = state.last_hidden_state[:, 0]
+        if name == "albert":
+            expected = base.tower.pooler_activation(base.tower.pooler(first))
+        else:
+            expected = torch.tanh(base.tower.pooler.dense(first))
+        assert base.tower(input_ids=words, return_dict=False)[0].shape == (1, 4, 32)
+    torch.testing.assert_close(state.pooler_output, expected)
+
+
+def test_slots_of_scaled_embeddings() -> None:
+    """Gemma multiplies what it looks up: a vector that begins as a word is that word."""
+    base = tiny_base("gemma2", attn_implementation="eager")
+    text = torch.tensor([ids("w4 w5")])
+    with torch.no_grad():
+        whole = base.tower(input_ids=torch.tensor([ids("w1 w2 w4 w5")])).last_hidden_state[:, 2:]
+        with method("prompt", length=2, init="text", init_text="w1 w2").attach(base):
+            found = base.tower(input_ids=text).last_hidden_state
+    torch.testing.assert_close(found, whole, atol=1e-5, rtol=0)
+
+
+def test_a_number_in_a_template_asks_for_no_memory() -> None:
+    with pytest.raises(SettingError, match="more than 4096 parts"):
+        template.parse("{slot*30000000} {text} {mask}")
+
+
+def test_vectors_that_do_not_fit_are_refused() -> None:
+    base = tiny_language_base("bert")
+    read = warp("{slot*3} {text} {mask}")
+    for wrong in (torch.zeros(3, 5), torch.ones(3, 32, dtype=torch.bool), torch.zeros(0, 32)):
+        with pytest.raises(DamagedDelta, match="expected vectors of 32 numbers"):
+            method("prompt").unpack(base, {"vectors": wrong})
+    head = read.attach(base, LABELS)
+    with method("prompt").unpack(base, {"vectors": torch.zeros(2, 32)}):
+        wired = Wired(base, read, head).eval()
+        with pytest.raises(DeltaError, match="3 slots and the change holds 2 vectors"):
+            logits_of(wired, base, TEXTS)
+
+
+def test_attach_says_what_it_lacks() -> None:
+    tower = tiny_base("gpt2").tower
+    with pytest.raises(SettingError, match="no such token"):
+        attach(tower, "prompt", length=2)
+    with pytest.raises(SettingError, match="without a tokenizer"):
+        attach(tower, "prefix", length=0, init_text="w1")
+    with attach(tower, "prefix", tokenizer=tiny_base("gpt2").tokenizer, length=0, init_text="w1"):
+        pass
+
+
+def test_room_is_shared_by_all_who_attach() -> None:
+    tower = tiny_base("gpt2").tower
+    with attach(tower, "prefix", length=3), attach(tower, "prompt", length=2, init="table"):
+        assert Base("again", tower, tiny_base("gpt2").tokenizer).reserved == 5
+    assert Base("again", tower).reserved == 0

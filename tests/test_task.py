@@ -923,6 +923,25 @@ def test_shots_take_so_many_of_each_class(embedded: Task) -> None:
         embedded.shots(0)
 
 
+def test_shots_need_classes_with_two_examples() -> None:
+    rows = [Example((f"t{number}",), int(number == 0)) for number in range(8)]
+    task = Task("x", {"train": rows, "dev": rows, "test": rows}, ("a", "b"), "accuracy", "made")
+    with pytest.raises(BadSplit, match="class 'b' has one train example"):
+        task.shots(2)
+    scored = [Example((f"t{number}",), number / 2) for number in range(8)]
+    splits = {"train": scored, "dev": scored, "test": scored}
+    regression = Task("y", splits, (), "pearson_spearman", "made")
+    with pytest.raises(SettingError, match="has scores and no classes"):
+        regression.shots(2)
+
+
+def test_a_label_is_one_of_its_options() -> None:
+    rows = [Example((f"t{number}",), number % 2, ("a", "b")) for number in range(4)]
+    odd = [Example(("t",), 2, ("a", "b"))]
+    with pytest.raises(UnknownLabel, match="label 2 and 2 options"):
+        Task("x", {"train": rows, "dev": rows, "test": odd}, ("1", "2", "3"), "accuracy", "made")
+
+
 def test_a_rare_class_is_shared_by_train_and_dev() -> None:
     rows = [Example((f"t{number}",), int(number < 5)) for number in range(40)]
     task = Task("x", {"train": rows, "dev": rows, "test": rows}, ("a", "b"), "accuracy", "made")

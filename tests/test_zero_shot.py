@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from howfine.recipe import Recipe
 from howfine.task import Task
 from howfine.tune import tune
 from howfine.zero_shot import zero_shot
-from tiny import fit_a_little, tiny_base, tiny_language_base, wire
+from tiny import fit_a_little, tiny_base, tiny_language_base, tiny_task, wire
 
 WORDS = {"answers": ("w50", "w51")}
 
@@ -53,6 +54,10 @@ def test_zero_shot_gives_every_option_its_share() -> None:
     assert base.is_untouched()
     with pytest.raises(SettingError, match="is there twice"):
         zero_shot(base, ["w1"], ["w20", "w20"], **WORDS)
+    with pytest.raises(SettingError, match="several texts"):
+        zero_shot(base, "w1 w2", ["w20", "w21"], **WORDS)
+    with pytest.raises(SettingError, match="no setting epochs"):
+        zero_shot(base, ["w1"], ["w20", "w21"], epochs=3)
     with pytest.raises(SettingError, match="needs a base of kind masked_lm"):
         zero_shot(tiny_language_base("gpt2"), ["w1"], ["w20", "w21"], **WORDS)
 
@@ -214,3 +219,30 @@ def test_meta_training_and_then_zero_shot(tmp_path: Path) -> None:
     answers, before = (zero_shot(each, *asked, **WORDS) for each in (trained, base))
     assert answers != before
     assert torch.isfinite(torch.tensor([answer["probability"] for answer in answers])).all()
+
+
+def test_options_of_their_own_need_a_readout_that_reads_them(tmp_path: Path) -> None:
+    task = Task.load("mc/dream", data=choice_folder(tmp_path))
+    with pytest.raises(TaskError, match="does not read"):
+        tune(tiny_base("bert"), task, "head-only", out=tmp_path / f"x{SUFFIX}")
+
+
+def test_training_goes_on_with_other_options(tmp_path: Path) -> None:
+    """A change without a head means the same under another readout of no parameters."""
+    base = Base.load(saved_base(tmp_path / "base"), kind="language_model")
+    task = tiny_task()
+    first = Recipe.load("unimc").override(
+        answers=("w50", "w51"), options=("w1", "w2"), max_steps=2, learning_rate=1e-3
+    )
+    path = tmp_path / f"first{SUFFIX}"
+    tune(base, task, first, out=path)
+    second = replace(
+        first.override(options=("w3", "w4")),
+        method=method("sparse", by="movement", density=0.1),
+        start=str(path),
+    )
+    done = tune(base, task, second, out=tmp_path / f"second{SUFFIX}")
+    assert 0 <= done.score.value <= 1
+    named = first.override(options=())
+    done = tune(base, task, named, out=tmp_path / f"named{SUFFIX}")
+    assert done.delta.readout.options == ("no", "yes")  # type: ignore[attr-defined]

@@ -36,6 +36,9 @@ class Anatomy:
     pooling: str = "cls"  # cls | mean | last | pooler: how the architecture's own head reads
     linear_axes: tuple[str, str] = ("out", "in")  # stored axes of a block's matrices
     heads: str = "num_attention_heads"  # config field: number of attention heads
+    # Whether attention is a softmax to whose scores a mask is added, and positions are numbered in
+    # the input alone.
+    plain_attention: bool = True
     # Module of a block whose output is the feed-forward net's, before the residual is added.
     feed_forward: str = ""
     # Steps from the last hidden state to what a language model's decoder reads: modules of the

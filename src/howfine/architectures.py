@@ -58,6 +58,7 @@ _T5 = Anatomy(
     embedding="embed_tokens",
     pooling="mean",
     heads="num_heads",
+    plain_attention=False,
     feed_forward="layer.1.dropout",
 )
 _VIT_LETTERS = {
@@ -91,6 +92,7 @@ ANATOMIES: dict[str, Anatomy] = {
         },
         _BERT.embedding,
         pooling="cls",
+        plain_attention=False,
         feed_forward=_BERT.feed_forward,
         language=_BERT.language,
     ),
@@ -107,6 +109,7 @@ ANATOMIES: dict[str, Anatomy] = {
         _BERT.embedding,
         pooler="pooler.dense",
         pooling="cls",
+        plain_attention=False,
         feed_forward=_BERT.feed_forward,
         language=_ROBERTA.language,
     ),

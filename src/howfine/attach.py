@@ -57,7 +57,12 @@ class Attached:
 
 
 def attach(
-    model: nn.Module, method: Method | str, *, probe: Probe | None = None, **settings: Any
+    model: nn.Module,
+    method: Method | str,
+    *,
+    probe: Probe | None = None,
+    tokenizer: Any = None,
+    **settings: Any,
 ) -> Attached:
     """Put a method on a Hugging Face model, for a training loop of one's own.
 
@@ -67,6 +72,8 @@ def attach(
 
     The model's body is frozen but for what the method trains. A head on the body, such as that of
     an `AutoModelForSequenceClassification`, is left as it is: train it beside, or freeze it.
+
+    Methods that begin as words need the model's `tokenizer`.
 
     On leaving, every parameter has its `requires_grad` and every module its training mode of
     before. Raises SettingError for an unknown method or setting, UnknownArchitecture for a model
@@ -89,7 +96,9 @@ def attach(
 
     try:
         body = model.base_model if isinstance(model, PreTrainedModel) else model
-        base = Base(getattr(model.config, "_name_or_path", "") or type(model).__name__, body)
+        base = Base(
+            getattr(model.config, "_name_or_path", "") or type(model).__name__, body, tokenizer
+        )
         _check_blocks(model, base)
         change = method.attach(base, probe)
         _refuse_ties(model, body, base, change)

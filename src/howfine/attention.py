@@ -26,6 +26,8 @@ from howfine.change import Undo, all_or_nothing
 from howfine.errors import SettingError
 
 _HELD = "howfine_front"
+# Whose masks are understood here.
+KERNELS = ("sdpa", "eager")
 _PREFIX = "howfine_"
 
 
@@ -60,15 +62,20 @@ def put_on(base: Base) -> tuple[list[Front], Undo]:
     """
     config: Any = base.tower.config
     before = config._attn_implementation
+    if before.startswith(_PREFIX):
+        raise SettingError(
+            "keys and values are in front of this base's attention already: another change of this "
+            "kind is on; take it off first"
+        )
+    if before not in KERNELS:
+        raise SettingError(
+            f"attention is computed by {before!r}, in front of whose keys nothing can be put; load "
+            f"the model with attn_implementation {' or '.join(KERNELS)}"
+        )
     name = _registered(before)
     fronts = []
     with all_or_nothing() as undo:
         for module in modules(base):
-            if hasattr(module, _HELD):
-                raise SettingError(
-                    "keys and values are in front of this base's attention already: another "
-                    "change of this kind is on; take it off first"
-                )
             fronts.append(Front())
             setattr(module, _HELD, fronts[-1])
             undo.append(functools.partial(delattr, module, _HELD))
@@ -89,8 +96,11 @@ def put_on(base: Base) -> tuple[list[Front], Undo]:
 
 
 @torch.no_grad()
-def recorded(base: Base, ids: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """(keys, values) of each attention for one input (S,), (heads, S, width) each."""
+def recorded(base: Base, ids: Tensor, once: bool = False) -> list[tuple[Tensor, Tensor]]:
+    """(keys, values) of each attention for one input (S,), (heads, S, width) each.
+
+    Of a block that several layers share the first layer's, or with `once` a SettingError.
+    """
     fronts, undo = put_on(base)
     was_training = base.tower.training
     base.tower.eval()
@@ -101,6 +111,11 @@ def recorded(base: Base, ids: Tensor) -> list[tuple[Tensor, Tensor]]:
         with running(Batch({}, rows=torch.tensor([-1], device=base.device))):
             base.body(input_ids=ids.unsqueeze(0).to(base.device))
         found = [front.seen[0] for front in fronts if front.seen]
+        if once and any(len(front.seen or ()) > 1 for front in fronts):
+            raise SettingError(
+                f"the layers of {base.name} share one block, and the keys of words differ from "
+                "layer to layer: they can't begin as words. Leave init_text out"
+            )
     finally:
         base.tower.train(was_training)
         undo()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from howfine.architectures import anatomy_of
 from howfine.errors import SettingError, near
 from howfine.pretrained import EMBEDDED, KINDS, LANGUAGE_MODEL
 
+_RESERVED = "_howfine_reserved"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -48,8 +50,6 @@ class Base:
         self._parameters = dict(self.towers.named_parameters())
         # Changes that are written into the parameters' own memory at the moment.
         self.switches: list[Any] = []
-        # Positions that changes take away from the texts at the moment.
-        self.reserved = 0
         pooler = f"{self.body_prefix}{self.anatomy.pooler}"
         # A language model's body is made without one.
         self.has_pooler = bool(self.anatomy.pooler) and any(
@@ -123,6 +123,15 @@ class Base:
         return self.towers[self.tower_name]
 
     @property
+    def reserved(self) -> int:
+        """Positions that changes take away from texts at the moment, whoever put them on."""
+        return int(self.tower.__dict__.get(_RESERVED, 0))
+
+    @reserved.setter
+    def reserved(self, count: int) -> None:
+        self.tower.__dict__[_RESERVED] = count
+
+    @property
     def body(self) -> Any:
         """The tower without a language model's head."""
         return self.towers.get_submodule(self.body_path)
@@ -150,7 +159,7 @@ class Base:
         stated = 2**31 if self.tokenizer is None else self.tokenizer.model_max_length
         return min(positions, stated) - self.reserved
 
-    @property
+    @functools.cached_property
     def first_position(self) -> int:
         """The number of the first position: RoBERTa and its kin count on from the padding's."""
         for name, table in self.tower.named_modules():

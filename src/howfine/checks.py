@@ -69,6 +69,12 @@ def learnable(task: Asked) -> None:
                 f"split {split!r} of task {task.name!r} has examples of {sorted(counts)} texts, "
                 "expected one text in each, or two in each"
             )
+        for example in examples:
+            if example.options and not 0 <= example.label < len(example.options):
+                raise UnknownLabel(
+                    f"split {split!r} of task {task.name!r}: {example.texts[0][:60]!r} has the "
+                    f"label {example.label} and {len(example.options)} options; expected an index"
+                )
         bad = {e.label for e in examples} - set(range(len(task.labels))) if task.labels else set()
         if bad:
             raise UnknownLabel(

@@ -7,6 +7,7 @@ miscounted.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -23,6 +24,14 @@ from howfine.task import Example
 UNSEEN = -1e9
 # Tokens that options leave to everything else, as in the authors' code.
 SPARED = 32
+
+
+_HOLE = re.compile(r"\{text\}|\{pair\}")
+
+
+def unseen_in(dtype: torch.dtype) -> float:
+    """UNSEEN, or the lowest number that a format has."""
+    return max(UNSEEN, torch.finfo(dtype).min)
 
 
 class Asked(Protocol):
@@ -47,9 +56,12 @@ class Row:
 
 def check(options: Sequence[str]) -> None:
     """Raises SettingError for two options with one text."""
-    twice = sorted({option for option in options if list(options).count(option) > 1})
+    told = [option.strip() for option in options]
+    twice = sorted({option for option in told if told.count(option) > 1})
     if twice:
         raise SettingError(f"options: {twice[0]!r} is there twice; each must be told apart")
+    if "" in told:
+        raise SettingError("options: one is empty; write what it says")
 
 
 def row(base: Base, asked: Asked, example: Example) -> Row:
@@ -66,8 +78,12 @@ def row(base: Base, asked: Asked, example: Example) -> Row:
         )
     texts = dict(zip(("{text}", "{pair}"), example.texts, strict=False))
     rest = [text for hole, text in texts.items() if not any(hole in each for each in written)]
-    for hole, text in texts.items():
-        written = tuple(option.replace(hole, text) for option in written)
+    written = tuple(_HOLE.sub(lambda hole: texts.get(hole[0], ""), option) for option in written)
+    if len({option.strip() for option in written}) < len(written):
+        raise TaskError(
+            f"two of the options {', '.join(option[:40] for option in written)} are the same; each "
+            "must be told apart"
+        )
     limit = min(asked.max_length, base.room)
     options = _shortened(base, written, limit)
     parts = [_tokens(base, text) for text in (asked.question, *rest) if text]
@@ -84,13 +100,6 @@ def _shortened(base: Base, written: Sequence[str], limit: int) -> list[list[int]
                 f"max_length (the base holds {base.room}), or give fewer options"
             )
         options = [ids[: max(1, len(ids) // 2)] for ids in options]
-    for number, ids in enumerate(options):
-        if ids in options[:number]:
-            raise TaskError(
-                f"two options are the same: {written[number][:60]!r} and "
-                f"{written[options.index(ids)][:60]!r} (as far as {limit} tokens leave room for "
-                "them); each must be told apart"
-            )
     return options
 
 
@@ -128,7 +137,8 @@ def padded(base: Base, rows: Sequence[Row], apart: bool) -> Batch:
     ids = torch.full((len(rows), width), base.tokenizer.pad_token_id or 0)
     types = torch.zeros_like(ids)
     places = torch.zeros_like(ids)
-    mask = torch.full((len(rows), 1, width, width), UNSEEN)
+    unseen = unseen_in(base.dtype)
+    mask = torch.full((len(rows), 1, width, width), unseen, dtype=base.dtype)
     reads = torch.full((len(rows), most + 1), -1)
     for number, one in enumerate(rows):
         length = len(one.ids)
@@ -139,7 +149,7 @@ def padded(base: Base, rows: Sequence[Row], apart: bool) -> Batch:
         # A padded place sees what a real one does: a row of nothing has no softmax.
         mask[number, 0, :, :length] = 0
         if apart:
-            mask[number, 0, first : one.behind, first : one.behind] = UNSEEN
+            mask[number, 0, first : one.behind, first : one.behind] = unseen
             for start, stop in zip(one.masks, [*one.masks[1:], one.behind], strict=True):
                 mask[number, 0, start:stop, start:stop] = 0
         reads[number, : len(one.masks)] = torch.tensor(one.masks)

@@ -163,7 +163,7 @@ class Combined:
         for axes in (2, 4):
             alike = {n: b for n, b in batches.items() if b.inputs["attention_mask"].ndim == axes}
             if alike:
-                found |= self._pass(alike)
+                found |= self.run(alike)
         return found
 
     def _collated(self, name: str, examples: Sequence[Example]) -> Batch:
@@ -178,7 +178,8 @@ class Combined:
         fields = to_device(batch.as_kwargs(), base.device)
         return Batch.from_kwargs(fields)
 
-    def _pass(self, batches: Mapping[str, Batch]) -> dict[str, Tensor]:
+    def run(self, batches: Mapping[str, Batch]) -> dict[str, Tensor]:
+        """Outputs of collated batches, by task, in one pass: of tasks that can share one."""
         base = self.base
         numbers = [self._tasks[name].number for name in batches]
         merged = mixed.merged(base, list(batches.values()), numbers)

@@ -60,7 +60,7 @@ class Delta:
         """
         if store not in PRECISIONS:
             raise SettingError(f"store {store!r} is unknown. {near(store, PRECISIONS)}")
-        readout = readout.settled(base)
+        readout = readout.settled(base, labels)
         found = [
             *streams.encode("method", method.pack(base, change), store, base),
             *streams.encode("readout", readout.pack(head), store, base),

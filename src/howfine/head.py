@@ -61,7 +61,7 @@ def answer_of(base: Base, config: Mapping[str, Any], head: Tensors) -> Answer:
     labels = () if len(weight) == 1 else labels
     readout: Any = default_readout()
     try:
-        readout = replace(readout, pooling=base.anatomy.pooling).settled(base)
+        readout = replace(readout, pooling=base.anatomy.pooling).settled(base, labels)
         state = readout.attach(base, labels).state_dict()
     except SettingError:  # such as a pooler that the base never had
         return no_answer()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -65,13 +66,21 @@ def single_token(base: Base, word: str, what: str) -> int:
     return ids[0]
 
 
-def pieces(base: Base, text: str) -> list[int]:
-    """Token numbers of a text that stands after a space, without special tokens around it."""
+def pieces(base: Base, text: str, after_space: bool = True) -> list[int]:
+    """Token numbers of a text, as after a space or a start, without special tokens around it."""
     tokenizer = base.tokenizer
-    ids: list[int] = tokenizer(_spaced(tokenizer) + text, add_special_tokens=False)["input_ids"]
+    if tokenizer is None:
+        raise SettingError(
+            f"{text!r} can't be read: {base.name} came without a tokenizer; give attach() one"
+        )
+    if not text.strip():
+        return []
+    before = _spaced(tokenizer) if after_space else ""
+    ids: list[int] = tokenizer(before + text, add_special_tokens=False)["input_ids"]
     return ids
 
 
+@functools.lru_cache(maxsize=16)
 def around(tokenizer: Any) -> tuple[list[int], list[int]]:
     """Token numbers that the tokenizer puts before and after a text."""
     inner = tokenizer("a", add_special_tokens=False)["input_ids"]
@@ -82,6 +91,7 @@ def around(tokenizer: Any) -> tuple[list[int], list[int]]:
     return [], []
 
 
+@functools.lru_cache(maxsize=16)
 def _spaced(tokenizer: Any) -> str:
     """A space where the tokenizer tells words by the space before them and adds none itself."""
     alone, after = tokenizer.tokenize("a"), tokenizer.tokenize(" a")

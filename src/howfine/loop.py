@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -14,7 +15,7 @@ from transformers import set_seed
 from howfine.base import Base
 from howfine.cost import PeakMemory
 from howfine.delta import Delta
-from howfine.errors import SettingError
+from howfine.errors import SettingError, TaskError
 from howfine.probe import GradientProbe
 from howfine.readout import Wired
 from howfine.recipe import Recipe
@@ -42,6 +43,8 @@ class Fit:
         outside: Mapping[str, Tensor] | None = None,
     ) -> None:
         set_seed(seed)
+        recipe = replace(recipe, readout=recipe.readout.settled(base, task.labels))
+        _check_readout(recipe, task)
         self.memory = PeakMemory(base.device)
         start = start or Start({})
         _check_start(recipe, start)
@@ -56,6 +59,7 @@ class Fit:
             undo.callback(base.towers.eval)
             change = undo.enter_context(recipe.method.attach(base, probe))
             if training.gradient_checkpointing:
+                _check_checkpointing(recipe)
                 undo.callback(_checkpoint_activations(base))
             self.trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
             self.parts = Parts(base, task, recipe, model, head, change)
@@ -79,7 +83,7 @@ class Fit:
         """What training left, as a delta. Raises TrainingError where it is not finite."""
         made = self.parts
         made.model.eval()
-        made.recipe.readout.remember(made.model, made.base, made.task.splits["train"])
+        self.trainer.remember()
         for name, parameter in made.model.named_parameters():
             if parameter.requires_grad and not bool(torch.isfinite(parameter).all()):
                 raise self.trainer.diverged(f"{name} holds NaN or infinity")
@@ -107,6 +111,24 @@ def _check_start(recipe: Recipe, start: Start) -> None:
         raise SettingError(
             f"recipe {recipe.name}: its method begins where another training ended, and the start "
             "moves no weight; name a delta, a checkpoint or a phase that does (--start)"
+        )
+
+
+def _check_readout(recipe: Recipe, task: Task) -> None:
+    """A readout that sees no options would learn to answer by their numbers."""
+    if not recipe.readout.reads_options and any(row.options for row in task.splits["train"]):
+        raise TaskError(
+            f"the examples of task {task.name} have options of their own, which the readout of "
+            f"recipe {recipe.name} does not read; choose one that does, such as the recipe unimc's"
+        )
+
+
+def _check_checkpointing(recipe: Recipe) -> None:
+    """transformers' layers recompute nothing in evaluation mode."""
+    if recipe.training.eval_mode:
+        raise SettingError(
+            f"recipe {recipe.name}: gradient_checkpointing has no effect with eval_mode; set one "
+            "of them to false"
         )
 
 

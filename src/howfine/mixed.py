@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from howfine.base import Base
 from howfine.batch import Batch
-from howfine.choices import UNSEEN
+from howfine.choices import unseen_in
 
 
 def merged(base: Base, batches: Sequence[Batch], numbers: Sequence[int]) -> Batch:
@@ -37,7 +37,7 @@ def _input(base: Base, batch: Batch, name: str, width: int) -> Tensor:
     ids, value = batch.inputs["input_ids"], batch.inputs.get(name)
     more = width - ids.shape[1]
     if name == "attention_mask" and value is not None and value.ndim == 4:
-        wider = functional.pad(value, (0, more), value=UNSEEN)
+        wider = functional.pad(value, (0, more), value=unseen_in(value.dtype))
         # Places of padding see what the last place does: a row of nothing has no softmax.
         return torch.cat([wider, wider[:, :, -1:].expand(-1, -1, more, -1)], dim=2)
     if name == "position_ids" and value is None:

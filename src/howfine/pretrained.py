@@ -58,10 +58,7 @@ def read(source: str, kind: str, revision: str | None) -> tuple[nn.Module, Any, 
     """
     import transformers
 
-    options: dict[str, Any] = {"revision": revision} if revision else {}
-    gguf = sorted(Path(source).glob("*.gguf")) if Path(source).is_dir() else []
-    if gguf:
-        options["gguf_file"] = gguf[0].name
+    options = _named(source, revision)
     named = dict(options)
     try:
         with quiet_transformers():
@@ -95,11 +92,20 @@ def read(source: str, kind: str, revision: str | None) -> tuple[nn.Module, Any, 
     return model, tokenizer, missing
 
 
+def _named(source: str, revision: str | None) -> dict[str, Any]:
+    """What says which checkpoint of a source is meant."""
+    options: dict[str, Any] = {"revision": revision} if revision else {}
+    gguf = sorted(Path(source).glob("*.gguf")) if Path(source).is_dir() else []
+    if gguf:
+        options["gguf_file"] = gguf[0].name
+    return options
+
+
 def language_kind(source: str, revision: str | None) -> str:
     """ "masked_lm" or "causal_lm". Raises BaseNotFound for an architecture that is neither."""
     import transformers
 
-    options = {"revision": revision} if revision else {}
+    options = _named(source, revision)
     try:
         with quiet_transformers():
             config = transformers.AutoConfig.from_pretrained(source, **options)

@@ -41,6 +41,13 @@ class Readout(ABC):
 
     # Which kind of base it needs: see `howfine.base.KINDS`.
     kind: ClassVar[str] = "body"
+    # Whether it reads an example's own options, in tasks that have such.
+    reads_options: ClassVar[bool] = False
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether a stored head holds what a later phase would train on."""
+        return True
 
     def __init_subclass__(cls) -> None:
         if cls.__bases__ != (Readout,):
@@ -50,8 +57,8 @@ class Readout(ABC):
     def attach(self, base: Base, labels: Labels) -> Head:
         """A freshly initialised, trainable head."""
 
-    def settled(self, base: Base) -> Readout:
-        """The same readout with nothing left for the base to say: what a delta stores."""
+    def settled(self, base: Base, labels: Labels) -> Readout:
+        """The same readout with nothing left for base and task to say: what a delta stores."""
         return self
 
     @property
@@ -127,6 +134,7 @@ class Wired(nn.Module):
             for module in self.modules():  # what trains knows it; all else computes as in use
                 own = module.parameters(recurse=False)
                 module.training = any(parameter.requires_grad for parameter in own)
+            self.head.training = True  # not its dropout: that it trains is for it to know
         return self
 
     def state_dict(  # type: ignore[override]

@@ -51,15 +51,15 @@ def of_delta(delta: Delta, base: Base, readout: Readout, labels: Labels) -> Star
             base, "which a fit of another change can't go on from; start from one of weights"
         )
         found = {path: weight_at(base, path).clone() for path in base.paths()}
-    known = delta.labels == labels and delta.readout == readout.settled(base)
-    if head is not None and not known:
+    known = delta.labels == labels and delta.readout == readout.settled(base, labels)
+    if head is not None and head.state_dict() and not known:
         raise SettingError(
             f"the delta to start from answers {list(delta.labels)} by {delta.readout}, this fit "
-            f"{list(labels)} by {readout.settled(base)}: its head would mean something else; "
-            "start from one of the same task and readout"
+            f"{list(labels)} by {readout.settled(base, labels)}: its head would mean something "
+            "else; start from one of the same task and readout"
         )
     moved = {p: w for p, w in found.items() if not torch.equal(w, base.original(p))}
-    return Start(moved, head)
+    return Start(moved, head if known and readout.goes_on else None)
 
 
 def weight_at(base: Base, path: str) -> Tensor:

@@ -7,6 +7,7 @@ in between.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 
 from torch import Tensor, nn
@@ -87,6 +88,8 @@ def reweight(model: nn.Module, path: str, gate: nn.Module) -> Undo:
 def rewire(module: nn.Module, forward: Callable[..., Tensor]) -> Undo:
     """Let a module compute by `forward` instead of its own: the same outputs, another backward."""
     before = module.__dict__.get("forward")  # an instance's own: accelerate's hooks are
+    # Callers read the signature, this package's own among them.
+    forward.__signature__ = inspect.signature(module.forward)  # type: ignore[attr-defined]
     module.forward = forward
 
     def undo() -> None:

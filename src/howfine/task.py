@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from howfine import checks
-from howfine.errors import SettingError, TaskError, TaskNotFound, UnknownLabel, near
+from howfine.errors import BadSplit, SettingError, TaskError, TaskNotFound, UnknownLabel, near
 from howfine.tasks import (
     SPLITS,
     Found,
@@ -119,11 +119,19 @@ class Task:
         Test stays whole. Raises SettingError for a count < 1 and for scores, BadSplit where a
         class has too few rows.
         """
-        if count < 1 or not self.labels:
+        if count < 1:
             raise SettingError(f"{count} examples of each class of {self.name}: expected 1 or more")
+        if not self.labels:
+            raise SettingError(f"task {self.name} has scores and no classes to take examples of")
         rows = self.splits["train"]
         chosen = shots([row.label for row in rows], count, np.random.default_rng(seed))
         few = {s: [rows[i] for i in part] for s, part in zip(SPLITS, chosen, strict=False)}
+        lost = {row.label for row in rows} - {row.label for row in few["train"]}
+        if lost:
+            raise BadSplit(
+                f"task {self.name}: class {self.labels[int(min(lost))]!r} has one train example, "
+                "expected two at least: one to train and one to choose by"
+            )
         made = f"{self.provenance}; {count} of each class for train and for dev, seed {seed}"
         return replace(self, splits={**self.splits, **few}, provenance=made)
 

@@ -26,6 +26,8 @@ from howfine.task import Example
 
 _PART = re.compile(r"\{(?P<kind>text|pair|mask|slot)(\*(?P<count>\d+))?(=(?P<word>[^{}]+))?\}")
 _TEXTS = ("{text}", "{pair}")
+# Parts at most: a number in a file is not to ask for any memory it likes.
+MOST = 4096
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,8 @@ class Template:
         the mask token or don't fit the holes, SettingError where the rest has no room.
         """
         limit = min(max_length, base.room)
-        rows = [self._row(base, example, limit) for example in examples]
+        fixed = [_fixed(base, part, at == 0) for at, part in enumerate(self.parts)]
+        rows = [self._row(base, example, limit, fixed) for example in examples]
         width = max(len(row.ids) for row in rows)
         pad = base.tokenizer.pad_token_id or 0
         inputs = {
@@ -74,11 +77,10 @@ class Template:
         slots = _padded([row.slots for row in rows], width, -1) if self.slots else None
         return Batch(inputs=inputs, slots=slots, reads=torch.tensor(masks))
 
-    def _row(self, base: Base, example: Example, limit: int) -> _Row:
+    def _row(self, base: Base, example: Example, limit: int, fixed: Sequence[list[int]]) -> _Row:
         before, after = around(base.tokenizer)
         texts = self._texts(base, example)
-        fixed = {number: _fixed(base, part) for number, part in enumerate(self.parts)}
-        taken = len(before) + len(after) + sum(map(len, fixed.values()))
+        taken = len(before) + len(after) + sum(map(len, fixed))
         if taken + any(texts.values()) > limit:
             raise SettingError(
                 f"template {self.written!r} takes {taken} of {limit} tokens and leaves no room "
@@ -110,7 +112,7 @@ class Template:
             )
         found: dict[str, list[int]] = {hole: [] for hole in holes}
         for hole, text in zip(holes, example.texts, strict=False):
-            found[hole] = pieces(base, text)
+            found[hole] = pieces(base, text, after_space=self.parts[0].kind != hole)
             if self.masks and base.tokenizer.mask_token_id in found[hole]:
                 raise TaskError(
                     f"a text holds the mask token {base.tokenizer.mask_token}: {text[:80]!r}; "
@@ -140,6 +142,8 @@ def parse(written: str) -> Template:
             raise SettingError(f"template {written!r}: {kind} may stand there once")
         if match["word"] and kind != "{slot}":
             raise SettingError(f"template {written!r}: only a slot can begin as a word")
+        if count > MOST - len(parts):
+            raise SettingError(f"template {written[:80]!r} has more than {MOST} parts; shorten it")
         parts += [Part(kind, match["word"] or "")] * count
     parts += _words(written, written[at:])
     if not any(part.kind == "{text}" for part in parts):
@@ -156,10 +160,10 @@ def _words(written: str, between: str) -> list[Part]:
     return [Part("", between.strip())] if between.strip() else []
 
 
-def _fixed(base: Base, part: Part) -> list[int]:
-    """Token numbers of a part that is no text."""
+def _fixed(base: Base, part: Part, first: bool) -> list[int]:
+    """Token numbers of a part that is no text; the first one stands after no space."""
     if not part.kind:
-        return pieces(base, part.word)
+        return pieces(base, part.word, after_space=not first)
     if part.kind == "{mask}":
         if base.tokenizer.mask_token_id is None:
             raise SettingError(

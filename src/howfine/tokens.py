@@ -8,12 +8,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from howfine import surgery
 from howfine.base import Base
 from howfine.batch import current
 from howfine.change import Undo
-from howfine.errors import SettingError
+from howfine.errors import DeltaError, SettingError
 
 _HELD = "howfine_vectors"
 
@@ -27,6 +28,7 @@ def fill(base: Base, vectors: nn.Parameter, slots: int) -> Undo:
     embedding = base.embedding
     released = surgery.hold(embedding, _HELD, vectors)
     look_up = embedding.forward
+    checked: list[bool] = []
 
     def forward(ids: Tensor) -> Tensor:
         found = look_up(ids)
@@ -34,14 +36,20 @@ def fill(base: Base, vectors: nn.Parameter, slots: int) -> Undo:
         if batch is None or batch.slots is None or batch.slots.shape != ids.shape:
             return found
         here = batch.slots.to(ids.device)
+        if not checked:  # once: it asks an accelerator for a number
+            checked.append(True)
+            if int(here.max()) >= slots:
+                raise DeltaError(
+                    f"the readout's inputs have {int(here.max()) + 1} slots and the change holds "
+                    f"{slots} vectors for them; the file is damaged, or its template was altered"
+                )
         chosen = vectors[here.clamp(min=0)].to(found.dtype)
         return torch.where((here >= 0).unsqueeze(-1), chosen, found)
 
-    restored = surgery.rewire(embedding, forward) if slots else None
+    restored = surgery.rewire(embedding, forward)
 
     def undo() -> None:
-        if restored is not None:
-            restored()
+        restored()
         released()
 
     return undo
@@ -59,12 +67,16 @@ def prepend(base: Base, vectors: nn.Parameter, first: int) -> Undo:
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         kwargs = named(run, args, kwargs)
+        if _cached(kwargs) > count:  # a later step of a generation: the cache has the front
+            return run(**_after_front(base, kwargs, count))
         ids, given = kwargs.pop("input_ids", None), kwargs.pop("inputs_embeds", None)
         own = embedding(ids) if given is None else given
         front = vectors[first:].to(own.dtype).expand(len(own), -1, -1)
-        kwargs = _longer(kwargs, own, count)
-        state = run(inputs_embeds=torch.cat([front, own], dim=1), **kwargs)
-        return without_front(body, state, count)
+        kwargs = _longer(base, kwargs, own, count)
+        whole = kwargs.pop("return_dict", None) is not False
+        state = run(inputs_embeds=torch.cat([front, own], dim=1), return_dict=True, **kwargs)
+        state = without_front(body, state, count)
+        return state if whole else state.to_tuple()
 
     restored = surgery.rewire(body, forward)
     base.reserved += count
@@ -76,7 +88,24 @@ def prepend(base: Base, vectors: nn.Parameter, first: int) -> Undo:
     return undo
 
 
-def _longer(kwargs: dict[str, Any], own: Tensor, count: int) -> dict[str, Any]:
+def _cached(kwargs: dict[str, Any]) -> int:
+    """Positions that a cache holds already."""
+    cache = kwargs.get("past_key_values")
+    return int(cache.get_seq_length()) if cache is not None else 0
+
+
+def _after_front(base: Base, kwargs: dict[str, Any], count: int) -> dict[str, Any]:
+    """Inputs of a step whose cache begins with what stands in front."""
+    made = dict(kwargs)
+    mask = made.get("attention_mask")
+    if mask is not None and mask.ndim == 2:
+        made["attention_mask"] = functional.pad(mask, (count, 0), value=1)
+    if made.get("position_ids") is not None:
+        made["position_ids"] = made["position_ids"] + count
+    return made
+
+
+def _longer(base: Base, kwargs: dict[str, Any], own: Tensor, count: int) -> dict[str, Any]:
     """The other inputs of a model, for as many more positions."""
     rows, length = own.shape[:2]
     made = dict(kwargs)
@@ -94,7 +123,7 @@ def _longer(kwargs: dict[str, Any], own: Tensor, count: int) -> dict[str, Any]:
         made["token_type_ids"] = torch.cat([types.new_zeros(rows, count), types], dim=1)
     places = made.get("position_ids")
     if places is not None:
-        front = torch.arange(count, device=own.device).expand(rows, -1)
+        front = torch.arange(count, device=own.device).expand(rows, -1) + base.first_position
         made["position_ids"] = torch.cat([front, places + count], dim=1)
     return made
 
@@ -120,7 +149,13 @@ def later(base: Base, before: Callable[[], None], count: int) -> Undo:
     """
     body = base.body
     run = body.forward
-    count = count if numbered(base) else 0
+    if count and not numbered(base):
+        if getattr(base.config, "max_position_embeddings", None):
+            raise SettingError(
+                f"{base.config.model_type} numbers its positions itself and takes no others, so "
+                "those of the text can't start later; set shift=False"
+            )
+        count = 0
     _check_room(base, count)
 
     def forward(*args: Any, **kwargs: Any) -> Any:

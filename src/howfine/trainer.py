@@ -135,13 +135,6 @@ class PartsTrainer(Trainer):
                 f"{len(odd)} parameters, such as {odd[0]}; name another folder with --work"
             )
 
-    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Trainer's, once the readout has what it remembers of the training examples."""
-        made = self.parts
-        made.recipe.readout.remember(made.model, made.base, made.task.splits["train"])
-        found: dict[str, float] = super().evaluate(*args, **kwargs)
-        return found
-
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """Groups of the method, then the head with its own rate; no decay on biases and norms."""
         if self.optimizer is None:
@@ -178,7 +171,17 @@ class PartsTrainer(Trainer):
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """Trainer's, of what would be stored now: the best state is to be the best file."""
         with self._as_stored(evaluating=True):
+            self._remember()
             return super().evaluation_loop(*args, **kwargs)
+
+    def remember(self) -> None:
+        """Let the readout take what it needs of the training examples, from what is stored."""
+        with self._as_stored(evaluating=True):
+            self._remember()
+
+    def _remember(self) -> None:
+        made = self.parts
+        made.recipe.readout.remember(made.model, made.base, made.task.splits["train"])
 
     def _as_stored(self, evaluating: bool = False) -> AbstractContextManager[None]:
         made = self.parts

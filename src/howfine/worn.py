@@ -138,7 +138,7 @@ def _norm(module: Any, scales: Tensor, shifts: Tensor) -> Any:
         rows = worn_rows(len(x)).to(x.device)
         plain = functional.layer_norm(x, module.normalized_shape, None, None, module.eps)
         shape = (len(x), *[1] * (x.ndim - 2), -1)
-        return plain * scales[rows].view(shape) + shifts[rows].view(shape)
+        return torch.addcmul(shifts[rows].view(shape), plain, scales[rows].view(shape))
 
     return forward
 

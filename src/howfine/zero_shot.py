@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import fields
 from typing import Any
 
 from howfine.base import Base
+from howfine.errors import SettingError
 from howfine.evaluate import examples_of, logits
 from howfine.readout import Wired
 from howfine.recipe import Recipe
@@ -29,6 +31,11 @@ def zero_shot(
     Raises SettingError for a base without a masked language model and for two equal options,
     TaskError for a text that holds the mask token.
     """
+    if isinstance(texts, str):
+        raise SettingError("zero_shot takes several texts; put the one in a list")
+    known: Any = Recipe.load(RECIPE).readout
+    if unknown := set(settings) - {field.name for field in fields(known)}:
+        raise SettingError(f"zero_shot has no setting {', '.join(sorted(unknown))}: nothing trains")
     recipe = Recipe.load(RECIPE).override(options=tuple(options), question=question, **settings)
     read = recipe.readout
     base = Base.load(base, kind=read.kind) if isinstance(base, str) else base

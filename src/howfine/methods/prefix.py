@@ -110,7 +110,7 @@ class Prefix(Method):
                 f"prefix init_text {self.init_text!r} has {len(ids)} tokens, and length is "
                 f"{self.length}; expected as many at most"
             )
-        found = attention.recorded(base, torch.tensor(ids[:length]))
+        found = attention.recorded(base, torch.tensor(ids[:length]), once=True)
         both = torch.stack([part for pair in found for part in pair])  # (2n, heads, p, width)
         return both.permute(2, 0, 1, 3).flatten(1).float()
 
@@ -149,9 +149,10 @@ class Prefix(Method):
         return 1e-3
 
     def unpack(self, base: Base, tensors: Tensors) -> Change:
-        found = tensors.get("keys_values")
         numbers = _numbers(base)
-        if found is None or len(tensors) > 1 or found.ndim != 2 or found.shape[1] != numbers:
+        found = tensors.get("keys_values", torch.zeros(0))
+        fits = len(tensors) == 1 and not found.is_sparse and found.is_floating_point()
+        if not fits or found.ndim != 2 or not len(found) or found.shape[1] != numbers:
             shapes = {name: tuple(value.shape) for name, value in tensors.items()}
             raise DamagedDelta(
                 f"prefix: found {shapes}, expected keys_values of rows of {numbers} numbers; the "

@@ -63,6 +63,8 @@ class Prompt(Method):
     def _begun(self, base: Base, number: int, word: str) -> Tensor:
         """The vector that one slot begins as, (E,)."""
         table = base.original(f"{base.embedding_path}.weight").float()
+        # Gemma's embeddings multiply what they look up.
+        table = table * getattr(base.embedding, "embed_scale", 1.0)
         if word:
             return table[language.single_token(base, word, "slot word")].clone()
         if self.init == "normal":
@@ -76,7 +78,7 @@ class Prompt(Method):
         return table[ids[number % len(ids)]].clone()
 
     def _token(self, base: Base) -> int:
-        found = getattr(base.tokenizer, f"{self.init}_id")
+        found = getattr(base.tokenizer, f"{self.init}_id", None)
         if found is None:
             raise SettingError(
                 f"prompt init {self.init!r}: {base.name} has no such token; use text, table or "
@@ -110,6 +112,8 @@ class Prompt(Method):
         if (
             found is None
             or len(tensors) > 1
+            or found.is_sparse
+            or not found.is_floating_point()
             or found.ndim != 2
             or found.shape[1] != width
             or len(found) < max(1, self.length)

@@ -40,13 +40,13 @@ class Classifier(Readout):
                 "expected at least 1 token and a share from 0 to below 1"
             )
 
-    def settled(self, base: Base) -> Classifier:
+    def settled(self, base: Base, labels: Labels) -> Classifier:
         """With the pooling that this base states: another copy of it may state another."""
         pooling: Any = base.pooling if self.pooling == "base" else self.pooling
         return replace(self, pooling=pooling)
 
     def attach(self, base: Base, labels: Labels) -> Head:
-        pooling = self.settled(base).pooling
+        pooling = self.settled(base, labels).pooling
         if pooling == "pooler" and not base.has_pooler:
             raise SettingError(
                 f"classifier pooling 'pooler': the base {base.name} has no pooler; "

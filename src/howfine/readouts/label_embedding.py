@@ -61,6 +61,10 @@ class LabelEmbedding(Readout):
         return template.parse(self.template).slots
 
     @property
+    def goes_on(self) -> bool:
+        return not self._remembers  # label vectors are not stored beside prototypes
+
+    @property
     def _remembers(self) -> bool:
         return self.inference != "scores"
 

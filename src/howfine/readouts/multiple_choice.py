@@ -14,7 +14,7 @@ so on other tasks, it answers a new one untrained.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -40,6 +40,7 @@ class MultipleChoice(Readout):
     """The options, what is asked, and which losses train."""
 
     kind = "language_model"
+    reads_options = True
 
     # An option for each class in the labels' order; {text} and {pair} in it stand for the texts.
     # None: the class names, or each example's own options.
@@ -65,6 +66,11 @@ class MultipleChoice(Readout):
 
     def attach(self, base: Base, labels: Labels) -> Head:
         language.require(base, "readout multiple_choice", (language.MASKED,))
+        if not base.anatomy.plain_attention:
+            raise SettingError(
+                f"multiple_choice keeps options apart by positions and an attention mask, which "
+                f"{base.config.model_type} takes no account of in that form; give another base"
+            )
         if not labels:
             raise SettingError(
                 "multiple_choice needs classes, and this task is a regression; use classifier"
@@ -75,6 +81,10 @@ class MultipleChoice(Readout):
                 f"for each of {list(labels)}"
             )
         return _Chooser(base, self, labels)
+
+    def settled(self, base: Base, labels: Labels) -> MultipleChoice:
+        """With the class names as options, where none are given."""
+        return replace(self, options=self.options or labels)
 
     def collate(self, base: Base, examples: Sequence[Example], labelled: bool = True) -> Batch:
         rows = [choices.row(base, self, example) for example in examples]
@@ -121,8 +131,10 @@ class _Chooser(Head):
             )
         inputs = dict(batch.inputs)
         guessed = None
-        if self.training and self.guesses and batch.targets is not None:
-            guessed = self._hide(inputs, starts)
+        if self.guesses and batch.targets is not None:
+            # Nothing is hidden in evaluation: the options' masks alone are guessed.
+            none = torch.zeros_like(inputs["input_ids"], dtype=torch.bool)
+            guessed = self._hide(inputs, starts) if self.training else none
         state = towers.get_submodule(self.body_path)(**inputs).last_hidden_state
         tower = towers[self.tower_name]
         rows = torch.arange(len(state), device=state.device).unsqueeze(1)

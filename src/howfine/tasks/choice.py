@@ -78,7 +78,7 @@ def _rows(path: Path) -> list[Row]:
             raise TaskError(
                 f"{path}, row {number}: label {label} of {len(options)} options; expected an index"
             )
-        if len({option.strip() for option in options}) < len(options):
+        if len({option.strip().casefold() for option in options}) < len(options):
             continue  # two options are the same: no answer is right alone
         question = _ASKED.get(row["question"], row["question"])
         texts = (question, row.get("context") or "")

@@ -1,0 +1,200 @@
+"""Runs for a paper's claims: cells (a recipe with settings) on tasks with seeds, and the page.
+
+What `warp.py`, `perfect.py` and `unimc.py` share: a ledger with one line a run, a table, a verdict
+for each claim.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import date
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+import torch
+
+from howfine.base import Base
+from howfine.container import write_atomically
+from howfine.delta import SUFFIX
+from howfine.errors import HowfineError
+from howfine.evaluate import evaluate
+from howfine.ledger import Ledger, Record, pack_predictions
+from howfine.recipe import Recipe
+from howfine.task import DATA_VARIABLE, Task
+from howfine.tune import tune
+
+ROOT = Path(__file__).parent.parent
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A recipe with settings."""
+
+    name: str
+    recipe: str | Recipe
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    def made(self, **common: Any) -> Recipe:
+        found = Recipe.load(self.recipe) if isinstance(self.recipe, str) else self.recipe
+        return found.override(**{**common, **self.settings})
+
+
+def arguments(about: str, minutes: float = 90.0) -> argparse.ArgumentParser:
+    """The options that all these benches have."""
+    parser = argparse.ArgumentParser(description=about)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--data", default=os.environ.get(DATA_VARIABLE))
+    parser.add_argument("--base", required=True, help="a masked language model")
+    parser.add_argument("--minutes", type=float, default=minutes)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--page", action="store_true", help="write the page, run nothing")
+    return parser
+
+
+class TimeUp(Exception):
+    """The minutes are over; the ledger holds what was done."""
+
+
+class Bench:
+    """Runs what a ledger lacks, a line each."""
+
+    def __init__(self, ledger: Path, options: argparse.Namespace) -> None:
+        torch.set_num_threads(options.threads)
+        self.ledger, self.options = Ledger(ledger), options
+        self.deadline = time.monotonic() + 60 * options.minutes
+        self.tasks: dict[str, Task] = {}
+        self.bases: dict[str, Base] = {}
+
+    def base(self, kind: str) -> Base:
+        if kind not in self.bases:
+            self.bases[kind] = Base.load(self.options.base, kind=kind)
+        return self.bases[kind]
+
+    def once(self, key: str, run: Callable[[], Record], **facts: Any) -> None:
+        """Run and record, unless the ledger has it. Raises TimeUp."""
+        if key in self.ledger.records():
+            return
+        if time.monotonic() > self.deadline:
+            raise TimeUp
+        start = time.perf_counter()
+        try:
+            found = run()
+        except HowfineError as error:
+            found = {"error": f"{type(error).__name__}: {error}"}
+        record = {"key": key, **facts, **found, "date": date.today().isoformat()}
+        record["machine"] = machine(self.options.threads)
+        record["wall_seconds"] = round(time.perf_counter() - start, 1)
+        self.ledger.add(record)
+        said = record.get("error") or f"{record.get('score', 0):.4f}"
+        print(key, said, f"{record['wall_seconds']:.0f} s", flush=True)
+
+    def fit(self, cell: Cell, task: Task, seed: int, **common: Any) -> Record:
+        """Train, store, load again, score on test."""
+        recipe = cell.made(**common)
+        base = self.base(recipe.readout.kind)
+        with tempfile.TemporaryDirectory() as folder:
+            done = tune(base, task, recipe, out=Path(folder) / f"x{SUFFIX}", seed=seed)
+            test = evaluate(done.delta, base, task, split="test")
+        return {
+            "score": test.value,
+            "dev": done.score.value,
+            "metric": test.metric,
+            "n": test.n,
+            "train_size": len(task.splits["train"]),
+            "bytes": done.bytes,
+            "trainable": done.trainable,
+            "steps": done.steps,
+            "seconds": round(done.seconds, 1),
+            "predictions": pack_predictions(test.predictions),
+        }
+
+
+def machine(threads: int) -> str:
+    """What a run was made on, in words."""
+    return f"{os.cpu_count()} CPU cores ({platform.machine()}), {threads} thread"
+
+
+class Results:
+    """A ledger's records by task and cell."""
+
+    def __init__(self, records: Mapping[str, Record]) -> None:
+        self.records = [record for record in records.values() if "score" in record]
+
+    def rows(self, task: str, cell: str) -> list[Record]:
+        return [r for r in self.records if r["task"] == task and r["cell"] == cell]
+
+    def scores(self, task: str, cell: str) -> list[float]:
+        return [100 * row["score"] for row in self.rows(task, cell)]
+
+    def mean(self, task: str, cell: str) -> float | None:
+        found = self.scores(task, cell)
+        return mean(found) if found else None
+
+    def both(self, tasks: Iterable[str], *cells: str) -> list[str]:
+        """The tasks on which all the cells were run with equally many seeds."""
+        return [
+            task
+            for task in tasks
+            if len({len(self.rows(task, cell)) for cell in cells}) == 1
+            and self.rows(task, cells[0])
+        ]
+
+    def over(self, tasks: Sequence[str], cell: str, of: Callable[..., float] = mean) -> float:
+        """The mean over tasks of a cell's mean (or worst, or deviation) over its runs."""
+        return mean(of(self.scores(task, cell)) for task in tasks)
+
+
+Verdict = tuple[str, bool | None]  # figures in words; None where runs are lacking
+Claim = tuple[str, str, Callable[[Results], Verdict]]  # name, statement, check
+
+
+def table(results: Results, tasks: Sequence[str], cells: Sequence[str]) -> list[str]:
+    """A row a cell, a column a task: mean ± deviation (worst) over so many runs."""
+    lines = [f"| cell | {' | '.join(tasks)} | trained | bytes |"]
+    lines += ["|" + " --- |" * (len(tasks) + 3)]
+    for cell in cells:
+        rows = [row for task in tasks for row in results.rows(task, cell)]
+        if not rows:
+            continue
+        said = [_said(results.scores(task, cell)) for task in tasks]
+        numbers = f"{rows[0]['trainable']:,}" if "trainable" in rows[0] else ""
+        size = f"{round(mean(row['bytes'] for row in rows)):,}" if "bytes" in rows[0] else ""
+        lines.append(f"| {cell} | {' | '.join(said)} | {numbers} | {size} |")
+    return lines
+
+
+def _said(scores: Sequence[float]) -> str:
+    if not scores:
+        return ""
+    spread = f" ± {stdev(scores):.1f}" if len(scores) > 1 else ""
+    return f"{mean(scores):.1f}{spread} ({min(scores):.1f}; {len(scores)})"
+
+
+def verdicts(results: Results, claims: Sequence[Claim]) -> list[str]:
+    """A row a claim."""
+    lines = ["| claim | says | found | |", "| --- | --- | --- | --- |"]
+    for name, statement, check in claims:
+        found, held = check(results)
+        word = {True: "holds", False: "**does not hold**", None: "not run"}[held]
+        lines.append(f"| {name} | {statement} | {found} | {word} |")
+    return lines
+
+
+def write(path: Path, title: str, about: str, results: Results, parts: Sequence[str]) -> None:
+    """The page: what was run on what, then the parts."""
+    dates = sorted({record["date"] for record in results.records}) or ["no day yet"]
+    when = " to ".join(dict.fromkeys([dates[0], dates[-1]]))
+    machines = "; ".join(sorted({record["machine"] for record in results.records})) or "none yet"
+    lines = [f"# {title}", "", about, ""]
+    lines += [
+        f"{len(results.records):,} runs, {when}, on {machines}. Scores are of the delta file,"
+    ]
+    lines += ["loaded again, times 100: mean ± deviation (worst; number of runs).", "", *parts]
+    write_atomically(path, ("\n".join(lines) + "\n").encode())
