@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,8 @@ from peft_peer import PeftPeer
 # Three rates are tried for each entry. The head's own rate is the same for all but where a recipe
 # names another.
 HEAD_RATE = 1e-2
+# Epochs of the entries that say "long".
+LONG = 10
 RATES = {
     "full": (5e-5, 1e-4, 3e-4),
     "head": (3e-3, 1e-2, 3e-2),
@@ -44,6 +46,8 @@ class Entry:
     rates: str
     settings: Mapping[str, Any] = field(default_factory=dict)
     side: str = "howfine"  # or "peft"
+    # Epochs where they are not those that all entries share: few numbers take more steps.
+    epochs: int = 0
 
     def recipe(self, rate: float, **common: Any) -> Recipe:
         """The recipe at a learning rate, with settings that all entries share; its own win."""
@@ -53,6 +57,8 @@ class Entry:
             found, own = Recipe(self.name, peer, readout("classifier"), training), {}
         else:
             found, own = Recipe.load(self.what), dict(self.settings)
+        if self.epochs:
+            own["epochs"] = self.epochs
         return found.override(**{**common, "learning_rate": rate, **own})
 
 
@@ -72,6 +78,15 @@ OURS = [
         "sparse-tiny-2x", "sparse-tiny", "vectors", {"start_precision": "bf16", "density": 0.024}
     ),
     Entry("sparse-tiny-4x", "sparse-tiny", "vectors", {"start_precision": "bf16", "density": 0.05}),
+    Entry("sparse-tiny-8x", "sparse-tiny", "vectors", {"start_precision": "bf16", "density": 0.1}),
+    Entry("sparse-tiny-16x", "sparse-tiny", "vectors", {"start_precision": "bf16", "density": 0.2}),
+    Entry(
+        "sparse-tiny-4x-long",
+        "sparse-tiny",
+        "vectors",
+        {"start_precision": "bf16", "density": 0.05},
+        epochs=LONG,
+    ),
     Entry("bias-norm", "bias-norm", "vectors"),
     Entry("lora-xs-int4", "lora-xs", "cores", {"store": "int4", "reference": True}),
     Entry("head-only-int4", "head-only", "head", {"store": "int4", "reference": True}),
@@ -131,6 +146,13 @@ PEERS = [
     _peer("tinylora-small", "TINYLORA", "prompt", ATTENTION, **_TINY),
     _peer("tinylora-min", "TINYLORA", "prompt", ONE, **_TINY),
 ]
+# The peers that are small and near: the same number of epochs as the long ones of ours.
+PEERS += [
+    replace(entry, name=f"{entry.name}-long", epochs=LONG)
+    for entry in PEERS
+    if entry.name
+    in ("lora-min", "lora-r1-qv", "ia3-small", "ia3-min", "beft-min", "ln-min", "beft")
+]
 ENTRIES = {entry.name: entry for entry in [*OURS, *PEERS]}
 # Entries of one kind, each with more numbers than the one before it. Where one keeps the score,
 # those after it can't be the smallest; where one is far below, those before it won't keep it.
@@ -138,7 +160,7 @@ LADDERS = [
     tuple(names.split())
     for names in (
         "head-only-int4 head-only-int8 head-only",
-        "sparse-tiny sparse-tiny-2x sparse-tiny-4x bias-norm",
+        "sparse-tiny sparse-tiny-2x sparse-tiny-4x sparse-tiny-8x sparse-tiny-16x bias-norm",
         "layernorm-top layernorm bitfit",
         "mask-top mask",
         "lora-min lora-r1-qv lora-r2-qv lora-r4-qv lora-r8-qv",

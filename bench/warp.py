@@ -159,7 +159,8 @@ MiniLM (6 × 384) with a masked language model's head, continued on 9 M tokens o
 rows: {sizes}; {some["epochs"]} epochs, batch {some["batch_size"]}, seeds {listed(SEEDS)}. FewGLUE's
 CB and RTE: 32 rows, {more["epochs"]} epochs, batch {more["batch_size"]}, seeds {listed(FEW_SEEDS)}.
 All in {some["precision"]} autocast, the best of {states} states on dev. Tests are the official
-validation sets. `full` is full fine-tuning with a linear layer. Transfer from NLI (claim 6) is not run: prompts can't be started from another delta's yet."""
+validation sets. `full` is full fine-tuning with a linear layer. Transfer from NLI (claim 6) is not
+run: prompts can't be started from another delta's yet."""
     parts = ["## Claims", "", *claims.verdicts(results, CLAIMS), "", "## Scores", ""]
     parts += claims.table(results, [*TASKS, *FEW], names)
     claims.write(PAGE, "WARP: free input vectors", about, results, parts)

@@ -34,7 +34,7 @@ def small(tmp_path, monkeypatch):
 
 
 def test_the_python_snippets_run(small, capsys):
-    assert len(SNIPPETS) == 2
+    assert len(SNIPPETS) == 3
     exec(compile(SNIPPETS[0], "README.md", "exec"), {})
     bytes_on_disk, score = capsys.readouterr().out.split()
     (file,) = (small / "runs").iterdir()
@@ -45,6 +45,20 @@ def test_the_python_snippets_run(small, capsys):
     before = {name: value.clone() for name, value in model.state_dict().items()}
     exec(compile("import howfine, torch\n" + SNIPPETS[1], "README.md", "exec"), {"model": model})
     assert all((model.state_dict()[name] == value).all() for name, value in before.items())
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/combine.md"])
+def test_several_tasks_run(small, page):
+    """Two tasks' files by the names that the page gives them."""
+    base, task = howfine.Base.load("minilm"), Task.load("rotten-tomatoes")
+    for name, recipe in (("mood", "adapter"), ("same", "head-only")):
+        howfine.tune(base, task, recipe, out=f"{name}.delta.safetensors")
+    text = (Path(__file__).parent.parent / page).read_text()
+    (snippet,) = (s for s in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "combine" in s)
+    found = {"howfine": howfine}
+    exec(compile(snippet.replace("tasks.predict", "found = tasks.predict"), page, "exec"), found)
+    assert [answer["task"] for answer in found["found"]][:2] == ["mood", "same"]
+    assert all(0 <= answer["probability"] <= 1 for answer in found["found"])
 
 
 def test_the_commands_run(small):
@@ -64,8 +78,8 @@ def test_the_commands_run(small):
 
 def test_every_verb_is_in_the_table():
     said = howfine_here("--help").out
-    verbs = re.findall(r"^\W*([a-z]+) {2,}", said[said.index("Commands") :], re.MULTILINE)
-    table = set(re.findall(r"`([a-z]+)`", " ".join(re.findall(r"^\| (`.*?) \|", TEXT, re.M))))
+    verbs = re.findall(r"^\W*([a-z-]+) {2,}", said[said.index("Commands") :], re.MULTILINE)
+    table = set(re.findall(r"`([a-z-]+)`", " ".join(re.findall(r"^\| (`.*?) \|", TEXT, re.M))))
     assert len(verbs) >= 9
     assert set(verbs) == table
 
