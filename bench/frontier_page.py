@@ -82,7 +82,8 @@ held-out rows are rows of train that nothing was trained on.
   linear schedule with a tenth of warm-up, gradients clipped at 1, {common["precision"]} autocast,
   one linear layer on the mean of the last hidden states. A recipe of several phases has more
   steps; the ledger has them. Entries that end in -long have {LONG} epochs: few
-  numbers take more steps, and the small ones of both sides get them. PEFT's methods run in howfine's training loop.
+  numbers take more steps, and the small ones of both sides get them. PEFT's methods run in
+  howfine's training loop.
 - **Rates**: every entry tries three learning rates on {TUNED_ON} with the first seed; the best one
   on the held-out rows is its rate on all tasks. Full fine-tuning tries its three on every task. The
   head has a rate of its own ({HEAD_RATE:g}, or what the recipe says). No rate was chosen on test
