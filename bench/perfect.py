@@ -173,7 +173,8 @@ def page(results: Results) -> None:
     steps, states = c["max_steps"], c["evaluations"]
     about = f"""Written by `python bench/perfect.py --data DIR --base MASKED_LM`. Base:
 `minilm-mlm`, MiniLM (6 × 384) with a masked language model's head (the head is not used).
-LM-BFF's 16-shot splits {splits}, {len(SEEDS)} training seeds (one for the numbers of masks and their place);
+LM-BFF's 16-shot splits {splits}, {len(SEEDS)} training seeds (one for the numbers
+of masks and their place);
 {steps} steps of batch {c["batch_size"]} (the paper: 6,000 of 32), the best of {states}
 states on dev, {c["precision"]} autocast. Tests: at most {TEST:,} rows of the official validation
 sets or LM-BFF's own. Accuracy everywhere."""
