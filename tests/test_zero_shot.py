@@ -17,7 +17,7 @@ from howfine.base import Base
 from howfine.cli import app
 from howfine.compare import delta_distance
 from howfine.delta import SUFFIX
-from howfine.errors import SettingError, TaskError, TaskNotFound
+from howfine.errors import BaseNotFound, SettingError, TaskError, TaskNotFound
 from howfine.extract import extract
 from howfine.merge import merge
 from howfine.method import method
@@ -133,6 +133,14 @@ def test_a_base_loads_as_the_language_model_it_is(name: str, kind: str, tmp_path
     base = Base.load(str(tmp_path), kind="language_model")
     assert base.kind == kind
     assert base.fingerprint == tiny.fingerprint
+
+
+def test_a_base_saved_without_its_head_is_told(tmp_path: Path) -> None:
+    body = tiny_base("bert")
+    body.tower.save_pretrained(tmp_path)
+    body.tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(BaseNotFound, match="saved without a language model's head: it lacks cls"):
+        Base.load(str(tmp_path), kind="language_model")
 
 
 # --- tasks with options of their own -------------------------------------------------------------

@@ -144,6 +144,12 @@ def _zero_pooler(model: Any, missing: list[str], source: str, kind: str) -> None
     """Set missing parameters of the pooler to zero. Raises BaseNotFound for any other one."""
     pooler = anatomy_of(model.config).pooler
     lost = [path for path in missing if not pooler or not path.startswith(pooler)]
+    body = f"{model.base_model_prefix}."
+    if lost and kind != "body" and not any(path.startswith(body) for path in lost):
+        raise BaseNotFound(
+            f"base {source!r} was saved without a language model's head: it lacks {lost[0]} and "
+            f"{len(lost) - 1} more parameters; give a base that has its head"
+        )
     if lost:
         raise BaseNotFound(
             f"base {source!r} lacks {len(lost)} of {len(list(model.parameters()))} parameters of "
