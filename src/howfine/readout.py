@@ -57,7 +57,7 @@ class Readout(ABC):
     def attach(self, base: Base, labels: Labels) -> Head:
         """A freshly initialised, trainable head."""
 
-    def settled(self, base: Base, labels: Labels) -> Readout:
+    def settled(self, base: Base, labels: Labels = ()) -> Readout:
         """The same readout with nothing left for base and task to say: what a delta stores."""
         return self
 

@@ -40,7 +40,7 @@ class Classifier(Readout):
                 "expected at least 1 token and a share from 0 to below 1"
             )
 
-    def settled(self, base: Base, labels: Labels) -> Classifier:
+    def settled(self, base: Base, labels: Labels = ()) -> Classifier:
         """With the pooling that this base states: another copy of it may state another."""
         pooling: Any = base.pooling if self.pooling == "base" else self.pooling
         return replace(self, pooling=pooling)

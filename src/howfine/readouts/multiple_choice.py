@@ -82,7 +82,7 @@ class MultipleChoice(Readout):
             )
         return _Chooser(base, self, labels)
 
-    def settled(self, base: Base, labels: Labels) -> MultipleChoice:
+    def settled(self, base: Base, labels: Labels = ()) -> MultipleChoice:
         """With the class names as options, where none are given."""
         return replace(self, options=self.options or labels)
 
