@@ -146,6 +146,12 @@ class Results:
             and self.rows(task, cells[0])
         ]
 
+    def common(self, task: str, *cells: str) -> list[list[float]]:
+        """Scores of the cells with the seeds that all of them have; [] without any."""
+        rows = [{row["seed"]: 100 * row["score"] for row in self.rows(task, c)} for c in cells]
+        seeds = sorted(set.intersection(*map(set, rows)))
+        return [[row[seed] for seed in seeds] for row in rows] if seeds else []
+
     def over(self, tasks: Sequence[str], cell: str, of: Callable[..., float] = mean) -> float:
         """The mean over tasks of a cell's mean (or worst, or deviation) over its runs."""
         return mean(of(self.scores(task, cell)) for task in tasks)

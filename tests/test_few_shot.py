@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -304,3 +305,60 @@ def test_prototypes_are_of_what_is_stored(tmp_path: Path) -> None:
         exact = wired.head.prototypes
     # What is left is the rounding of the prototypes themselves.
     assert (stored - exact).norm() / exact.norm() < 0.14
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [("adapter", {"beside": ("norm",)}), ("prompt", {"length": 3}), ("prefix", {"hidden": 0})],
+)
+def test_a_fit_goes_on_from_a_delta_of_its_method(
+    kind: str, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    """With rate 0 what is stored is what was begun with; of another task the head is its own."""
+    base, task = tiny_base("bert"), tiny_task()
+    read = readout("classifier", max_length=32)
+    first = Recipe(
+        "first", method(kind, **settings), read, Training(max_steps=3, learning_rate=0.1)
+    )
+    path, again = tmp_path / f"first{SUFFIX}", tmp_path / f"again{SUFFIX}"
+    tune(base, task, first, out=path)
+    still = Training(max_steps=1, learning_rate=0.0, readout_learning_rate=0.0)
+    second = Recipe("second", method(kind, **settings), read, still, start=str(path))
+    tune(base, task, second, out=again)
+    (before, head), (after, kept) = (Delta.load(file).tensors(base) for file in (path, again))
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert all(torch.equal(head[name], kept[name]) for name in head)
+    other = replace(task, labels=("yes", "no"))
+    tune(base, other, second, out=again)
+    after, kept = Delta.load(again).tensors(base)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert not torch.equal(head["linear.weight"], kept["linear.weight"])
+
+
+def test_what_can_not_go_on_is_told(tmp_path: Path) -> None:
+    base, task = tiny_base("bert"), tiny_task()
+    read, brief = readout("classifier", max_length=32), Training(max_steps=1)
+    path, out = tmp_path / f"first{SUFFIX}", tmp_path / f"x{SUFFIX}"
+
+    def fit(kind: str, **settings: Any) -> None:
+        tune(
+            base, task, Recipe("x", method(kind, **settings), read, brief, start=str(path)), out=out
+        )
+
+    tune(base, task, Recipe("x", method("prompt", length=3), read, brief), out=path)
+    with pytest.raises(SettingError, match="has 3 vectors, and this fit has 0 slots and length 5"):
+        fit("prompt", length=5)
+    with pytest.raises(SettingError, match="of its own beside"):
+        fit("adapter")
+    tune(base, task, Recipe("x", method("prefix", length=3, hidden=0), read, brief), out=path)
+    with pytest.raises(SettingError, match="not the net that made them"):
+        fit("prefix", hidden=8)
+    tune(base, task, Recipe("x", method("adapter", reduction=4), read, brief), out=path)
+    with pytest.raises(DamagedDelta, match="adapter tensors don't fit"):
+        fit("adapter", reduction=8)
+    moved = Recipe("x", method("full"), read, Training(max_steps=3))
+    tune(base, task, moved, out=path)
+    with pytest.raises(SettingError, match="begins at the base's weights"):
+        fit("adapter")
+    assert base.is_untouched()

@@ -211,6 +211,7 @@ class TinyProbe:
         self.start = tuned_weights(base) if base else {}
         self.outside: dict[str, Tensor] = {}
         self.slots = readout.slots
+        self.begun: dict[str, Tensor] = {}
 
     def gradients(
         self,

@@ -54,7 +54,9 @@ class Fit:
         training = recipe.training
         model = Wired(base, recipe.readout, head, dropout=not training.eval_mode)
         rows = task.splits["train"]
-        probe = GradientProbe(model, base, rows, training.batch_size, start.weights, outside)
+        probe = GradientProbe(
+            *(model, base, rows, training.batch_size, start.weights, outside), begun=start.begun
+        )
         with ExitStack() as undo:
             undo.callback(base.towers.eval)
             change = undo.enter_context(recipe.method.attach(base, probe))
@@ -101,7 +103,7 @@ class Fit:
 def _check_start(recipe: Recipe, start: Start) -> None:
     """A method that begins at the base can go on from an earlier head, but not from weights."""
     asks = recipe.method.start
-    if start.weights and asks == "none":
+    if start.weights and asks in ("none", "own"):
         raise SettingError(
             f"recipe {recipe.name}: its method begins at the base's weights, and the start has "
             f"moved {len(start.weights)} tensors of them; start from a readout alone, or leave it "

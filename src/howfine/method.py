@@ -42,6 +42,11 @@ class Probe(Protocol):
         ...
 
     @property
+    def begun(self) -> Mapping[str, Tensor]:
+        """What an earlier delta of the same method holds, to go on from: see `Method.start`."""
+        ...
+
+    @property
     def slots(self) -> tuple[str, ...]:
         """Free positions that the readout has in every input: a word to begin with, or ""."""
         ...
@@ -68,9 +73,10 @@ class Method(ABC):
 
     # Whether attaching alone leaves the outputs as they were.
     starts_at_base: ClassVar[bool] = True
-    # Whether a fit starts from the weights of an earlier phase or another checkpoint (Probe.start);
-    # every method may go on from an earlier phase's head.
-    start: ClassVar[Literal["none", "optional", "needed"]] = "none"
+    # Whether a fit starts from the weights of an earlier phase or another checkpoint (Probe.start),
+    # or from what a delta of its own method holds ("own", Probe.begun); every method may go on from
+    # an earlier phase's head.
+    start: ClassVar[Literal["none", "optional", "needed", "own"]] = "none"
     # What it packs and unpacks, whatever its settings: the new values of some entries of any
     # tensors of the base (sparse tensors at their paths), of any whole tensors, or something else.
     holds: ClassVar[Literal["entries", "tensors", "other"]] = "other"

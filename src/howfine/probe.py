@@ -35,11 +35,12 @@ class GradientProbe:
         batch_size: int,
         start: Mapping[str, Tensor] | None = None,
         outside: Mapping[str, Tensor] | None = None,
+        begun: Mapping[str, Tensor] | None = None,
     ) -> None:
         self.model, self.base = model, base
         self.examples, self.batch_size = examples, batch_size
         self.start, self.outside = dict(start or {}), dict(outside or {})
-        self.slots = model.readout.slots
+        self.slots, self.begun = model.readout.slots, dict(begun or {})
 
     def gradients(
         self,

@@ -6,7 +6,7 @@ Of an earlier phase, as stored in its delta file, or of another checkpoint of th
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -16,6 +16,7 @@ from howfine import container, pretrained
 from howfine.base import Base
 from howfine.delta import Delta, only_weights
 from howfine.errors import BaseError, SettingError
+from howfine.method import Method
 from howfine.readout import Head, Labels, Readout
 
 
@@ -25,9 +26,13 @@ class Start:
 
     weights: Mapping[str, Tensor]
     head: Head | None = None
+    # What a delta of the same method holds, where that is no weights.
+    begun: Mapping[str, Tensor] = field(default_factory=dict)
 
 
-def of_file(path: str | Path, base: Base, readout: Readout, labels: Labels) -> Start:
+def of_file(
+    path: str | Path, base: Base, readout: Readout, labels: Labels, method: Method
+) -> Start:
     """The start in a delta file, or in a checkpoint folder of the base's architecture.
 
     Raises SettingError where there is neither, DeltaError and WrongBase for a delta that can't be
@@ -35,7 +40,7 @@ def of_file(path: str | Path, base: Base, readout: Readout, labels: Labels) -> S
     """
     path = Path(path)
     if container.is_delta(path):
-        return of_delta(Delta.load(path), base, readout, labels)
+        return of_delta(Delta.load(path), base, readout, labels, method)
     if not path.is_dir():
         raise SettingError(
             f"start {str(path)!r} is neither a recipe, nor a delta file, nor the folder of a "
@@ -44,8 +49,14 @@ def of_file(path: str | Path, base: Base, readout: Readout, labels: Labels) -> S
     return Start(_of_checkpoint(path, base))
 
 
-def of_delta(delta: Delta, base: Base, readout: Readout, labels: Labels) -> Start:
-    """The start that a delta is, decoded as evaluation decodes it; its head where it has one."""
+def of_delta(delta: Delta, base: Base, readout: Readout, labels: Labels, method: Method) -> Start:
+    """The start that a delta is, decoded as evaluation decodes it; its head where it has one.
+
+    A delta of the same method as the fit's, where that goes on from its own kind, may be of another
+    task: its head is then left behind.
+    """
+    if type(delta.method) is type(method) and method.start == "own":
+        return _of_own(delta, base, readout, labels)
     with delta.changed(base) as head:
         only_weights(
             base, "which a fit of another change can't go on from; start from one of weights"
@@ -60,6 +71,13 @@ def of_delta(delta: Delta, base: Base, readout: Readout, labels: Labels) -> Star
         )
     moved = {p: w for p, w in found.items() if not torch.equal(w, base.original(p))}
     return Start(moved, head if known and readout.goes_on else None)
+
+
+def _of_own(delta: Delta, base: Base, readout: Readout, labels: Labels) -> Start:
+    tensors, head = delta.tensors(base)
+    same = delta.labels == labels and delta.readout == readout.settled(base, labels)
+    known = same and readout.goes_on and bool(head)
+    return Start({}, readout.unpack(base, labels, head) if known else None, tensors)
 
 
 def weight_at(base: Base, path: str) -> Tensor:

@@ -132,14 +132,14 @@ def _before(base: Base, task: Task, recipe: Recipe, seed: int, kept: Path) -> _B
     if first is None:
         return _Before()
     if isinstance(first, str):
-        return _Before(start_of.of_file(first, base, recipe.readout, task.labels))
+        return _Before(start_of.of_file(first, base, recipe.readout, task.labels, recipe.method))
     record = json.dumps(_record(base, task, first, seed) | {"recipe": ""}, sort_keys=True)
     path = kept / f"{hashlib.sha256(record.encode()).hexdigest()[:16]}{SUFFIX}"
     costs = path.with_suffix(".json")
     if not costs.exists():
         _fit_phase(base, task, first, seed, path, costs)
     spent = json.loads(costs.read_text())
-    start = start_of.of_delta(Delta.load(path), base, recipe.readout, task.labels)
+    start = start_of.of_delta(Delta.load(path), base, recipe.readout, task.labels, recipe.method)
     return _Before(start, spent["seconds"], spent["steps"])
 
 

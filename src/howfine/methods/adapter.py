@@ -45,6 +45,7 @@ class Adapter(Method):
     """How narrow adapters are, how they begin, and what trains beside them."""
 
     starts_at_base: ClassVar[bool] = False
+    start: ClassVar[Any] = "own"
 
     # Where they stand in a layer: on the feed-forward net's output, before the residual.
     placement: Literal["feed_forward"] = "feed_forward"
@@ -80,11 +81,17 @@ class Adapter(Method):
                 nn.init.zeros_(linear.bias)
             if not self.std:
                 nn.init.zeros_(module.up.weight)
+        begun: Tensors = dict(probe.begun) if probe is not None else {}
+        if begun:
+            self._fill(base, made, begun)
         with all_or_nothing() as undo:
             self._insert(base, made, undo)
             paths = base.choose(self.beside) if self.beside else []
             beside = whole.attach(base, paths)
             undo.append(beside.remove)
+            with torch.no_grad():
+                for path in beside.trainable.keys() & begun.keys():
+                    beside.trainable[path].copy_(begun[path])
             trainable = {
                 f"{inserted.path(base, layer)}:{name}": value
                 for layer, module in made.items()
@@ -122,10 +129,19 @@ class Adapter(Method):
         return 1e-4
 
     def unpack(self, base: Base, tensors: Tensors) -> Change:
-        own = {name: value for name, value in tensors.items() if name.startswith("adapter.")}
         made = {}
         for layer in inserted.layers(base):
             made[layer] = self._module(base).requires_grad_(False)
+        own = self._fill(base, made, tensors)
+        with all_or_nothing() as undo:
+            self._insert(base, made, undo)
+            rest = {name: value for name, value in tensors.items() if name not in own}
+            undo.append(whole.unpack(base, rest).remove)
+            return Change({}, undo)
+
+    def _fill(self, base: Base, made: dict[int, Bottleneck], tensors: Tensors) -> Tensors:
+        """Put stored values into modules; those that are the adapters'. Raises DamagedDelta."""
+        own = {name: value for name, value in tensors.items() if name.startswith("adapter.")}
         expected = {
             f"adapter.{layer}.{name}": value
             for layer, module in made.items()
@@ -142,11 +158,7 @@ class Adapter(Method):
         with torch.no_grad():
             for name, value in expected.items():
                 value.copy_(own[name])
-        with all_or_nothing() as undo:
-            self._insert(base, made, undo)
-            rest = {name: value for name, value in tensors.items() if name not in own}
-            undo.append(whole.unpack(base, rest).remove)
-            return Change({}, undo)
+        return own
 
     @classmethod
     def wear(

@@ -70,6 +70,7 @@ class Prefix(Method):
     """How many positions, how they are made in training, and what they begin as."""
 
     starts_at_base: ClassVar[bool] = False
+    start: ClassVar[Any] = "own"
 
     # Positions in front. With init_text 0: as many as it has tokens.
     length: int = 10
@@ -90,6 +91,8 @@ class Prefix(Method):
     def attach(self, base: Base, probe: Probe | None = None) -> Change:
         if base.tower_name != "text":
             raise SettingError(f"prefix: {base.name} reads no tokens; give a text base")
+        if probe is not None and probe.begun:
+            return self._put_on(base, _Rows(self._earlier(probe)).to(base.device))
         target = self._words(base) if self.init_text else None
         length = self.length if target is None else len(target)
         numbers = _numbers(base)
@@ -100,6 +103,15 @@ class Prefix(Method):
         if target is not None:
             net.fit(target.cpu())
         return self._put_on(base, net.to(base.device))
+
+    def _earlier(self, probe: Probe) -> Tensor:
+        """Keys and values of an earlier delta, which train themselves: no net is stored."""
+        if self.hidden:
+            raise SettingError(
+                "prefix: a delta holds keys and values and not the net that made them; set "
+                "hidden=0 to go on from one"
+            )
+        return probe.begun["keys_values"].clone()
 
     def _words(self, base: Base) -> Tensor:
         """(p, numbers): keys and values of the words, p being their tokens or `length`."""

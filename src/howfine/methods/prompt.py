@@ -29,6 +29,7 @@ class Prompt(Method):
     """How many vectors stand in front, and what all of them begin as."""
 
     starts_at_base: ClassVar[bool] = False
+    start: ClassVar[Any] = "own"
 
     # Vectors in front of every input, beside those at a template's slots.
     length: int = 0
@@ -56,9 +57,21 @@ class Prompt(Method):
             )
         if base.tower_name != "text":
             raise SettingError(f"prompt: {base.name} reads no tokens; give a text base")
+        if probe is not None and probe.begun:
+            return self._put_on(base, nn.Parameter(self._earlier(probe, words)))
         started = torch.stack([self._begun(base, number, word) for number, word in
                                enumerate((*words, *[""] * self.length))])  # fmt: skip
         return self._put_on(base, nn.Parameter(started))
+
+    def _earlier(self, probe: Probe, words: tuple[str, ...]) -> Tensor:
+        """The vectors of an earlier delta, which has as many."""
+        found = probe.begun["vectors"]
+        if len(found) != len(words) + self.length:
+            raise SettingError(
+                f"prompt: the delta to start from has {len(found)} vectors, and this fit has "
+                f"{len(words)} slots and length {self.length}; use the same template and length"
+            )
+        return found.clone()
 
     def _begun(self, base: Base, number: int, word: str) -> Tensor:
         """The vector that one slot begins as, (E,)."""
