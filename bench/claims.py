@@ -58,6 +58,22 @@ def arguments(about: str, minutes: float = 90.0) -> argparse.ArgumentParser:
     return parser
 
 
+def main(
+    about: str,
+    ledger: Path,
+    run: Callable[[Bench], None],
+    page: Callable[[Results], None],
+) -> None:
+    """Run what the ledger lacks while there is time, then write the page of all it has."""
+    options = arguments(about).parse_args()
+    if not options.page:
+        try:
+            run(Bench(ledger, options))
+        except TimeUp:
+            print("time is up; call again to go on")
+    page(Results(Ledger(ledger).records()))
+
+
 class TimeUp(Exception):
     """The minutes are over; the ledger holds what was done."""
 

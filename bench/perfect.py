@@ -13,9 +13,8 @@ from dataclasses import replace
 from statistics import mean, stdev
 
 import claims
-from claims import ROOT, Bench, Cell, Results, TimeUp, Verdict
+from claims import ROOT, Bench, Cell, Results, Verdict
 
-from howfine.ledger import Ledger
 from howfine.method import method
 from howfine.readout import readout
 from howfine.recipe import Recipe, Training
@@ -61,17 +60,6 @@ CELLS = [
 ]
 # The last ones with one training seed.
 FULL_RUNS = 6
-
-
-def main() -> None:
-    options = claims.arguments(__doc__).parse_args()
-    bench = Bench(LEDGER, options)
-    if not options.page:
-        try:
-            run(bench)
-        except TimeUp:
-            print("time is up; call again to go on")
-    page(Results(Ledger(LEDGER).records()))
 
 
 def run(bench: Bench) -> None:
@@ -184,4 +172,4 @@ sets or LM-BFF's own. Accuracy everywhere."""
 
 
 if __name__ == "__main__":
-    main()
+    claims.main(__doc__ or "", LEDGER, run, page)

@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import claims
-from claims import ROOT, Bench, Results, TimeUp, Verdict
+from claims import ROOT, Bench, Results, Verdict
 
 from howfine.base import Base
 from howfine.delta import SUFFIX, Delta
 from howfine.evaluate import logits, score
-from howfine.ledger import Ledger, Record
+from howfine.ledger import Record
 from howfine.readout import Wired
 from howfine.recipe import Recipe
 from howfine.task import Task
@@ -53,17 +53,6 @@ ASKED: dict[str, dict[str, Any]] = {
     "mc/mctest500": {},
 }
 TEST = 1000
-
-
-def main() -> None:
-    options = claims.arguments(__doc__).parse_args()
-    bench = Bench(LEDGER, options)
-    if not options.page:
-        try:
-            run(bench)
-        except TimeUp:
-            print("time is up; call again to go on")
-    page(Results(Ledger(LEDGER).records()))
 
 
 def run(bench: Bench) -> None:
@@ -215,4 +204,4 @@ task. Scores of chance and of the most frequent answer: {said or "none"}."""
 
 
 if __name__ == "__main__":
-    main()
+    claims.main(__doc__ or "", LEDGER, run, page)

@@ -17,7 +17,6 @@ import claims
 from claims import ROOT, Bench, Cell, Results, TimeUp, Verdict
 
 from howfine.delta import SUFFIX
-from howfine.ledger import Ledger
 from howfine.method import method
 from howfine.readout import readout
 from howfine.recipe import Recipe, Training
@@ -69,20 +68,14 @@ TRANSFER, NLI_ROWS = "warp-20 from SNLI", 3000
 TRANSFERRED = ("rte", *FEW)
 
 
-def main() -> None:
-    options = claims.arguments(__doc__).parse_args()
-    bench = Bench(LEDGER, options)
-    if not options.page:
-        try:
-            run(bench)
-            with tempfile.TemporaryDirectory() as folder:
-                transfer(bench, Path(folder))
-        except TimeUp:
-            print("time is up; call again to go on")
-    page(Results(Ledger(LEDGER).records()))
-
-
 def run(bench: Bench) -> None:
+    """Everything, the most telling first."""
+    alone(bench)
+    with tempfile.TemporaryDirectory() as folder:
+        transfer(bench, Path(folder))
+
+
+def alone(bench: Bench) -> None:
     """Large tasks by cell, then the few-shot ones."""
     plan = [(task, cell, seed) for cell in CELLS for task in TASKS for seed in SEEDS]
     few = [(task, cell, seed) for cell in FEW_CELLS for task in FEW for seed in FEW_SEEDS]
@@ -219,4 +212,4 @@ vectors of a training on {NLI_ROWS:,} rows of SNLI with the same seed."""
 
 
 if __name__ == "__main__":
-    main()
+    claims.main(__doc__ or "", LEDGER, run, page)

@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from howfine import plugins
 from howfine.base import Base
@@ -109,6 +110,18 @@ class Readout(ABC):
             )
         head.load_state_dict(tensors)
         return head.to(base.device)
+
+
+def class_loss(outputs: Tensor, targets: Tensor) -> Tensor:
+    """Cross-entropy of (B, K) logits, or the mean squared error of (B, 1) scores; a scalar."""
+    if outputs.shape[-1] == 1:
+        return functional.mse_loss(outputs.float().squeeze(-1), targets.float())
+    return functional.cross_entropy(outputs.float(), targets)
+
+
+def class_answer(outputs: Tensor) -> Tensor:
+    """(B,) the class of the highest of (B, K) logits, or (B, 1) scores as they are."""
+    return outputs.squeeze(-1).float() if outputs.shape[-1] == 1 else outputs.argmax(-1)
 
 
 class Wired(nn.Module):

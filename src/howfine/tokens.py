@@ -78,7 +78,11 @@ def prepend(base: Base, vectors: nn.Parameter, first: int) -> Undo:
         state = without_front(body, state, count)
         return state if whole else state.to_tuple()
 
-    restored = surgery.rewire(body, forward)
+    return _reserving(base, count, surgery.rewire(body, forward))
+
+
+def _reserving(base: Base, count: int, restored: Undo) -> Undo:
+    """Take so many positions from texts until the undo, which is then of both."""
     base.reserved += count
 
     def undo() -> None:
@@ -166,14 +170,7 @@ def later(base: Base, before: Callable[[], None], count: int) -> Undo:
             kwargs["position_ids"] = positions(base, kwargs) + count
         return run(*args, **kwargs)
 
-    restored = surgery.rewire(body, forward)
-    base.reserved += count
-
-    def undo() -> None:
-        restored()
-        base.reserved -= count
-
-    return undo
+    return _reserving(base, count, surgery.rewire(body, forward))
 
 
 def numbered(base: Base) -> bool:

@@ -16,7 +16,7 @@ from torch.nn import functional
 from howfine.base import Base
 from howfine.batch import Batch
 from howfine.errors import SettingError
-from howfine.readout import Head, Labels, Readout
+from howfine.readout import Head, Labels, Readout, class_answer, class_loss
 from howfine.task import Example
 
 
@@ -82,12 +82,10 @@ class Classifier(Readout):
         return Batch(inputs=dict(encoded), targets=targets)
 
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        if outputs.shape[-1] == 1:
-            return functional.mse_loss(outputs.float().squeeze(-1), targets.float())
-        return functional.cross_entropy(outputs.float(), targets)
+        return class_loss(outputs, targets)
 
     def predict(self, outputs: Tensor) -> Tensor:
-        return outputs.squeeze(-1).float() if outputs.shape[-1] == 1 else outputs.argmax(-1)
+        return class_answer(outputs)
 
 
 def _fill_empty(encoded: Any, tokenizer: Any) -> None:

@@ -14,13 +14,12 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from howfine import language, template
 from howfine.base import Base
 from howfine.batch import Batch
 from howfine.errors import SettingError
-from howfine.readout import Head, Labels, Readout
+from howfine.readout import Head, Labels, Readout, class_answer, class_loss
 from howfine.task import Example
 
 
@@ -85,12 +84,10 @@ class Verbalizer(Readout):
         return batch
 
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        if outputs.shape[-1] == 1:
-            return functional.mse_loss(outputs.float().squeeze(-1), targets.float())
-        return functional.cross_entropy(outputs.float(), targets)
+        return class_loss(outputs, targets)
 
     def predict(self, outputs: Tensor) -> Tensor:
-        return outputs.squeeze(-1).float() if outputs.shape[-1] == 1 else outputs.argmax(-1)
+        return class_answer(outputs)
 
 
 class _ClassVectors(Head):
