@@ -104,6 +104,8 @@ held-out rows are rows of train that nothing was trained on.
 - *Header + head + change* account for every byte of the first seed's file, as `howfine inspect`
   does; the ledger has them for every run.
 - **Scores** are of the file, loaded again.
+- *howfine's bytes at this score*, beside a peer: the smallest file of howfine's whose mean over the
+  same seeds is as high or higher, and how many times smaller it is.
 - An entry **keeps {KEPT:.0%}** when its mean over the seeds does. *Seeds* counts those that keep it
   against full fine-tuning with the same seed. *Chance* is the share of resampled test rows and
   seeds in which it is kept, both sides scored on the same rows. The smallest of many entries is
@@ -182,8 +184,8 @@ def _table(results: TaskResults) -> list[str]:
     """Entries by size, smallest first."""
     lines = [
         "| entry | side | rate | trainable | bytes | header + head + change | score | of full "
-        "| seeds | chance | keeps |",
-        "|" + " --- |" * 11,
+        "| seeds | chance | keeps | howfine's bytes at this score |",
+        "|" + " --- |" * 12,
     ]
     for row in sorted(results.rows.values(), key=lambda row: row.bytes):
         score = f"{100 * row.score:.2f} ± {100 * row.spread:.2f}"
@@ -200,8 +202,19 @@ def _table(results: TaskResults) -> list[str]:
             cells += [unfinished or ("yes" if results.keeps(row) else "no")]
         else:
             cells += [""] * 4
+        cells += [_matching(results, row)]
         lines.append(f"| {' | '.join(cells)} |")
     return lines
+
+
+def _matching(results: TaskResults, row: Row) -> str:
+    """For a peer: the smallest file of howfine's that scores as much, and how many times smaller."""
+    if row.entry.side == "howfine":
+        return ""
+    ours = results.matching(row)
+    if ours is None or ours.entry.name == FULL:
+        return "none"
+    return f"{round(ours.bytes):,} ({row.bytes / ours.bytes:.1f} times fewer)"
 
 
 def _left_out(results: TaskResults, entries: Sequence[Entry]) -> list[str]:

@@ -180,6 +180,18 @@ class TaskResults:
         kept = [row for row in rows if row.entry.side == side]
         return min(kept, key=lambda row: row.bytes, default=None)
 
+    def matching(self, row: Row) -> Row | None:
+        """howfine's smallest file that scores as much as a row or more, over the row's own seeds."""
+        seeds = {run["seed"] for run in row.runs}
+
+        def score(other: Row) -> float | None:
+            found = {run["seed"]: run["score"] for run in other.runs}
+            return mean(found[seed] for seed in seeds) if seeds <= found.keys() else None
+
+        ours = [o for o in self.rows.values() if o.entry.side == "howfine"]
+        kept = [o for o in ours if (found := score(o)) is not None and found >= row.score]
+        return min(kept, key=lambda other: other.bytes, default=None)
+
     def failures(self) -> dict[str, set[str]]:
         """Errors by entry, word for word."""
         found: dict[str, set[str]] = {}
