@@ -208,7 +208,7 @@ def _table(results: TaskResults) -> list[str]:
 
 
 def _matching(results: TaskResults, row: Row) -> str:
-    """For a peer: the smallest file of howfine's that scores as much, and how many times smaller."""
+    """For a peer: howfine's smallest file that scores as much, and how many times smaller it is."""
     if row.entry.side == "howfine":
         return ""
     ours = results.matching(row)

@@ -181,7 +181,7 @@ class TaskResults:
         return min(kept, key=lambda row: row.bytes, default=None)
 
     def matching(self, row: Row) -> Row | None:
-        """howfine's smallest file that scores as much as a row or more, over the row's own seeds."""
+        """howfine's smallest file that scores as much as a row or more, over the row's seeds."""
         seeds = {run["seed"] for run in row.runs}
 
         def score(other: Row) -> float | None:
