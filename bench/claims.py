@@ -163,14 +163,21 @@ class Results:
         ]
 
     def common(self, task: str, *cells: str) -> list[list[float]]:
-        """Scores of the cells with the seeds that all of them have; [] without any."""
-        rows = [{row["seed"]: 100 * row["score"] for row in self.rows(task, c)} for c in cells]
+        """Scores of the cells with the seeds (and splits) that all have; [] without any."""
+        rows = [{_run(row): 100 * row["score"] for row in self.rows(task, c)} for c in cells]
         seeds = sorted(set.intersection(*map(set, rows)))
         return [[row[seed] for seed in seeds] for row in rows] if seeds else []
 
-    def over(self, tasks: Sequence[str], cell: str, of: Callable[..., float] = mean) -> float:
+    def over(
+        self, tasks: Sequence[str], cell: str, of: Callable[[list[float]], float] | None = None
+    ) -> float:
         """The mean over tasks of a cell's mean (or worst, or deviation) over its runs."""
-        return mean(of(self.scores(task, cell)) for task in tasks)
+        return mean((of or mean)(self.scores(task, cell)) for task in tasks)
+
+
+def _run(row: Record) -> tuple[Any, ...]:
+    """What tells the runs of a cell apart."""
+    return row.get("split"), row["seed"]
 
 
 Verdict = tuple[str, bool | None]  # figures in words; None where runs are lacking

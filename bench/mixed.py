@@ -60,22 +60,30 @@ def timed(run: Callable[[], object]) -> float:
 
 
 def measure(base: Base, chosen: Method, rounds: int) -> dict[str, object]:
-    """Seconds with one change and with as many as rows, alternating."""
+    """Seconds with no change, with one and with as many as rows, alternating."""
     deltas = [made(base, chosen, seed) for seed in range(ROWS)]
     whole, single = batch(ROWS, 0), [batch(1, seed) for seed in range(ROWS)]
+    bare: list[float] = []
     one: list[float] = []
     many: list[float] = []
+    plain = made(base, method("select", train=("none",)), 0)
     for number in range(rounds + 1):
+        with plain.applied(base) as wired:
+            nothing = timed(lambda wired=wired: forward(wired, whole))
         with deltas[0].applied(base) as wired:
             first = timed(lambda wired=wired: forward(wired, whole))
         with combine({str(n): delta for n, delta in enumerate(deltas)}, base) as tasks:
             asked = {str(n): row for n, row in enumerate(single)}
             second = timed(lambda tasks=tasks, asked=asked: mixed(tasks, asked))
         if number:  # the first round warms up
+            bare.append(nothing)
             one.append(first)
             many.append(second)
     ratios = [b / a for a, b in zip(one, many, strict=True)]
+    to_base = [b / a for a, b in zip(bare, many, strict=True)]
     return {
+        "base_ms": round(1000 * statistics.median(bare), 1),
+        "to_base": round(statistics.median(to_base), 3),
         "one_ms": round(1000 * statistics.median(one), 1),
         "many_ms": round(1000 * statistics.median(many), 1),
         "ratio": round(statistics.median(ratios), 3),

@@ -92,11 +92,13 @@ def better(one: str, other: str, by: float, least: int = 1) -> Callable[[Results
     """Whether a cell's mean over tasks is that many points above another's (below: a margin)."""
 
     def check(r: Results) -> Verdict:
-        tasks = r.both(TASKS, one, other)
-        if len(tasks) < least:
+        pairs = {task: r.common(task, one, other) for task in TASKS}
+        pairs = {task: found for task, found in pairs.items() if found}
+        if len(pairs) < least:
             return "", None
-        first, second = r.over(tasks, one), r.over(tasks, other)
-        said = f"{one} {first:.1f}, {other} {second:.1f} over {len(tasks)} tasks"
+        first, second = (mean(mean(found[side]) for found in pairs.values()) for side in (0, 1))
+        runs = sum(len(found[0]) for found in pairs.values())
+        said = f"{one} {first:.1f}, {other} {second:.1f} over {len(pairs)} tasks, {runs} runs each"
         return said, first - second >= by
 
     return check
@@ -123,13 +125,13 @@ def worst(r: Results) -> Verdict:
 
 def flat(r: Results) -> Verdict:
     cells = ["perfect", *(f"{count} masks" for count in MASKS[1:])]
-    tasks = [task for task in TASKS if all(r.rows(task, cell) for cell in cells)]
-    if not tasks:
+    found = [r.common(task, *cells) for task in TASKS]
+    found = [scores for scores in found if scores]
+    if not found:
         return "", None
-    first = {cell: [100 * x["score"] for t in tasks for x in r.rows(t, cell) if x["seed"] == 0]
-             for cell in cells}  # fmt: skip
-    means = [mean(scores) for scores in first.values()]
+    means = [mean(mean(scores[at]) for scores in found) for at in range(len(cells))]
     said = ", ".join(f"{m}: {s:.1f}" for m, s in zip(MASKS, means, strict=True))
+    said += f" over {len(found)} tasks, {sum(len(scores[0]) for scores in found)} runs each"
     return f"masks {said}", max(means[:2]) == max(means) and means[-1] < max(means)
 
 

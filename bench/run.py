@@ -190,12 +190,14 @@ of ratios over {_rounds(of("mixed"))} interleaved rounds.
             of_mixed,
             {
                 "kind": "kind",
+                "ms, bare base": "base_ms",
                 "ms, one change": "one_ms",
                 "ms, 16 changes": "many_ms",
                 "ratio": "ratio",
                 "quartiles": "ratio_quartiles",
                 "at most": "limit",
                 "": "holds",
+                "16 to bare base": "to_base",
             },
         )
     }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -282,3 +283,58 @@ def test_bad_input_is_named(tmp_path: Path) -> None:
     with pytest.raises(DeltaError, match="no head"):
         combine({"bare": bare}, base)
     assert base.is_untouched()
+
+
+def test_an_error_leaves_the_other_tasks_as_they_were() -> None:
+    """Also one in a task's own pass, for which the shared changes were off."""
+    base = tiny_base("bert")
+    deltas = {kind: fitted(base, kinds()[kind]) for kind in ("prompt-long", "full")}
+    (expected,) = alone(base, deltas, [("prompt-long", "w1 w2")])
+    with combine(deltas, base) as tasks:
+
+        def broken(*args: Any, **kwargs: Any) -> Any:
+            raise MemoryError
+
+        head = tasks._tasks["full"].head
+        undo = surgery.rewire(head, broken)
+        with pytest.raises(MemoryError):
+            tasks.outputs([("full", "w1 w2")])
+        undo()
+        (found,) = tasks.outputs([("prompt-long", "w1 w2")])
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+    with pytest.raises(SettingError, match="context was left"):
+        tasks.outputs([("prompt-long", "w1 w2")])
+    assert base.is_untouched()
+
+
+def test_a_base_is_combined_once_at_a_time() -> None:
+    base = tiny_base("bert")
+    deltas = {"one": fitted(base, kinds()["adapter"])}
+    with combine(deltas, base), pytest.raises(SettingError, match="combined on this base already"):
+        combine(deltas, base)
+    with combine(deltas, base) as tasks:
+        assert len(tasks.predict([("one", "w1")])) == 1
+
+
+def test_threads_take_turns() -> None:
+    base = tiny_base("bert")
+    deltas = {kind: fitted(base, kinds()[kind]) for kind in ("prefix", "adapter", "mask")}
+    rows = rows_of(list(deltas), 12, seed=4)
+    with combine(deltas, base) as tasks:
+        expected = [tasks.outputs([row])[0] for row in rows]
+        with ThreadPoolExecutor(4) as pool:
+            found = list(pool.map(lambda row: tasks.outputs([row])[0], rows * 4))
+    for one, wanted in zip(found, expected * 4, strict=True):
+        torch.testing.assert_close(one, wanted, atol=1e-6, rtol=0)
+
+
+def test_slots_that_no_vectors_fill_stay_as_they_are() -> None:
+    """Whether another task of the batch has prompts or not."""
+    base = tiny_language_base("bert")
+    slotted = readout("label_embedding", template="{slot*2} {text} {mask} {pair}", max_length=32)
+    warp = readout("verbalizer", template="{slot*3} {text} {mask}", max_length=32)
+    deltas = {
+        "filled": fitted(base, method("prompt"), warp),
+        "empty": fitted(base, kinds()["adapter"], slotted),
+    }
+    check(base, deltas, rows_of(list(deltas), 6, seed=5))

@@ -347,16 +347,20 @@ def test_what_can_not_go_on_is_told(tmp_path: Path) -> None:
         )
 
     tune(base, task, Recipe("x", method("prompt", length=3), read, brief), out=path)
-    with pytest.raises(SettingError, match="has 3 vectors, and this fit has 0 slots and length 5"):
+    with pytest.raises(SettingError, match="has length 3, and this fit 5"):
         fit("prompt", length=5)
     with pytest.raises(SettingError, match="of its own beside"):
         fit("adapter")
     tune(base, task, Recipe("x", method("prefix", length=3, hidden=0), read, brief), out=path)
     with pytest.raises(SettingError, match="not the net that made them"):
-        fit("prefix", hidden=8)
+        fit("prefix", hidden=8, length=3)
+    with pytest.raises(SettingError, match="has shift True, and this fit False"):
+        fit("prefix", hidden=0, length=3, shift=False)
     tune(base, task, Recipe("x", method("adapter", reduction=4), read, brief), out=path)
-    with pytest.raises(DamagedDelta, match="adapter tensors don't fit"):
+    with pytest.raises(SettingError, match="has reduction 4, and this fit 8"):
         fit("adapter", reduction=8)
+    with pytest.raises(SettingError, match="has beside"):
+        fit("adapter", reduction=4, beside=("norm",))
     moved = Recipe("x", method("full"), read, Training(max_steps=3))
     tune(base, task, moved, out=path)
     with pytest.raises(SettingError, match="begins at the base's weights"):

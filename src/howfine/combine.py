@@ -7,6 +7,7 @@ is put on and taken off again. Either way a row's answer is what it is alone.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ from howfine.method import Method, Tensors
 from howfine.readout import Head, Wired
 from howfine.task import Example
 
+_HELD = "_howfine_combined"
 Texts = str | tuple[str, str]
 
 
@@ -76,7 +78,15 @@ class Combined:
     """Tasks on one base: see `combine`."""
 
     def __init__(self, base: Base, deltas: Mapping[str, Delta], strict: bool) -> None:
+        held = base.tower.__dict__
+        if _HELD in held:
+            raise SettingError(
+                "tasks are combined on this base already, whose rows are numbered from 0 as these "
+                "would be; leave that one first, or give all tasks to one"
+            )
         self.base = base
+        self._lock = threading.RLock()  # the base's modules are everyone's
+        self._open = True
         self._tasks: dict[str, _Worn] = {}
         for number, (name, delta) in enumerate(deltas.items()):
             tensors, head = delta.tensors(base)
@@ -87,6 +97,7 @@ class Combined:
         self._changes: list[Change] | None = None
         if not strict:
             self._share()
+        held[_HELD] = True
 
     def _share(self) -> None:
         """Find out which tasks can share a pass, and put their changes on."""
@@ -118,8 +129,14 @@ class Combined:
     def outputs(self, rows: Sequence[tuple[str, Texts]]) -> list[Tensor]:
         """The readouts' outputs, one for each row, in order; shapes differ from task to task.
 
-        Raises SettingError for an unknown task, TaskError for what a task can't read.
+        Raises SettingError for an unknown task and after the context was left, TaskError for what a
+        task can't read.
         """
+        with self._lock:
+            return self._outputs(rows)
+
+    def _outputs(self, rows: Sequence[tuple[str, Texts]]) -> list[Tensor]:
+        self._check_open()
         asked: dict[str, list[int]] = {}
         for place, (name, _) in enumerate(rows):
             if name not in self._tasks:
@@ -180,6 +197,11 @@ class Combined:
 
     def run(self, batches: Mapping[str, Batch]) -> dict[str, Tensor]:
         """Outputs of collated batches, by task, in one pass: of tasks that can share one."""
+        with self._lock:
+            return self._run(batches)
+
+    def _run(self, batches: Mapping[str, Batch]) -> dict[str, Tensor]:
+        self._check_open()
         base = self.base
         numbers = [self._tasks[name].number for name in batches]
         merged = mixed.merged(base, list(batches.values()), numbers)
@@ -196,13 +218,19 @@ class Combined:
     def _apart(self, task: _Worn, examples: Sequence[Example]) -> Tensor:
         """Outputs of a task whose change has a pass of its own."""
         self._take_off()
-        with task.delta.method.unpack(self.base, task.tensors):
-            model = Wired(self.base, task.delta.readout, task.head).eval()
-            batch = task.delta.readout.collate(self.base, examples, labelled=False)
-            found: Tensor = model(**to_device(batch.as_kwargs(), self.base.device))["logits"]
-        if self._shared:
-            self._share()
+        try:
+            with task.delta.method.unpack(self.base, task.tensors):
+                model = Wired(self.base, task.delta.readout, task.head).eval()
+                batch = task.delta.readout.collate(self.base, examples, labelled=False)
+                found: Tensor = model(**to_device(batch.as_kwargs(), self.base.device))["logits"]
+        finally:
+            if self._shared:
+                self._share()
         return found
+
+    def _check_open(self) -> None:
+        if not self._open:
+            raise SettingError("these tasks' context was left; combine them anew")
 
     def _take_off(self) -> None:
         for change in reversed(self._changes or []):
@@ -218,7 +246,10 @@ class Combined:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._take_off()
+        if self._open:
+            self._open = False
+            self._take_off()
+            self.base.tower.__dict__.pop(_HELD, None)
 
 
 @contextmanager

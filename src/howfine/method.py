@@ -77,6 +77,8 @@ class Method(ABC):
     # or from what a delta of its own method holds ("own", Probe.begun); every method may go on from
     # an earlier phase's head.
     start: ClassVar[Literal["none", "optional", "needed", "own"]] = "none"
+    # Of its settings, those that say what such a delta's tensors mean: they must be the same.
+    meaning: ClassVar[tuple[str, ...]] = ()
     # What it packs and unpacks, whatever its settings: the new values of some entries of any
     # tensors of the base (sparse tensors at their paths), of any whole tensors, or something else.
     holds: ClassVar[Literal["entries", "tensors", "other"]] = "other"

@@ -56,7 +56,7 @@ def of_delta(delta: Delta, base: Base, readout: Readout, labels: Labels, method:
     task: its head is then left behind.
     """
     if type(delta.method) is type(method) and method.start == "own":
-        return _of_own(delta, base, readout, labels)
+        return _of_own(delta, base, readout, labels, method)
     with delta.changed(base) as head:
         only_weights(
             base, "which a fit of another change can't go on from; start from one of weights"
@@ -73,7 +73,14 @@ def of_delta(delta: Delta, base: Base, readout: Readout, labels: Labels, method:
     return Start(moved, head if known and readout.goes_on else None)
 
 
-def _of_own(delta: Delta, base: Base, readout: Readout, labels: Labels) -> Start:
+def _of_own(delta: Delta, base: Base, readout: Readout, labels: Labels, method: Method) -> Start:
+    for name in method.meaning:
+        theirs, ours = getattr(delta.method, name), getattr(method, name)
+        if theirs != ours:
+            raise SettingError(
+                f"the delta to start from has {name} {theirs!r}, and this fit {ours!r}: its "
+                f"tensors would mean something else; set {name} as it has it"
+            )
     tensors, head = delta.tensors(base)
     same = delta.labels == labels and delta.readout == readout.settled(base, labels)
     known = same and readout.goes_on and bool(head)

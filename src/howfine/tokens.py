@@ -98,12 +98,22 @@ def _cached(kwargs: dict[str, Any]) -> int:
     return int(cache.get_seq_length()) if cache is not None else 0
 
 
+def _plain(mask: Any) -> Tensor:
+    """A mask that can be made longer."""
+    if not isinstance(mask, Tensor) or mask.ndim != 2:
+        raise SettingError(
+            "vectors in front need an attention mask of two axes, (rows, tokens): use slots of the "
+            "readout's template instead, and a dynamic cache in generation"
+        )
+    return mask
+
+
 def _after_front(base: Base, kwargs: dict[str, Any], count: int) -> dict[str, Any]:
     """Inputs of a step whose cache begins with what stands in front."""
     made = dict(kwargs)
     mask = made.get("attention_mask")
-    if mask is not None and mask.ndim == 2:
-        made["attention_mask"] = functional.pad(mask, (count, 0), value=1)
+    if mask is not None:
+        made["attention_mask"] = functional.pad(_plain(mask), (count, 0), value=1)
     if made.get("position_ids") is not None:
         made["position_ids"] = made["position_ids"] + count
     return made
@@ -116,11 +126,7 @@ def _longer(base: Base, kwargs: dict[str, Any], own: Tensor, count: int) -> dict
     mask = made.get("attention_mask")
     if mask is None:
         mask = torch.ones(rows, length, dtype=torch.long, device=own.device)
-    if mask.ndim != 2:
-        raise SettingError(
-            "vectors in front need an attention mask of two axes, and this readout gives one of "
-            f"{mask.ndim}; use slots of its template instead"
-        )
+    mask = _plain(mask)
     made["attention_mask"] = torch.cat([mask.new_ones(rows, count), mask], dim=1)
     types = made.get("token_type_ids")
     if types is not None:

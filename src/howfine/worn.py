@@ -17,6 +17,7 @@ from howfine import surgery
 from howfine.base import Base
 from howfine.batch import current, worn_rows
 from howfine.change import Undo
+from howfine.errors import DeltaError
 from howfine.tokens import named, numbered, positions, without_front
 
 
@@ -33,6 +34,9 @@ def fill(base: Base, tables: Mapping[int, Tensor], count: int) -> Undo:
     """Let each row's slots hold the vectors (n, E) of its own table."""
     embedding = base.embedding
     table = stacked(tables, count, embedding.weight.detach())
+    sizes = torch.zeros(count + 1, dtype=torch.long, device=table.device)
+    for row, own in tables.items():
+        sizes[row] = len(own)
     look_up = embedding.forward
 
     def forward(ids: Tensor) -> Tensor:
@@ -41,8 +45,15 @@ def fill(base: Base, tables: Mapping[int, Tensor], count: int) -> Undo:
         if batch is None or batch.slots is None or batch.slots.shape != ids.shape:
             return found
         here, rows = batch.slots.to(ids.device), worn_rows(len(ids)).to(ids.device)
-        chosen = table[rows.unsqueeze(1), here.clamp(min=0)].to(found.dtype)
-        return torch.where((here >= 0).unsqueeze(-1), chosen, found)
+        held = sizes[rows].unsqueeze(1)
+        if ((here >= held) & (held > 0)).any():
+            raise DeltaError(
+                "a task's inputs have more slots than its change has vectors; its file is damaged, "
+                "or its template was altered"
+            )
+        filled = (here >= 0) & (here < held)  # of a row without vectors slots stay as they are
+        chosen = table[rows.unsqueeze(1), here.clamp(0, table.shape[1] - 1)].to(found.dtype)
+        return torch.where(filled.unsqueeze(-1), chosen, found)
 
     return surgery.rewire(embedding, forward) if table.shape[1] else lambda: None
 

@@ -46,6 +46,7 @@ class Adapter(Method):
 
     starts_at_base: ClassVar[bool] = False
     start: ClassVar[Any] = "own"
+    meaning: ClassVar[tuple[str, ...]] = ("placement", "reduction", "activation", "beside")
 
     # Where they stand in a layer: on the feed-forward net's output, before the residual.
     placement: Literal["feed_forward"] = "feed_forward"

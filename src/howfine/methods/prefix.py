@@ -71,6 +71,7 @@ class Prefix(Method):
 
     starts_at_base: ClassVar[bool] = False
     start: ClassVar[Any] = "own"
+    meaning: ClassVar[tuple[str, ...]] = ("length", "shift")
 
     # Positions in front. With init_text 0: as many as it has tokens.
     length: int = 10

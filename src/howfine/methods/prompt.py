@@ -30,6 +30,7 @@ class Prompt(Method):
 
     starts_at_base: ClassVar[bool] = False
     start: ClassVar[Any] = "own"
+    meaning: ClassVar[tuple[str, ...]] = ("length",)
 
     # Vectors in front of every input, beside those at a template's slots.
     length: int = 0

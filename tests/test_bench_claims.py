@@ -1,0 +1,93 @@
+"""The benches of a paper's claims: their pages and verdicts, from made-up ledgers."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+BENCH = Path(__file__).parent.parent / "bench"
+
+
+@pytest.fixture
+def bench(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Imports a bench's module by name; nothing of it stays."""
+    monkeypatch.syspath_prepend(str(BENCH))
+    monkeypatch.setattr(sys, "modules", dict(sys.modules))
+    return importlib.import_module
+
+
+def made(runs: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Records of runs, as a ledger has them."""
+    common = {"date": "2026-01-01", "machine": "two cores", "trainable": 5, "bytes": 100}
+    return {str(number): {**common, **run} for number, run in enumerate(runs)}
+
+
+def written(module: Any, records: dict[str, Any], page: Path, patch: Any) -> str:
+    patch.setattr(module, "PAGE", page)
+    module.page(sys.modules["claims"].Results(records))
+    return page.read_text()
+
+
+def test_warp(bench: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Transfer has three of five seeds: only those are compared."""
+    warp = bench("warp")
+    level = {"warp-20": 0.8, "warp-8": 0.79, "warp-1": 0.78, "warp-0": 0.7, "full": 0.85}
+    runs = [
+        {"task": task, "cell": cell, "seed": seed, "score": level.get(cell, 0.75)}
+        for cell in [each.name for each in warp.CELLS]
+        for task in warp.TASKS
+        for seed in warp.SEEDS
+    ]
+    for task in warp.FEW:
+        runs += [
+            {"task": task, "cell": "warp-20", "seed": s, "score": 0.5 + 0.1 * s} for s in range(5)
+        ]
+        runs += [{"task": task, "cell": warp.TRANSFER, "seed": s, "score": 0.65} for s in range(3)]
+    runs += [{"task": "rte", "cell": warp.TRANSFER, "seed": s, "score": 0.8} for s in range(3)]
+    text = written(warp, made(runs), tmp_path / "warp.md", monkeypatch)
+    assert "| 3 order | 20 ≥ 8 ≥ 1 > 0 slots, to a point | sst2: 80.0 ≥ 79.0 ≥ 78.0 ≥ 70.0" in text
+    assert "full is +5.0 ahead" in text
+    # rte 80 and 80, CB and RTE 65 against the mean of .5, .6, .7.
+    assert f"{warp.TRANSFER} 70.0, warp-20 66.7" in text
+    assert text.count("| holds |") == 5
+    assert "words begin better than masks, at 32 examples |  | not run |" in text
+
+
+def test_perfect(bench: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cells with one training seed are compared on the runs that the others have of it."""
+    perfect = bench("perfect")
+    level = {"perfect": 0.7, "fine-tuning": 0.6, "mask at the end": 0.69, "10 masks": 0.6}
+    runs = []
+    for number, cell in enumerate(perfect.CELLS):
+        tasks = perfect.PAIRS if cell.name == "mask at the end" else perfect.TASKS
+        for task in tasks:
+            for split in perfect.SPLITS:
+                for seed in perfect.SEEDS if number < perfect.FULL_RUNS else perfect.SEEDS[:1]:
+                    score = level.get(cell.name, 0.65) + (0.3 if seed else 0.0)
+                    spread = 0.02 * perfect.SPLITS.index(split) * (cell.name == "fine-tuning")
+                    runs.append({"task": task, "cell": cell.name, "split": split, "seed": seed,
+                                 "score": score + spread})  # fmt: skip
+    text = written(perfect, made(runs), tmp_path / "perfect.md", monkeypatch)
+    assert "perfect 70.0, mask at the end 69.0 over 3 tasks, 15 runs each | holds |" in text
+    assert "masks 1: 70.0, 2: 65.0, 5: 65.0, 10: 60.0 over 6 tasks, 30 runs each | holds" in text
+    assert "not run" not in text
+    none = written(perfect, {}, tmp_path / "none.md", monkeypatch)
+    assert none.count("| not run |") == len(perfect.CLAIMS)
+
+
+def test_unimc(bench: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    unimc = bench("unimc")
+    level = {"both losses": 0.7, unimc.UNTRAINED: 0.5}
+    runs = [
+        {"task": task, "cell": cell, "seed": 0, "score": level.get(cell, 0.6), "chance": 0.5,
+         "majority": 0.5}
+        for task in unimc.ASKED
+        for cell in (unimc.UNTRAINED, *unimc.VARIANTS)
+    ]  # fmt: skip
+    text = written(unimc, made(runs), tmp_path / "unimc.md", monkeypatch)
+    assert text.count("| holds |") == 3
+    assert "sst2: 70.0, untrained 50.0, chance 50.0" in text
