@@ -94,7 +94,7 @@ def test_a_checkpoint_with_other_names_is_refused(tmp_path):
 
 
 def test_a_body_has_no_head_to_read_words_with(tmp_path):
-    with pytest.raises(BaseNotFound, match=r"parameters of AutoModelForMaskedLM, such as cls\."):
+    with pytest.raises(BaseNotFound, match=r"without a language model's head: it lacks cls\."):
         Base.load(str(base_folder(tmp_path)), kind="masked_lm")
 
 
