@@ -236,7 +236,7 @@ class Bench:
         if all(_pair(a, b) in records for a in names for b in names if a != b):
             return
         files = {name: self.cells.get(name[0], cell, name[1]) for name in names}
-        for record in overlap(self.base, files, self.entries):
+        for record in overlap(self.base, files):
             pair = ((record["by"], record["by_seed"]), (record["of"], record["of_seed"]))
             if (key := _pair(*pair)) not in records:
                 yield {**record, "key": key}

@@ -23,14 +23,14 @@ from howfine.task import Example, Task
 MULTI = "multi"
 
 
-def overlap(base: Base, files: Mapping[tuple[str, int], Path], entries: int) -> Iterator[Record]:
+def overlap(base: Base, files: Mapping[tuple[str, int], Path]) -> Iterator[Record]:
     """|γ₁ ∩ γ₂| / |γ₂| of every ordered pair, and what random places would give."""
     found = {key: regions.support(Delta.load(path), base) for key, path in files.items()}
     for (by, by_seed), first in found.items():
         for (of, of_seed), second in found.items():
             if (by, by_seed) != (of, of_seed):
                 names = {"by": by, "by_seed": by_seed, "of": of, "of_seed": of_seed}
-                share, chance = regions.overlap(first, second), regions.chance(first, entries)
+                share, chance = regions.overlap(first, second), regions.chance(first, second)
                 yield {**names, "overlap": share, "chance": chance}
 
 
