@@ -114,8 +114,7 @@ def attach(
 def _check_blocks(model: nn.Module, base: Base) -> None:
     """An encoder-decoder has two stacks, whose layers have the same numbers."""
     pattern = base.anatomy.block
-    depth = base.anatomy.depth(path.removeprefix(f"{base.tower_name}.") for path in base.paths())
-    if not depth:
+    if not base.depth:
         raise SettingError(
             f"{type(model).__name__} has no layers at {pattern.format('0')!r}, where those of a "
             f"{base.config.model_type} stack are; attach to the stack itself, such as "

@@ -51,8 +51,8 @@ def modules(base: Base) -> list[nn.Module]:
     query = letters.get("Q") or letters["QKV"]
     inside = query.rpartition(".")[0]
     block = base.anatomy.block
-    depth = base.anatomy.depth(path.removeprefix(base.body_prefix) for path in base.paths())
-    return [base.body.get_submodule(f"{block.format(layer)}.{inside}") for layer in range(depth)]
+    layers = range(base.depth)
+    return [base.body.get_submodule(f"{block.format(layer)}.{inside}") for layer in layers]
 
 
 def put_on(base: Base) -> tuple[list[Front], Undo]:

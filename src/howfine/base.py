@@ -174,6 +174,11 @@ class Base:
         return int(self.config.hidden_size)
 
     @property
+    def depth(self) -> int:
+        """Number of blocks; 1 where all layers share one."""
+        return self.anatomy.depth(path.removeprefix(self.body_prefix) for path in self.paths())
+
+    @property
     def heads(self) -> int:
         """Attention heads per layer."""
         return int(getattr(self.config, self.anatomy.heads))
@@ -256,8 +261,7 @@ class Base:
         layers = [layer for layer, part in trained if layer is not None]
         if len(layers) < sum(part != "pooler" for _, part in trained):
             return
-        depth = self.anatomy.depth(path.removeprefix(body) for path in self.paths())
-        below = [self.anatomy.block.format(n) for n in range(min(layers, default=depth))]
+        below = [self.anatomy.block.format(n) for n in range(min(layers, default=self.depth))]
         # Modules that hold the blocks stay as they are: transformers reads their mode for other
         # things, such as whether checkpointing forbids a cache.
         if owner := self.anatomy.embedding.rpartition(".")[0]:

@@ -14,12 +14,6 @@ from howfine.errors import SettingError
 _HELD = "howfine_inserted"
 
 
-def layers(base: Base) -> range:
-    """Numbers of the base's blocks; one where a block is shared by all layers."""
-    prefix = base.body_prefix
-    return range(base.anatomy.depth(path.removeprefix(prefix) for path in base.paths()))
-
-
 def path(base: Base, layer: int) -> str:
     """Path of the module whose output is the feed-forward net's, in a block.
 

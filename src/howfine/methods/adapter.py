@@ -74,7 +74,7 @@ class Adapter(Method):
 
     def attach(self, base: Base, probe: Probe | None = None) -> Change:
         made = {}
-        for layer in inserted.layers(base):
+        for layer in range(base.depth):
             module = made[layer] = self._module(base)
             std = self.std or 0.02
             for linear in (module.down, module.up):
@@ -131,7 +131,7 @@ class Adapter(Method):
 
     def unpack(self, base: Base, tensors: Tensors) -> Change:
         made = {}
-        for layer in inserted.layers(base):
+        for layer in range(base.depth):
             made[layer] = self._module(base).requires_grad_(False)
         own = self._fill(base, made, tensors)
         with all_or_nothing() as undo:
@@ -148,13 +148,13 @@ class Adapter(Method):
             for layer, module in made.items()
             for name, value in module.named_parameters()
         }
-        found = {name: tuple(value.shape) for name, value in own.items()}
-        wanted = {name: tuple(value.shape) for name, value in expected.items()}
+        found = {n: (*value.shape, value.is_floating_point()) for n, value in own.items()}
+        wanted = {n: (*value.shape, True) for n, value in expected.items()}
         if found != wanted:
             odd = sorted(set(found.items()) ^ set(wanted.items()))[0]
             raise DamagedDelta(
                 f"adapter tensors don't fit the base {base.name}, such as {odd[0]} of shape "
-                f"{odd[1]}; the file is damaged, or made for another model"
+                f"{odd[1][:-1]}; the file is damaged, or made for another model"
             )
         with torch.no_grad():
             for name, value in expected.items():
@@ -177,7 +177,7 @@ class Adapter(Method):
             if beside is None:
                 return None
             undo.extend(beside)
-            for layer in inserted.layers(base):
+            for layer in range(base.depth):
                 parts: list[Tensors | None] = [None] * (count + 1)
                 for row, (_, tensors) in worn.items():
                     start = f"adapter.{layer}."
