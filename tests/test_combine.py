@@ -95,8 +95,8 @@ def check(base: Base, deltas: dict[str, Delta], rows: list[tuple[str, Any]]) -> 
         found = tasks.outputs(rows)
         again = tasks.outputs(rows[::-1])
     for one, other, wanted in zip(found, again[::-1], expected, strict=True):
-        torch.testing.assert_close(one, wanted, atol=2e-5, rtol=1e-5)
-        torch.testing.assert_close(other, wanted, atol=2e-5, rtol=1e-5)
+        torch.testing.assert_close(one, wanted, atol=1e-5, rtol=0)
+        torch.testing.assert_close(other, wanted, atol=1e-5, rtol=0)
     assert base.is_untouched()
     assert base.reserved == 0
 

@@ -103,7 +103,9 @@ def test_adapters_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     tensors = fitted.method.pack(fitted.base, fitted.change)
     fitted.change.remove()
     lost = {name: value for name, value in tensors.items() if name != "adapter.1.up.bias"}
-    for wrong in (lost, {**tensors, "adapter.0.up.bias": torch.zeros(3)}):
+    places = torch.ones(HIDDEN, dtype=torch.bool)
+    wrongs = [{**tensors, "adapter.0.up.bias": value} for value in (torch.zeros(3), places)]
+    for wrong in (lost, *wrongs):
         with pytest.raises(DamagedDelta, match="adapter tensors don't fit"):
             fitted.method.unpack(fitted.base, wrong)
     assert fitted.base.is_untouched()

@@ -68,7 +68,7 @@ def prepend(base: Base, vectors: nn.Parameter, first: int) -> Undo:
     def forward(*args: Any, **kwargs: Any) -> Any:
         kwargs = named(run, args, kwargs)
         if _cached(kwargs) > count:  # a later step of a generation: the cache has the front
-            return run(**_after_front(base, kwargs, count))
+            return run(**_after_front(kwargs, count))
         ids, given = kwargs.pop("input_ids", None), kwargs.pop("inputs_embeds", None)
         own = embedding(ids) if given is None else given
         front = vectors[first:].to(own.dtype).expand(len(own), -1, -1)
@@ -108,7 +108,7 @@ def _plain(mask: Any) -> Tensor:
     return mask
 
 
-def _after_front(base: Base, kwargs: dict[str, Any], count: int) -> dict[str, Any]:
+def _after_front(kwargs: dict[str, Any], count: int) -> dict[str, Any]:
     """Inputs of a step whose cache begins with what stands in front."""
     made = dict(kwargs)
     mask = made.get("attention_mask")

@@ -1,7 +1,7 @@
 """Several changes at once, of which each row of a batch wears one: tables with a row for each.
 
-`Batch.rows` says which; the last row of every table is that of a row without a change. Memory and
-time grow with what the rows wear, not with how many changes there are.
+`Batch.rows` says which; the last row of every table is that of a row without a change. Time grows
+with what the rows of a batch wear; tables hold all changes, each at the size of the largest.
 """
 
 from __future__ import annotations
