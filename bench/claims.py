@@ -1,7 +1,7 @@
 """Runs for a paper's claims: cells (a recipe with settings) on tasks with seeds, and the page.
 
-What `warp.py`, `perfect.py` and `unimc.py` share: a ledger with one line a run, a table, a verdict
-for each claim.
+What `warp.py`, `perfect.py`, `prefix_tuning.py` and `unimc.py` share: a ledger with one line a run,
+a table, a verdict for each claim.
 """
 
 from __future__ import annotations
@@ -21,16 +21,20 @@ from typing import Any
 import torch
 
 from howfine.base import Base
+from howfine.checks import GENERATION
 from howfine.container import write_atomically
 from howfine.delta import SUFFIX
 from howfine.errors import HowfineError
 from howfine.evaluate import evaluate
 from howfine.ledger import Ledger, Record, pack_predictions
+from howfine.metrics import METRICS
 from howfine.recipe import Recipe
 from howfine.task import DATA_VARIABLE, Task
 from howfine.tune import tune
 
 ROOT = Path(__file__).parent.parent
+# Metrics that are not shares of 1.
+WRITTEN = {name for name, metric in METRICS.items() if metric.kind == GENERATION}
 
 
 @dataclass(frozen=True)
@@ -51,7 +55,7 @@ def arguments(about: str, minutes: float = 90.0) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=about)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--data", default=os.environ.get(DATA_VARIABLE))
-    parser.add_argument("--base", required=True, help="a masked language model")
+    parser.add_argument("--base", required=True, help="a language model")
     parser.add_argument("--minutes", type=float, default=minutes)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--page", action="store_true", help="write the page, run nothing")
@@ -120,7 +124,9 @@ class Bench:
             test = evaluate(done.delta, base, task, split="test")
         return {
             "score": test.value,
+            "scores": test.scores,
             "dev": done.score.value,
+            "dev_scores": done.score.scores,
             "metric": test.metric,
             "n": test.n,
             "train_size": len(task.splits["train"]),
@@ -147,7 +153,7 @@ class Results:
         return [r for r in self.records if r["task"] == task and r["cell"] == cell]
 
     def scores(self, task: str, cell: str) -> list[float]:
-        return [100 * row["score"] for row in self.rows(task, cell)]
+        return [_points(row) for row in self.rows(task, cell)]
 
     def mean(self, task: str, cell: str) -> float | None:
         found = self.scores(task, cell)
@@ -164,7 +170,7 @@ class Results:
 
     def common(self, task: str, *cells: str) -> list[list[float]]:
         """Scores of the cells with the seeds (and splits) that all have; [] without any."""
-        rows = [{_run(row): 100 * row["score"] for row in self.rows(task, c)} for c in cells]
+        rows = [{_run(row): _points(row) for row in self.rows(task, c)} for c in cells]
         seeds = sorted(set.intersection(*map(set, rows)))
         return [[row[seed] for seed in seeds] for row in rows] if seeds else []
 
@@ -173,6 +179,11 @@ class Results:
     ) -> float:
         """The mean over tasks of a cell's mean (or worst, or deviation) over its runs."""
         return mean((of or mean)(self.scores(task, cell)) for task in tasks)
+
+
+def _points(row: Record) -> float:
+    """A score as the page shows it: shares in percent, scores of texts as they are."""
+    return float(row["score"] if row.get("metric") in WRITTEN else 100 * row["score"])
 
 
 def _run(row: Record) -> tuple[Any, ...]:
@@ -225,5 +236,9 @@ def write(path: Path, title: str, about: str, results: Results, parts: Sequence[
     lines += [
         f"{len(results.records):,} runs, {when}, on {machines}. Scores are of the delta file,"
     ]
-    lines += ["loaded again, times 100: mean ± deviation (worst; number of runs).", "", *parts]
+    lines += [
+        "loaded again, shares times 100: mean ± deviation (worst; number of runs).",
+        "",
+        *parts,
+    ]
     write_atomically(path, ("\n".join(lines) + "\n").encode())

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from howfine.readout import readout
-from howfine.recipe import Recipe, Training
+from howfine.recipe import Recipe
+from howfine.training import Training
 
 sys.path.insert(0, str(Path(__file__).parent / "plugins" / "methods"))
 from peft_peer import PeftPeer

@@ -17,8 +17,9 @@ from claims import ROOT, Bench, Cell, Results, Verdict
 
 from howfine.method import method
 from howfine.readout import readout
-from howfine.recipe import Recipe, Training
+from howfine.recipe import Recipe
 from howfine.task import Task
+from howfine.training import Training
 
 LEDGER = ROOT / "bench" / "ledgers" / "perfect.jsonl"
 PAGE = ROOT / "docs" / "results" / "perfect.md"

@@ -91,7 +91,7 @@ def train(bench: Bench, path: Path, seed: int, settings: dict[str, Any]) -> Reco
     """Full training on the multiple-choice sets, scored on their own dev."""
     task = loaded(bench, LEARNED).subset(train=ROWS, dev=TEST)
     recipe = Recipe.load("unimc").override(learning_rate=RATE, **COMMON, **settings)
-    done = tune(bench.base("language_model"), task, recipe, out=path, seed=seed)
+    done = tune(bench.base("masked_or_causal_lm"), task, recipe, out=path, seed=seed)
     return {
         "score": done.score.value,
         "train_size": ROWS,
@@ -107,7 +107,7 @@ def ask_all(
     delta: Delta | None,
     settings: dict[str, Any] | None = None,
 ) -> None:
-    base = bench.base("language_model")
+    base = bench.base("masked_or_causal_lm")
     for name in ASKED:
         bench.once(
             f"{name}/{variant}/s{seed}",

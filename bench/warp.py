@@ -19,8 +19,9 @@ from claims import ROOT, Bench, Cell, Results, TimeUp, Verdict
 from howfine.delta import SUFFIX
 from howfine.method import method
 from howfine.readout import readout
-from howfine.recipe import Recipe, Training
+from howfine.recipe import Recipe
 from howfine.task import Task
+from howfine.training import Training
 from howfine.tune import tune
 
 LEDGER = ROOT / "bench" / "ledgers" / "warp.jsonl"

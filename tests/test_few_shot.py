@@ -16,8 +16,9 @@ from howfine.errors import DamagedDelta, SettingError
 from howfine.evaluate import evaluate
 from howfine.method import method
 from howfine.readout import Readout, Wired, readout
-from howfine.recipe import Recipe, Training
+from howfine.recipe import Recipe
 from howfine.task import Example
+from howfine.training import Training
 from howfine.tune import tune
 from tiny import (
     HIDDEN,

@@ -22,17 +22,18 @@ ROOMS = [
     (
         *("plugins", "fingerprint", "anatomy", "architectures", "codec", "codec.*", "checkpoint"),
         *("container", "folded", "metrics", "calibration", "text", "lora", "sources", "spread"),
+        *("text_metrics", "consensus"),
     ),
     ("task", "checks", "tasks", "tasks.*", "base", "pretrained"),
     ("surgery", "change"),
     ("method", "readout"),
     (
         *("whole", "entries", "overlay", "probe", "language", "template", "tokens"),
-        *("inserted", "attention", "choices", "worn", "mixed"),
+        *("inserted", "attention", "choices", "layout", "worn", "mixed", "reparametrisation"),
     ),
     ("methods", "methods.*", "readouts", "readouts.*"),
     ("streams", "recode"),
-    ("delta", "recipe"),
+    ("delta", "recipe", "training"),
     (
         *("operands", "joining", "start", "regions", "cost", "align", "distance", "compare"),
         *("sampler", "head", "pair"),

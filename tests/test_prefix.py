@@ -12,11 +12,14 @@ from torch import Tensor
 
 from howfine import attention
 from howfine.base import Base
+from howfine.batch import running
 from howfine.delta import SUFFIX
-from howfine.errors import DamagedDelta, SettingError
+from howfine.errors import DamagedDelta, DeltaError, SettingError
 from howfine.method import method
 from howfine.readout import readout
-from howfine.recipe import Recipe, Training
+from howfine.recipe import Recipe
+from howfine.task import Example
+from howfine.training import Training
 from howfine.tune import tune
 from tiny import (
     HIDDEN,
@@ -70,6 +73,54 @@ def test_positions_may_start_at_zero(name: str) -> None:
         places = torch.arange(4)[None] - 3  # the shift adds 3
         same = outputs(base, TEXT_IDS, position_ids=places)
     torch.testing.assert_close(unshifted, same, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("name", CAUSAL)
+def test_keys_and_values_at_slots_can_be_words(name: str) -> None:
+    """What words' keys and values are more than the slots' own makes slots those words."""
+    base = tiny_language_base(name)
+    base.tokenizer.bos_token = "[CLS]"
+    read = readout("verbalizer", template="{text} {slot*2} {bos}", max_length=32)
+    batch = read.collate(base, [Example(("w1 w2 w3",), 0)], labelled=False)
+    slots = batch.slots[0] >= 0
+    ids = batch.inputs["input_ids"][0].clone()
+    plain = outputs(base, ids.tolist())
+    ids[slots] = torch.tensor(FRONT_IDS[:2])
+    whole = outputs(base, ids.tolist())
+    wanted = [[part[:, slots] for part in pair] for pair in attention.recorded(base, ids)]
+    rows = torch.zeros(2, 2 * len(wanted), *wanted[0][0].shape[::2])
+    how = method("prefix", hidden=0, place="slots")
+    # A layer's own keys depend on what is added in those below.
+    for layer, words_own in enumerate(wanted):
+        with how.unpack(base, {"keys_values": rows.flatten(1)}), running(batch):
+            front = getattr(attention.modules(base)[layer], attention._HELD)
+            front.seen = []
+            base.tower(**batch.inputs)
+            (own,) = front.seen
+        for part in (0, 1):
+            added = words_own[part] - own[part][0][:, slots]
+            rows[:, 2 * layer + part] = added.transpose(0, 1)
+    with how.unpack(base, {"keys_values": rows.flatten(1)}), running(batch), torch.no_grad():
+        found = base.tower(**batch.inputs).logits[0]
+    torch.testing.assert_close(found[~slots], whole[~slots], atol=1e-5, rtol=0)
+    assert (plain - whole)[~slots].abs().max() > 1e-2
+
+
+def test_slots_must_be_there() -> None:
+    base = tiny_language_base("gpt2")
+    how = method("prefix", place="slots")
+    with pytest.raises(SettingError, match="no free slots"):
+        how.attach(base)
+    with pytest.raises(SettingError, match="words stand in front"):
+        method("prefix", place="slots", init_text="w1")
+    tensors = {"keys_values": torch.zeros(1, 2 * LAYERS * HIDDEN)}
+    read = readout("verbalizer", template="{text} {slot*2}", max_length=32)
+    batch = read.collate(base, [Example(("w1 w2 w3",), 0)], labelled=False)
+    with how.unpack(base, tensors):
+        with running(batch), pytest.raises(DeltaError, match="have 2 slots and the change holds 1"):
+            base.tower(**batch.inputs)
+        with pytest.raises(RuntimeError, match="run it through howfine's readout"):
+            base.tower(**batch.inputs)
 
 
 @pytest.mark.parametrize("side", ["left", "right"])

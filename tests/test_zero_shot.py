@@ -110,7 +110,7 @@ def test_what_changes_no_weight_is_not_merged_nor_measured(name: str, tmp_path: 
 
 
 def test_a_plan_asks_for_the_base_that_its_recipes_read() -> None:
-    assert Plan("full", "head-only", ("warp",)).kind == "language_model"
+    assert Plan("full", "head-only", ("warp",)).kind == "masked_or_causal_lm"
     assert Plan("full", "head-only", ("mask",)).kind == "body"
 
 
@@ -130,7 +130,7 @@ def test_a_base_loads_as_the_language_model_it_is(name: str, kind: str, tmp_path
     tiny = tiny_language_base(name)
     tiny.tower.save_pretrained(tmp_path)
     tiny.tokenizer.save_pretrained(tmp_path)
-    base = Base.load(str(tmp_path), kind="language_model")
+    base = Base.load(str(tmp_path), kind="masked_or_causal_lm")
     assert base.kind == kind
     assert base.fingerprint == tiny.fingerprint
 
@@ -140,7 +140,7 @@ def test_a_base_saved_without_its_head_is_told(tmp_path: Path) -> None:
     body.tower.save_pretrained(tmp_path)
     body.tokenizer.save_pretrained(tmp_path)
     with pytest.raises(BaseNotFound, match="saved without a language model's head: it lacks cls"):
-        Base.load(str(tmp_path), kind="language_model")
+        Base.load(str(tmp_path), kind="masked_or_causal_lm")
 
 
 # --- tasks with options of their own -------------------------------------------------------------
@@ -212,7 +212,7 @@ def test_options_count_in_a_fingerprint(tmp_path: Path) -> None:
 def test_meta_training_and_then_zero_shot(tmp_path: Path) -> None:
     """Train on sets with options, merge, load the folder, answer something else."""
     data, name = choice_folder(tmp_path), saved_base(tmp_path / "base")
-    base = Base.load(name, kind="language_model")
+    base = Base.load(name, kind="masked_or_causal_lm")
     task = Task.load("mc/dream+mc/openbookqa", data=data)
     recipe = Recipe.load("unimc").override(
         answers=("w50", "w51"), epochs=1, learning_rate=1e-3, max_length=64
@@ -222,7 +222,7 @@ def test_meta_training_and_then_zero_shot(tmp_path: Path) -> None:
     assert 0 <= done.score.value <= 1
     assert base.is_untouched()
     merged = merge(path, tmp_path / "merged", base)
-    trained = Base.load(str(merged), kind="language_model")
+    trained = Base.load(str(merged), kind="masked_or_causal_lm")
     asked = (["w1 w2", "w3"], ["w20", "w21"])
     answers, before = (zero_shot(each, *asked, **WORDS) for each in (trained, base))
     assert answers != before
@@ -237,7 +237,7 @@ def test_options_of_their_own_need_a_readout_that_reads_them(tmp_path: Path) -> 
 
 def test_training_goes_on_with_other_options(tmp_path: Path) -> None:
     """A change without a head means the same under another readout of no parameters."""
-    base = Base.load(saved_base(tmp_path / "base"), kind="language_model")
+    base = Base.load(saved_base(tmp_path / "base"), kind="masked_or_causal_lm")
     task = tiny_task()
     first = Recipe.load("unimc").override(
         answers=("w50", "w51"), options=("w1", "w2"), max_steps=2, learning_rate=1e-3

@@ -124,7 +124,12 @@ TINY: dict[str, tuple[str, dict[str, Any]]] = {
     "dinov2": ("Dinov2", {**_IMAGE, "mlp_ratio": INNER // HIDDEN}),
 }
 # Without a [CLS] in front: what a causal or a T5 tokenizer gives.
-_CAUSAL = {"gpt2": "GPT2LMHeadModel", "llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+_CAUSAL = {
+    "gpt2": "GPT2LMHeadModel",
+    "llama": "LlamaForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "gemma2": "Gemma2ForCausalLM",
+}
 _PLAIN = ("gpt2", "llama", "qwen3", "gemma2", "t5")
 
 
@@ -157,6 +162,25 @@ def tiny_language_base(name: str, seed: int = 0, **changes: Any) -> Base:
     tokenizer = tiny_tokenizer(name not in _PLAIN)
     kind = "masked_lm" if masked else "causal_lm"
     return Base(f"tiny-{name}-lm", model, tokenizer, kind=kind)
+
+
+def tiny_writer(name: str, seed: int = 0, **changes: Any) -> Base:
+    """A tiny causal language model whose tokenizer knows a beginning, [CLS], and an end, [SEP]."""
+    base = tiny_language_base(name, seed, **changes)
+    base.tokenizer.bos_token, base.tokenizer.eos_token = "[CLS]", "[SEP]"
+    return base
+
+
+def written_task() -> Task:
+    """Of 3 to 8 words the first and the last are to be written; later rows have two references."""
+    numbers = random.Random(0)
+    examples = []
+    for number in range(32):
+        words = numbers.choices(WORDS, k=numbers.randint(3, 8))
+        targets = (f"{words[0]} {words[-1]}", f"{words[-1]} {words[0]}")
+        examples.append(Example((" ".join(words),), targets=targets[: 1 + (number >= 16)]))
+    splits = {"train": examples[:16], "dev": examples[16:24], "test": examples[24:]}
+    return Task("tiny-written", splits, (), "rouge_l", "drawn at random, seed 0")
 
 
 def tiny_tokenizer(pair: bool = True, padding_side: str = "right") -> PreTrainedTokenizerFast:

@@ -3,7 +3,11 @@
 A path is a parameter's name inside its tower. `part` letters are the source paper's (Radiya-Dixit
 & Wang 2020): Q, K, V and D (attention output) of the attention, I and O (in and out) of the
 feed-forward net; G is the gate of gated feed-forward nets, QKV a fused projection, and QP, KP the
-position projections of DeBERTa.
+position projections of DeBERTa. CQ, CK, CV and CD are those of a decoder's attention to what the
+encoder gives it (cross-attention).
+
+A whole encoder-decoder has two stacks, whose layers count on: with E of the encoder and D of the
+decoder, 0 to E-1 are the encoder's, E to E+D-1 the decoder's, and -1 is the decoder's top.
 
 A selector is `part` or `part@layers`: a part is a letter, `matrices` (all letters), `all`,
 `none`, `norm`, `bias`, `embedding`, `pooler`, `other`, or a glob on the path (it holds a `*` or a
@@ -31,7 +35,8 @@ class Anatomy:
 
     block: str  # path of block i, with {} for i
     letters: dict[str, str]  # part letter -> path of the matrix's module in a block ("a|b": either)
-    embedding: str  # path of the word (or patch) embedding module
+    # Path of the word (or patch) embedding module; "a|b": others hold its table too, or one alike.
+    embedding: str
     pooler: str = ""  # path of the pooler's module, "" where there is none
     pooling: str = "cls"  # cls | mean | last | pooler: how the architecture's own head reads
     linear_axes: tuple[str, str] = ("out", "in")  # stored axes of a block's matrices
@@ -44,21 +49,64 @@ class Anatomy:
     # Steps from the last hidden state to what a language model's decoder reads: modules of the
     # model with that head, or "gelu". None where there is no such model.
     language: tuple[str, ...] | None = None
+    # Module of tables that transformers computes itself: a checkpoint may lack them.
+    computed: str = ""
+    # The second stack of a whole encoder-decoder, and the config field: blocks of the first one.
+    decoder: Anatomy | None = None
+    layers: str = ""
+    # Of each of two stacks: path of its module, and the number of its first block.
+    stack: str = ""
+    first: int = 0
+
+    @property
+    def stacks(self) -> tuple[Anatomy, ...]:
+        """The stacks of blocks, from the bottom: this one, and a whole encoder-decoder's other."""
+        return (self, self.decoder) if self.decoder else (self,)
+
+    @property
+    def matrices(self) -> set[str]:
+        """Letters of all stacks."""
+        return {letter for stack in self.stacks for letter in stack.letters}
+
+    def stack_of(self, layer: int) -> Anatomy:
+        """The stack that a layer belongs to."""
+        return [stack for stack in self.stacks if stack.first <= layer][-1]
+
+    def block_path(self, layer: int) -> str:
+        """Path of a layer's block."""
+        stack = self.stack_of(layer)
+        return stack.block.format(layer - stack.first)
+
+    def attentions(self, depth: int) -> list[tuple[str, list[str]]]:
+        """(path of a stack, paths of its attention modules, bottom first), for each kind.
+
+        The kinds are the stacks' self-attentions, then a decoder's cross-attentions.
+        """
+        found = []
+        for stack in self.stacks:
+            layers = [layer for layer in range(depth) if self.stack_of(layer) is stack]
+            for query in filter(stack.letters.get, ("Q", "QKV", "CQ")):
+                inside = stack.letters[query].rpartition(".")[0]
+                paths = [f"{self.block_path(layer)}.{inside}" for layer in layers]
+                found.append((stack.stack, paths))
+        return found
 
     def place(self, path: str) -> tuple[int | None, str]:
         """(layer, part) of a parameter path: layer None outside the blocks, part as above."""
         head, _, kind = path.rpartition(".")
-        match = _block_pattern(self.block).match(path)
-        layer = int(match.group(1)) if match else None
+        stack, match = self, _block_pattern(self.block).match(path)
+        if not match and self.decoder:
+            stack, match = self.decoder, _block_pattern(self.decoder.block).match(path)
+        layer = stack.first + int(match.group(1)) if match else None
         if _NORM.search(head):
             return layer, "norm"
         if kind == "bias":
             return layer, "bias"
         inside = head[match.end() :] if match else ""
-        for letter, module in self.letters.items():
+        for letter, module in stack.letters.items():
             if match and inside in module.split("|"):
                 return layer, letter
-        if not match and head == self.embedding:
+        if not match and head in self.embedding.split("|"):
             return layer, "embedding"
         if not match and self.pooler and head == self.pooler:
             return layer, "pooler"
@@ -82,7 +130,7 @@ class Anatomy:
             if not named and selector != "none":
                 part = selector.partition("@")[0]
                 present = {own for _, own in map(self.place, paths)} | {"all", "none"}
-                if not present.isdisjoint(self.letters):
+                if not present.isdisjoint(self.matrices):
                     present.add("matrices")
                 raise SettingError(
                     f"selector {selector!r} names nothing in this base ({depth} layers). "
@@ -101,7 +149,7 @@ class Anatomy:
         if part == "all":
             return True
         if part == "matrices":
-            return own in self.letters
+            return own in self.matrices
         if part == "bias":  # a LayerNorm's bias is both: a norm, and one of BitFit's biases
             return path.endswith(".bias")
         if "*" in part or "." in part:

@@ -12,7 +12,7 @@ from howfine.calibration import pooled
 from howfine.errors import SettingError
 from howfine.ledger import Record, unpack_predictions
 from howfine.metrics import METRICS, bootstrap_interval, paired_bootstrap
-from howfine.recipe import Training
+from howfine.training import Training
 
 
 def groups(records: Sequence[Record], targets: np.ndarray, margin: float) -> list[dict[str, Any]]:

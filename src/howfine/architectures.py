@@ -61,6 +61,14 @@ _T5 = Anatomy(
     plain_attention=False,
     feed_forward="layer.1.dropout",
 )
+_BART = Anatomy(
+    block="layers.{}",
+    letters={**_ATTENTION, "D": "self_attn.out_proj", "I": "fc1", "O": "fc2"},
+    embedding="embed_tokens",
+    pooling="mean",
+    heads="encoder_attention_heads",
+    feed_forward="fc2",
+)
 _VIT_LETTERS = {
     "Q": "attention.q_proj",
     "K": "attention.k_proj",
@@ -163,14 +171,8 @@ ANATOMIES: dict[str, Anatomy] = {
     **dict.fromkeys(("gemma2", "gemma3_text"), _GEMMA2),
     "t5": _T5,
     "mt5": _T5,
-    "bart": Anatomy(
-        block="layers.{}",
-        letters={**_ATTENTION, "D": "self_attn.out_proj", "I": "fc1", "O": "fc2"},
-        embedding="embed_tokens",
-        pooling="mean",
-        heads="encoder_attention_heads",
-        feed_forward="fc2",
-    ),
+    **dict.fromkeys(("bart", "mbart", "pegasus"), _BART),
+    "marian": replace(_BART, computed="embed_positions"),
     "vit": Anatomy(
         block="layers.{}",
         letters=_VIT_LETTERS,
@@ -189,12 +191,72 @@ ANATOMIES: dict[str, Anatomy] = {
 }
 
 
-def anatomy_of(config: Any) -> Anatomy:
-    """The row for a Hugging Face config. Raises UnknownArchitecture, with what is known."""
-    kind = str(config.model_type)
-    if kind not in ANATOMIES:
+def _whole(encoder: Anatomy, layers: str, letters: dict[str, str], **decoder: str) -> Anatomy:
+    """Both stacks, of the encoder's row and of what the decoder has more, or elsewhere."""
+    return replace(
+        encoder,
+        block=f"encoder.{encoder.block}",
+        # Three modules of one table in most; the encoder's own one reads the input.
+        embedding="encoder.embed_tokens|shared|decoder.embed_tokens",
+        stack="encoder",
+        layers=layers,
+        decoder=replace(
+            encoder,
+            block=f"decoder.{encoder.block}",
+            letters={**encoder.letters, **letters},
+            stack="decoder",
+            **decoder,  # type: ignore[arg-type]
+        ),
+    )
+
+
+_T5_WHOLE = _whole(
+    _T5,
+    "num_layers",
+    {
+        "CQ": "layer.1.EncDecAttention.q",
+        "CK": "layer.1.EncDecAttention.k",
+        "CV": "layer.1.EncDecAttention.v",
+        "CD": "layer.1.EncDecAttention.o",
+        "I": "layer.2.DenseReluDense.wi|layer.2.DenseReluDense.wi_1",
+        "G": "layer.2.DenseReluDense.wi_0",
+        "O": "layer.2.DenseReluDense.wo",
+    },
+    feed_forward="layer.2.dropout",
+)
+_BART_WHOLE = _whole(
+    _BART,
+    "encoder_layers",
+    {
+        "CQ": "encoder_attn.q_proj",
+        "CK": "encoder_attn.k_proj",
+        "CV": "encoder_attn.v_proj",
+        "CD": "encoder_attn.out_proj",
+    },
+    heads="decoder_attention_heads",
+)
+# Of whole encoder-decoders: paths are those of the model that holds both stacks.
+WHOLE: dict[str, Anatomy] = {
+    **dict.fromkeys(("t5", "mt5"), _T5_WHOLE),
+    **dict.fromkeys(("bart", "mbart", "pegasus"), _BART_WHOLE),
+    "marian": replace(_BART_WHOLE, computed="embed_positions"),
+}
+
+
+def anatomy_of(config: Any, whole: bool = False) -> Anatomy:
+    """The row for a Hugging Face config; with `whole`, of an encoder-decoder and not its encoder.
+
+    Raises UnknownArchitecture, with what is known.
+    """
+    kind, rows, name = str(config.model_type), ANATOMIES, "ANATOMIES"
+    if whole:
+        rows, name = WHOLE, "WHOLE"
+    if kind not in rows:
         raise UnknownArchitecture(
             f"model type {kind!r} has no anatomy row, so its layers and matrices can't be named. "
-            f"{near(kind, ANATOMIES)} Add a row to howfine.architectures.ANATOMIES: it is a line."
+            f"{near(kind, rows)} Add a row to howfine.architectures.{name}: it is a line."
         )
-    return ANATOMIES[kind]
+    row = rows[kind]
+    if row.decoder is None:
+        return row
+    return replace(row, decoder=replace(row.decoder, first=int(getattr(config, row.layers))))

@@ -21,9 +21,9 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from howfine.base import Base
-from howfine.batch import Batch, running, worn_rows
+from howfine.batch import Batch, current, running, worn_rows
 from howfine.change import Undo, all_or_nothing
-from howfine.errors import SettingError
+from howfine.errors import DeltaError, SettingError
 
 _HELD = "howfine_front"
 # Whose masks are understood here.
@@ -36,23 +36,24 @@ class Front:
     """What stands in front at one attention, (heads, p, width) each; or what passes, recorded.
 
     With `visible` (R, p) there are R of them, (R, heads, p, width), of which each row of the
-    running batch wears one, and sees of it what is visible.
+    running batch wears one, and sees of it what is visible. With `inside` they stand nowhere in
+    front, and are added to the keys and values of the running batch's slots.
     """
 
     keys: Tensor | None = None
     values: Tensor | None = None
     visible: Tensor | None = None
+    inside: bool = False
     seen: list[tuple[Tensor, Tensor]] | None = field(default=None)
 
 
 def modules(base: Base) -> list[nn.Module]:
-    """Each layer's self-attention; one where all layers share a block."""
-    letters = base.anatomy.letters
-    query = letters.get("Q") or letters["QKV"]
-    inside = query.rpartition(".")[0]
-    block = base.anatomy.block
-    layers = range(base.depth)
-    return [base.body.get_submodule(f"{block.format(layer)}.{inside}") for layer in layers]
+    """Each layer's self-attention; one where all layers share a block.
+
+    Of a whole encoder-decoder the encoder's, the decoder's, and then its cross-attentions.
+    """
+    kinds = base.anatomy.attentions(base.depth)
+    return [base.body.get_submodule(path) for _, paths in kinds for path in paths]
 
 
 def put_on(base: Base) -> tuple[list[Front], Undo]:
@@ -99,7 +100,8 @@ def put_on(base: Base) -> tuple[list[Front], Undo]:
 def recorded(base: Base, ids: Tensor, once: bool = False) -> list[tuple[Tensor, Tensor]]:
     """(keys, values) of each attention for one input (S,), (heads, S, width) each.
 
-    Of a block that several layers share the first layer's, or with `once` a SettingError.
+    Of a block that several layers share the first layer's, or with `once` a SettingError. A whole
+    encoder-decoder reads the input twice, as its decoder's, too.
     """
     fronts, undo = put_on(base)
     was_training = base.tower.training
@@ -109,7 +111,10 @@ def recorded(base: Base, ids: Tensor, once: bool = False) -> list[tuple[Tensor, 
             front.seen = []
         # Where rows wear changes, this one wears none: tables end with a row for that.
         with running(Batch({}, rows=torch.tensor([-1], device=base.device))):
-            base.body(input_ids=ids.unsqueeze(0).to(base.device))
+            inputs = {"input_ids": ids.unsqueeze(0).to(base.device)}
+            if base.anatomy.decoder is not None:
+                inputs["decoder_input_ids"] = inputs["input_ids"]
+            base.body(**inputs)
         found = [front.seen[0] for front in fronts if front.seen]
         if once and any(len(front.seen or ()) > 1 for front in fronts):
             raise SettingError(
@@ -165,6 +170,9 @@ def _attend(
         front.seen.append((key.detach(), value.detach()))
     if front is None or front.keys is None or front.values is None:
         return own(module, query, key, value, attention_mask, **kwargs)
+    if front.inside:
+        key, value = _added(key, front.keys), _added(value, front.values)
+        return own(module, query, key, value, attention_mask, **kwargs)
     count = front.keys.shape[-2]
     attention_mask = _wider(module, query, key, attention_mask, count, kwargs)
     keys, values = front.keys, front.values
@@ -176,6 +184,30 @@ def _attend(
         kwargs["position_bias"] = functional.pad(kwargs["position_bias"], (count, 0))
     key, value = _before(keys, key), _before(values, value)
     return own(module, query, key, value, attention_mask, **kwargs)
+
+
+def _added(own: Tensor, at_slots: Tensor) -> Tensor:
+    """Keys (B, heads, S, width) with those of slots, (heads, p, width), added where slots are.
+
+    A cache holds them as they were, so that in later steps of a generation they are added again.
+    Raises DeltaError where the batch has more slots than there are rows for.
+    """
+    batch = current()
+    if batch is None or batch.slots is None or len(batch.slots) != len(own):
+        raise RuntimeError(
+            "a change of keys and values at a template's slots is on, and this forward pass does "
+            "not say where they are; run it through howfine's readout"
+        )
+    here = functional.pad(
+        batch.slots.to(own.device), (0, own.shape[2] - batch.slots.shape[1]), value=-1
+    )
+    if int(here.max()) >= at_slots.shape[1]:
+        raise DeltaError(
+            f"the readout's inputs have {int(here.max()) + 1} slots and the change holds "
+            f"{at_slots.shape[1]} keys for them; the file is damaged, or its template was altered"
+        )
+    chosen = at_slots.to(own.dtype)[:, here.clamp(min=0)].transpose(0, 1)
+    return own + chosen * (here >= 0)[:, None, :, None]
 
 
 def _seeing(query: Tensor, key: Tensor, mask: Tensor | None, visible: Tensor) -> Tensor | None:

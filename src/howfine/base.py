@@ -15,9 +15,11 @@ from howfine import pretrained
 from howfine.anatomy import Anatomy
 from howfine.architectures import anatomy_of
 from howfine.errors import SettingError, near
-from howfine.pretrained import EMBEDDED, KINDS, LANGUAGE_MODEL
+from howfine.pretrained import BODY, EMBEDDED, GENERATOR, KINDS, LANGUAGE_MODEL, SEQ2SEQ
 
 _RESERVED = "_howfine_reserved"
+# Matrices whose outputs lie head by head.
+_BY_HEAD = ("Q", "K", "V", "CQ", "CK", "CV")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -33,14 +35,14 @@ class Base:
         tower: nn.Module,
         tokenizer: Any = None,
         *,
-        kind: str = "body",
+        kind: str = BODY,
         fingerprint: str | None = None,
     ) -> None:
         self.name = name
         self.kind = kind
         self.tokenizer = tokenizer
         self.config: Any = tower.config
-        self.anatomy: Anatomy = anatomy_of(self.config)
+        self.anatomy: Anatomy = anatomy_of(self.config, whole=kind == SEQ2SEQ)
         self.tower_name = "image" if tower.main_input_name == "pixel_values" else "text"
         self.towers = nn.ModuleDict({self.tower_name: tower})
         self.towers.requires_grad_(False)
@@ -48,6 +50,10 @@ class Base:
         # The pretrained parameters themselves, by path: whatever a change puts in their places,
         # these are what it is measured against.
         self._parameters = dict(self.towers.named_parameters())
+        # A tied one has several names, of which the first is its path.
+        first = {id(value): path for path, value in self._parameters.items()}
+        every = self.towers.named_parameters(remove_duplicate=False)
+        self._named = {name: first[id(value)] for name, value in every}
         # Changes that are written into the parameters' own memory at the moment.
         self.switches: list[Any] = []
         pooler = f"{self.body_prefix}{self.anatomy.pooler}"
@@ -63,26 +69,28 @@ class Base:
         cls,
         name: str = EMBEDDED,
         *,
-        kind: str = "body",
+        kind: str = BODY,
         dtype: str = "float32",
         device: str = "cpu",
         revision: str | None = None,
     ) -> Base:
         """Load the embedded base, a Hugging Face name, or a folder (safetensors, .bin or GGUF).
 
+        Kinds are those of `howfine.pretrained`; "masked_or_causal_lm" and "causal_or_seq2seq_lm"
+        stand for the one of two that the architecture has.
+
         Raises BaseNotFound where there is no such model or no network to ask for it,
         UnknownArchitecture where no anatomy row fits, SettingError for an unknown kind or dtype.
         """
-        if kind not in (*KINDS, LANGUAGE_MODEL):
-            raise SettingError(f"base kind {kind!r} is unknown. {near(kind, KINDS)}")
+        if kind not in (known_kinds := (*KINDS, LANGUAGE_MODEL, GENERATOR)):
+            raise SettingError(f"base kind {kind!r} is unknown. {near(kind, known_kinds)}")
         if dtype not in DTYPES:
             raise SettingError(f"dtype {dtype!r} is unknown. {near(dtype, DTYPES)}")
         if device == "cuda" and "LOCAL_RANK" in os.environ:  # one of several processes: its own
             device = f"cuda:{os.environ['LOCAL_RANK']}"
         _check_device(device)
         source = pretrained.embedded_path() if name == EMBEDDED else name
-        if kind == LANGUAGE_MODEL:
-            kind = pretrained.language_kind(source, revision)
+        kind = pretrained.kind_of(source, kind, revision)
         tower, tokenizer, missing = pretrained.read(source, kind, revision)
         # Hashed once for each state of a folder; what a hub name stands for may change unseen.
         known = fp.cached(source, kind) if Path(source).is_dir() else None
@@ -133,7 +141,7 @@ class Base:
 
     @property
     def body(self) -> Any:
-        """The tower without a language model's head."""
+        """The tower without a language model's head; T5's whole, which has none without."""
         return self.towers.get_submodule(self.body_path)
 
     @property
@@ -143,13 +151,13 @@ class Base:
 
     @property
     def embedding(self) -> Any:
-        """The module that makes vectors of token numbers."""
+        """The module that makes vectors of token numbers: of a whole encoder-decoder's input."""
         return self.towers.get_submodule(self.embedding_path)
 
     @property
     def embedding_path(self) -> str:
         """Path of that module."""
-        return f"{self.body_prefix}{self.anatomy.embedding}"
+        return f"{self.body_prefix}{self.anatomy.embedding.partition('|')[0]}"
 
     @property
     def room(self) -> int:
@@ -180,7 +188,7 @@ class Base:
 
     @property
     def heads(self) -> int:
-        """Attention heads per layer."""
+        """Attention heads per layer; of a whole encoder-decoder, the encoder's."""
         return int(getattr(self.config, self.anatomy.heads))
 
     def heads_of(self, path: str) -> int:
@@ -188,15 +196,16 @@ class Base:
 
         Raises SettingError for a matrix that is not a query, key or value projection.
         """
-        part = self.place(path)[1]
-        if part not in ("Q", "K", "V"):
+        layer, part = self.place(path)
+        if layer is None or part not in _BY_HEAD:
             raise SettingError(
                 f"{path!r} (part {part}) is not laid out by attention heads; expected a query, key "
-                "or value matrix: select Q, K or V"
+                f"or value matrix: select {', '.join(_BY_HEAD[:-1])} or {_BY_HEAD[-1]}"
             )
+        heads = int(getattr(self.config, self.anatomy.stack_of(layer).heads))
         if part == "Q":
-            return self.heads
-        return int(getattr(self.config, "num_key_value_heads", None) or self.heads)
+            return heads
+        return int(getattr(self.config, "num_key_value_heads", None) or heads)
 
     @property
     def device(self) -> torch.device:
@@ -224,18 +233,21 @@ class Base:
     @property
     def body_prefix(self) -> str:
         """Prefix of the body's paths: the tower's name, then the body's in a model with a head."""
-        inner = "" if self.kind == "body" else f"{self.tower.base_model_prefix}."
+        # T5 with its head has no module without.
+        alone = self.kind == BODY or self.tower.base_model is self.tower
+        inner = "" if alone else f"{self.tower.base_model_prefix}."
         return f"{self.tower_name}.{inner}"
 
     def parameter(self, path: str) -> nn.Parameter:
-        """The pretrained parameter at a path, also while a change is on.
+        """The pretrained parameter at a path, or another name of it, also while a change is on.
 
         Entries of it may be overwritten then: `original` has the values.
         """
-        return self._parameters[path]
+        return self._parameters[self._named.get(path, path)]
 
     def original(self, path: str) -> Tensor:
         """The pretrained values at a path, also while entries of it are overwritten in place."""
+        path = self._named.get(path, path)
         value = self._parameters[path].detach()
         entries = [switch.entries[path] for switch in self.switches if path in switch.entries]
         if entries:
@@ -261,10 +273,11 @@ class Base:
         layers = [layer for layer, part in trained if layer is not None]
         if len(layers) < sum(part != "pooler" for _, part in trained):
             return
-        below = [self.anatomy.block.format(n) for n in range(min(layers, default=self.depth))]
+        below = [self.anatomy.block_path(n) for n in range(min(layers, default=self.depth))]
         # Modules that hold the blocks stay as they are: transformers reads their mode for other
         # things, such as whether checkpointing forbids a cache.
-        if owner := self.anatomy.embedding.rpartition(".")[0]:
+        owner = self.embedding_path.removeprefix(body).rpartition(".")[0]
+        if owner and not self.anatomy.block.startswith(f"{owner}."):
             below.append(owner)
         for module in below:
             self.towers.get_submodule(body + module).eval()

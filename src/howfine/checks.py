@@ -9,6 +9,9 @@ from howfine.errors import BadSplit, SettingError, TaskError, UnknownLabel, near
 from howfine.metrics import METRICS, Metric
 from howfine.tasks import SPLITS
 
+# What a task asks for.
+CLASSIFICATION, REGRESSION, GENERATION = "classification", "regression", "generation"
+
 
 class Asked(Protocol):
     """What is asked of a task: see `howfine.task.Task`."""
@@ -58,6 +61,17 @@ def filled(name: str, splits: Mapping[str, Sequence[Any]]) -> None:
             )
 
 
+def answerable(task: Asked, writes: bool, who: str) -> None:
+    """Raises TaskError where texts are to be written and classes are answered, or the reverse."""
+    if writes != (task.kind == GENERATION):
+        asks, gives = "texts to be written", "classes or scores"
+        asks, gives = (gives, asks) if writes else (asks, gives)
+        raise TaskError(
+            f"task {task.name!r} has {asks}, and {who} answers with {gives}; give a task or a "
+            "readout of the same kind (the column of texts to be written is named with target)"
+        )
+
+
 def learnable(task: Asked) -> None:
     """Raises TaskError's children for splits that can't be learned from or compared."""
     filled(task.name, task.splits)
@@ -75,6 +89,11 @@ def learnable(task: Asked) -> None:
                     f"split {split!r} of task {task.name!r}: {example.texts[0][:60]!r} has the "
                     f"label {example.label} and {len(example.options)} options; expected an index"
                 )
+        if len({bool(example.targets) for example in examples}) > 1:
+            raise TaskError(
+                f"split {split!r} of task {task.name!r} has examples with texts to be written and "
+                "examples without, expected one in each, or in none"
+            )
         bad = {e.label for e in examples} - set(range(len(task.labels))) if task.labels else set()
         if bad:
             raise UnknownLabel(

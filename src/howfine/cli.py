@@ -64,6 +64,7 @@ def tune(
     data: options.DataDir = None,
     text: options.TextColumns = None,
     label: options.LabelColumn = None,
+    target: options.TargetColumn = None,
     device: options.Device = "cpu",
     dtype: options.Dtype = "float32",
     as_json: options.AsJson = False,
@@ -78,7 +79,9 @@ def tune(
     from howfine.tune import tune as run
 
     chosen = Recipe.load(recipe).override(**options.settings(context.args))
-    found = options.load_task(options.stated_task(task, data, text, label, train=train_size))
+    found = options.load_task(
+        options.stated_task(task, data, text, label, target, train=train_size)
+    )
     found = found if shots is None else found.shots(shots, seed)
     loaded = Base.load(base or "minilm", kind=chosen.readout.kind, dtype=dtype, device=device)
     tuned = run(
@@ -99,6 +102,7 @@ def evaluate(
     data: options.DataDir = None,
     text: options.TextColumns = None,
     label: options.LabelColumn = None,
+    target: options.TargetColumn = None,
     device: options.Device = "cpu",
     dtype: options.Dtype = "float32",
     as_json: options.AsJson = False,
@@ -111,7 +115,7 @@ def evaluate(
     opened = Delta.load(delta)
     name = task or task_of(opened)
     loaded = options.base(base, opened, device, dtype)
-    found = options.load_task(options.stated_task(name, data, text, label))
+    found = options.load_task(options.stated_task(name, data, text, label, target))
     score = run(
         *(opened, loaded, found),
         split=split,
@@ -141,7 +145,7 @@ def predict(
     opened = Delta.load(delta)
     answers = run(opened, pairs, options.base(base, opened, device, dtype))
     said = "\n".join(
-        f"{answer.get('label', answer.get('score'))}\t{answer.get('probability', '')}\t{line}"
+        "\t".join(map(str, [*answer.values(), *([""] if "score" in answer else []), line]))
         for answer, line in zip(answers, lines, strict=True)
     )
     options.show(as_json, answers, said)
@@ -204,6 +208,7 @@ def study(
     data: options.DataDir = None,
     text: options.TextColumns = None,
     label: options.LabelColumn = None,
+    target: options.TargetColumn = None,
     device: options.Device = "cpu",
     dtype: options.Dtype = "float32",
     as_json: options.AsJson = False,
@@ -212,7 +217,7 @@ def study(
 
     Run it again to go on after a stop, or beside itself to share the work.
     """
-    found = options.stated_task(task, data, text, label, train=train_size)
+    found = options.stated_task(task, data, text, label, target, train=train_size)
     options.study(base or "minilm", found, plan, out, storage, device, dtype, as_json)
 
 
@@ -257,7 +262,7 @@ def demo(
     as_json: options.AsJson = False,
 ) -> None:
     """A small study on the embedded base and task: a few minutes on two cores."""
-    found = options.stated_task("rotten-tomatoes", None, None, None, train=720, dev=300)
+    found = options.stated_task("rotten-tomatoes", *[None] * 4, train=720, dev=300)
     options.study("minilm", found, "demo", out, None, "cpu", "float32", as_json)
 
 

@@ -101,7 +101,7 @@ class Combined:
 
     def _share(self) -> None:
         """Find out which tasks can share a pass, and put their changes on."""
-        self._shared = {name for name, task in self._tasks.items() if not task.tensors}
+        self._shared = {n for n, t in self._tasks.items() if not t.tensors and _reads(t)}
         with all_or_nothing() as undo:
             changes = []
             for kind in self._kinds():
@@ -112,11 +112,12 @@ class Combined:
             self._changes = changes
 
     def _kinds(self) -> list[type[Method]]:
-        found = {type(task.delta.method) for task in self._tasks.values() if task.tensors}
+        found = {type(t.delta.method) for t in self._tasks.values() if t.tensors and _reads(t)}
         return sorted(found, key=lambda kind: kind.__name__)
 
     def _of(self, kind: type[Method]) -> dict[str, _Worn]:
-        return {n: t for n, t in self._tasks.items() if type(t.delta.method) is kind}
+        tasks = self._tasks.items()
+        return {n: t for n, t in tasks if type(t.delta.method) is kind and _reads(t)}
 
     def _wear(self, kind: type[Method]) -> Change | None:
         worn: dict[int, tuple[Any, Tensors]] = {
@@ -164,13 +165,8 @@ class Combined:
         answers = []
         for (name, _), output in zip(rows, self.outputs(rows), strict=True):
             delta = self._tasks[name].delta
-            index = delta.readout.predict(output.unsqueeze(0))[0]
-            if not delta.labels:
-                answers.append({"task": name, "score": float(index)})
-                continue
-            shares = delta.readout.probabilities(output.unsqueeze(0))[0]
-            label, share = delta.labels[int(index)], float(shares[int(index)])
-            answers.append({"task": name, "label": label, "probability": share})
+            told = delta.readout.told(self.base, delta.labels, output.unsqueeze(0))
+            answers.append({"task": name, **told[0]})
         return answers
 
     def _together(self, examples: Mapping[str, Sequence[Example]]) -> dict[str, Tensor]:
@@ -245,6 +241,11 @@ class Combined:
             self._open = False
             self._take_off()
             self.base.tower.__dict__.pop(_HELD, None)
+
+
+def _reads(task: _Worn) -> bool:
+    """Whether its answers are read from one pass; those that are written take one a token."""
+    return not task.delta.readout.writes
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
+from howfine import checks
 from howfine.base import Base
 from howfine.batch import to_device
 from howfine.calibration import calibration, temperature, tempered
@@ -33,7 +35,7 @@ class Score:
     task: str
     # Every score the task is known by: an F1 comes with its accuracy.
     scores: dict[str, float]
-    # Predictions in the split's order: class indices, or scores for regression.
+    # Predictions in the split's order: class indices, scores for regression, or texts.
     predictions: np.ndarray = field(repr=False, compare=False)
     # Expected calibration error and what it is made of: `howfine.calibration.calibration`. None for
     # regression. With a temperature asked for, `temperature` in it says what it changed.
@@ -86,17 +88,25 @@ def evaluate(
         )
     asked = [split] if temperature_from is None else [split, temperature_from]
     with delta.applied(base) as model:
-        found = [
-            logits(model, base, task.splits[name], batch_size=batch_size, progress=progress)
-            for name in asked
-        ]
-        predictions = model.readout.predict(found[0]).numpy()
+        checks.answerable(task, model.readout.writes, "the delta's readout")
+        run = partial(logits, model, base, batch_size=batch_size, progress=progress)
+        found = [run(task.splits[name]) for name in asked]
+        predictions = model.readout.predictions(base, found[0])
         shares = [model.readout.probabilities(each).numpy() for each in found if task.labels]
+        likelihoods = run(task.splits[split], labelled=True) if model.readout.writes else None
     result = score(task, split, predictions, shares[0] if shares else None)
+    if likelihoods is not None:
+        result = replace(result, scores={**result.scores, "perplexity": _perplexity(likelihoods)})
     if temperature_from is None or result.calibration is None:
         return result
     gained = _temperature(task, split, temperature_from, *shares)
     return replace(result, calibration={**result.calibration, "temperature": gained})
+
+
+def _perplexity(likelihoods: torch.Tensor) -> float:
+    """Of (n, 2) sums of negative log-likelihoods and numbers of tokens: per token, all together."""
+    total, tokens = likelihoods.double().sum(0).tolist()
+    return float(np.exp(total / tokens))
 
 
 def _check_splits(task: Task, split: str, temperature_from: str | None) -> None:
@@ -107,7 +117,7 @@ def _check_splits(task: Task, split: str, temperature_from: str | None) -> None:
         return
     if not task.labels:
         raise SettingError(
-            f"task {task.name} is a regression, whose scores have no confidence; leave the "
+            f"task {task.name} has no classes, and other answers have no confidence; leave the "
             "temperature out"
         )
     if temperature_from == split:
@@ -121,14 +131,10 @@ def _temperature(
     task: Task, split: str, fitted_on: str, shares: np.ndarray, others: np.ndarray
 ) -> dict[str, Any]:
     """The temperature fitted on another split's probabilities, and the errors it leaves here."""
-    value = temperature(others, _targets(task, fitted_on))
-    after = calibration(tempered(shares, value), _targets(task, split))
+    value = temperature(others, task.targets(fitted_on))
+    after = calibration(tempered(shares, value), task.targets(split))
     left = {name: after[name] for name in ("ece", "ece_10", "confidence")}
     return {"value": round(value, 6), "fitted_on": fitted_on, **left}
-
-
-def _targets(task: Task, split: str) -> np.ndarray:
-    return np.asarray([example.label for example in task.splits[split]])
 
 
 def task_of(delta: Delta) -> str:
@@ -146,7 +152,7 @@ def score(
 
     `probabilities` has shape (n, classes), and is left out for regression.
     """
-    targets = _targets(task, split)
+    targets = task.targets(split)
     metric = METRICS[task.metric]
     interval = bootstrap_interval(metric, [predictions], targets)
     return Score(
@@ -170,7 +176,7 @@ def predict(
     batch_size: int = 64,
     progress: bool = False,
 ) -> list[dict[str, Any]]:
-    """Answers for texts: `label` and `probability` of each, or `score` for regression.
+    """Answers for texts: `label` and `probability` of each, `score` for regression, or `text`.
 
     Each is one text, or each a pair. Raises TaskError for a mixture, DeltaError for a damaged file,
     WrongBase.
@@ -181,14 +187,7 @@ def predict(
         return []
     with delta.applied(base) as model:
         outputs = logits(model, base, examples, batch_size=batch_size, progress=progress)
-        predictions = model.readout.predict(outputs)
-    if not delta.labels:
-        return [{"score": float(value)} for value in predictions]
-    shares = model.readout.probabilities(outputs)
-    return [
-        {"label": delta.labels[int(index)], "probability": float(row[int(index)])}
-        for index, row in zip(predictions, shares, strict=True)
-    ]
+        return model.readout.told(base, delta.labels, outputs)
 
 
 def examples_of(texts: Sequence[str | tuple[str, str]]) -> list[Example]:
@@ -223,8 +222,11 @@ def logits(
     *,
     batch_size: int = 64,
     progress: bool = False,
+    labelled: bool = False,
 ) -> torch.Tensor:
     """Outputs of the model, float32 on the CPU, in the examples' order.
+
+    With `labelled` those that a loss is made of, where they are others.
 
     Examples of similar length share a batch, which saves most of the padding. Raises DeltaError
     where outputs are NaN or infinite.
@@ -232,7 +234,7 @@ def logits(
     order = sorted(range(len(examples)), key=lambda i: sum(map(len, examples[i].texts)))
     parts = []
     for rows in tqdm(list(_batches(order, batch_size)), desc="predict", disable=not progress):
-        batch = model.readout.collate(base, [examples[i] for i in rows], labelled=False)
+        batch = model.readout.collate(base, [examples[i] for i in rows], labelled=labelled)
         fields = to_device(batch.as_kwargs(), base.device)
         parts.append(model(**fields)["logits"].float().cpu())
     outputs = torch.cat(parts)

@@ -19,13 +19,13 @@ def path(base: Base, layer: int) -> str:
 
     Raises SettingError for an architecture without a row for it.
     """
-    place = base.anatomy.feed_forward
+    place = base.anatomy.stack_of(layer).feed_forward
     if not place:
         raise SettingError(
             f"{base.config.model_type} has no row for where its feed-forward net ends; add "
             "feed_forward to its row in howfine.architectures"
         )
-    return f"{base.body_prefix}{base.anatomy.block.format(layer)}.{place}"
+    return f"{base.body_prefix}{base.anatomy.block_path(layer)}.{place}"
 
 
 def after_feed_forward(base: Base, layer: int, module: nn.Module) -> Undo:

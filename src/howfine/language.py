@@ -6,18 +6,19 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from howfine.base import Base
 from howfine.errors import SettingError
 
-MASKED, CAUSAL = "masked_lm", "causal_lm"
+MASKED, CAUSAL, SEQ2SEQ = "masked_lm", "causal_lm", "seq2seq_lm"
 
 
 def require(base: Base, what: str, kinds: tuple[str, ...] = (MASKED, CAUSAL)) -> None:
     """Raises SettingError unless the base is a language model of one of the kinds."""
-    if base.kind in kinds and base.anatomy.language is not None:
+    if base.kind in kinds and (base.anatomy.language is not None or base.kind == SEQ2SEQ):
         return
     named = " or ".join(kinds)
     found = "no language model's head" if base.kind == "body" else f"kind {base.kind}"
@@ -49,6 +50,18 @@ def decoder(base: Base) -> nn.Linear:
     """The layer from there to the vocabulary: rows are output vectors of tokens."""
     found: Any = base.tower.get_output_embeddings()
     return found
+
+
+def scores(base: Base) -> Callable[[nn.Module, Tensor], Tensor]:
+    """A function of (tower, hidden states (…, H)): the model's own scores of tokens, (…, V)."""
+    reading = before_decoder(base)
+    cap = getattr(base.config, "final_logit_softcapping", None)  # of Gemma 2 and 3
+
+    def run(tower: nn.Module, hidden: Tensor) -> Tensor:
+        found: Tensor = tower.get_output_embeddings()(reading(tower, hidden))  # type: ignore
+        return found if not cap else cap * torch.tanh(found / cap)
+
+    return run
 
 
 def single_token(base: Base, word: str, what: str) -> int:

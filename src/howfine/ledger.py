@@ -49,7 +49,10 @@ class Ledger:
 
 
 def pack_predictions(predictions: np.ndarray) -> str:
-    """Predictions as a short text: int16 class indices or float32 scores, deflated, base64."""
+    """Predictions as a short text: int16 indices, float32 scores or texts, deflated, base64."""
+    if predictions.dtype.kind == "O":
+        data = zlib.compress(json.dumps(predictions.tolist()).encode(), 9)
+        return "text:" + base64.b64encode(data).decode()
     kind = np.float32 if predictions.dtype.kind == "f" else np.int16
     data = zlib.compress(predictions.astype(kind).tobytes(), 9)
     return np.dtype(kind).str + ":" + base64.b64encode(data).decode()
@@ -58,4 +61,6 @@ def pack_predictions(predictions: np.ndarray) -> str:
 def unpack_predictions(text: str) -> np.ndarray:
     """The inverse of `pack_predictions`."""
     kind, _, data = text.partition(":")
+    if kind == "text":
+        return np.array(json.loads(zlib.decompress(base64.b64decode(data))), dtype=object)
     return np.frombuffer(zlib.decompress(base64.b64decode(data)), dtype=kind)

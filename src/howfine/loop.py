@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers import set_seed
 
+from howfine import checks
 from howfine.base import Base
 from howfine.cost import PeakMemory
 from howfine.delta import Delta
@@ -43,8 +44,8 @@ class Fit:
         outside: Mapping[str, Tensor] | None = None,
     ) -> None:
         set_seed(seed)
-        recipe = replace(recipe, readout=recipe.readout.settled(base, task.labels))
         _check_readout(recipe, task)
+        recipe = replace(recipe, readout=recipe.readout.settled(base, task.labels))
         self.memory = PeakMemory(base.device)
         start = start or Start({})
         _check_start(recipe, start)
@@ -64,6 +65,7 @@ class Fit:
                 _check_checkpointing(recipe)
                 undo.callback(_checkpoint_activations(base))
             self.trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+            _check_trains(recipe, self.trainable)
             self.parts = Parts(base, task, recipe, model, head, change)
             self.trainer = trainer_of(self.parts, seed, folder, progress)
             self._undo = undo.pop_all()
@@ -118,10 +120,19 @@ def _check_start(recipe: Recipe, start: Start) -> None:
 
 def _check_readout(recipe: Recipe, task: Task) -> None:
     """A readout that sees no options would learn to answer by their numbers."""
+    checks.answerable(task, recipe.readout.writes, f"the readout of recipe {recipe.name}")
     if not recipe.readout.reads_options and any(row.options for row in task.splits["train"]):
         raise TaskError(
             f"the examples of task {task.name} have options of their own, which the readout of "
             f"recipe {recipe.name} does not read; choose one that does, such as the recipe unimc's"
+        )
+
+
+def _check_trains(recipe: Recipe, trainable: int) -> None:
+    if not trainable:
+        raise SettingError(
+            f"recipe {recipe.name}: its method changes nothing of the base, and its readout has no "
+            "parameters of its own, so nothing would train; choose a method that changes the base"
         )
 
 

@@ -1,23 +1,25 @@
 """Scores of predictions, and the bootstrap that says how far a score can be trusted.
 
 Every metric takes one array of predictions and one of targets, both of shape (n,): class indices
-for classification, numbers for regression. More is always better (the mean squared error is
-negated), and an input on which a formula is undefined, such as a correlation with constant
-predictions, scores 0.0.
+for classification, numbers for regression; for generation texts, and tuples of references (see
+`howfine.text_metrics`). More is always better (the mean squared error is negated), and an input
+on which a formula is undefined, such as a correlation with constant predictions, scores 0.0.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from scipy import stats
 from sklearn import metrics as sklearn
 
+from howfine import text_metrics
 from howfine.errors import SettingError
 
-# Elements of one (draws, n) block of resampled rows: bounds the memory of a bootstrap.
+# Elements of one (draws, n, ...) block of resampled rows: bounds the memory of a bootstrap.
 BLOCK = 2_000_000
 # A vector whose spread is below this share of its mean is constant up to rounding; scipy's own
 # bound for its near-constant warning.
@@ -31,15 +33,18 @@ class Metric:
     """A named score, once for a whole split and once for many resamples of it."""
 
     name: str
-    # The predictions and targets it takes: "classification" or "regression".
+    # The predictions and targets it takes: "classification", "regression" or "generation".
     kind: str
     # (n,) predictions and (n,) targets -> score.
     function: Callable[[np.ndarray, np.ndarray], float]
-    # (draws, n) predictions and targets -> (draws,) scores, each equal to `function` of its row.
-    resampled: Callable[[np.ndarray, np.ndarray], np.ndarray]
+    # (draws, n) predictions and targets -> (draws,) scores, each equal to `function` of its row;
+    # of a metric with `statistics`, (draws, n, s) of those alone.
+    resampled: Callable[..., np.ndarray]
     greater_is_better: bool = True
     # Metrics that are by custom reported beside this one.
     also: tuple[str, ...] = ()
+    # (n,) predictions and targets -> (n, s) numbers of which a score is made, s of each example.
+    statistics: Callable[[np.ndarray, np.ndarray], np.ndarray] | None = None
 
 
 def scores(name: str, predictions: np.ndarray, targets: np.ndarray) -> dict[str, float]:
@@ -66,10 +71,10 @@ def bootstrap_interval(
     if not 0 < level < 1:
         raise SettingError(f"level is {level}, expected a share between 0 and 1, such as 0.95")
     targets = np.asarray(targets)
-    runs = _runs(predictions, targets, draws)
+    runs = _runs(metric, predictions, targets, draws)
     rng = np.random.default_rng(seed)
     weights = _seed_weights(rng, draws, len(runs))
-    means = [_scores(metric, runs, targets, rows) for rows in _rows(rng, draws, len(targets))]
+    means = [_scores(metric, runs, targets, rows) for rows in _rows(rng, draws, runs[0])]
     values = (np.concatenate(means) * weights).sum(axis=1)
     tail = 100 * (1 - level) / 2
     low, high = np.percentile(values, [tail, 100 - tail])
@@ -95,11 +100,11 @@ def paired_bootstrap(
     if margin < 0:
         raise SettingError(f"margin is {margin}, expected a share of the reference's score, >= 0")
     targets = np.asarray(targets)
-    sides = [_runs(candidate, targets, draws), _runs(reference, targets, draws)]
+    sides = [_runs(metric, side, targets, draws) for side in (candidate, reference)]
     rng = np.random.default_rng(seed)
     weights = [_seed_weights(rng, draws, len(runs)) for runs in sides]
     blocks: tuple[list[np.ndarray], list[np.ndarray]] = ([], [])
-    for rows in _rows(rng, draws, len(targets)):
+    for rows in _rows(rng, draws, sides[0][0]):
         for found, runs in zip(blocks, sides, strict=True):
             found.append(_scores(metric, runs, targets, rows))
     ours, theirs = (
@@ -109,7 +114,10 @@ def paired_bootstrap(
     return float(np.mean(ours >= theirs - margin * np.abs(theirs) - ROUNDING))
 
 
-def _runs(predictions: Sequence[np.ndarray], targets: np.ndarray, draws: int) -> list[np.ndarray]:
+def _runs(
+    metric: Metric, predictions: Sequence[np.ndarray], targets: np.ndarray, draws: int
+) -> list[np.ndarray]:
+    """(n,) predictions of each run, or (n, s) statistics where the metric has some."""
     if draws < 1:
         raise SettingError(f"draws is {draws}, expected at least 1")
     if not len(predictions) or not len(targets):
@@ -123,7 +131,7 @@ def _runs(predictions: Sequence[np.ndarray], targets: np.ndarray, draws: int) ->
                 f"run {number} has predictions of shape {run.shape}, expected {targets.shape}: "
                 "one for each target (a list holds one array per seed)"
             )
-    return runs
+    return [metric.statistics(run, targets) for run in runs] if metric.statistics else runs
 
 
 def _seed_weights(rng: np.random.Generator, draws: int, seeds: int) -> np.ndarray:
@@ -134,9 +142,9 @@ def _seed_weights(rng: np.random.Generator, draws: int, seeds: int) -> np.ndarra
     return np.stack([(drawn == number).mean(axis=1) for number in range(seeds)], axis=1)
 
 
-def _rows(rng: np.random.Generator, draws: int, n: int) -> Iterator[np.ndarray]:
-    """Blocks of (draws in this block, n) example indices, drawn with replacement."""
-    step = max(1, BLOCK // n)
+def _rows(rng: np.random.Generator, draws: int, run: np.ndarray) -> Iterator[np.ndarray]:
+    """Blocks of (draws in this block, n) indices of a run's examples, drawn with replacement."""
+    n, step = len(run), max(1, BLOCK // run.size)
     for start in range(0, draws, step):
         yield rng.integers(n, size=(min(step, draws - start), n))
 
@@ -145,8 +153,8 @@ def _scores(
     metric: Metric, runs: list[np.ndarray], targets: np.ndarray, rows: np.ndarray
 ) -> np.ndarray:
     """(draws, seeds): each run's score on each draw's rows."""
-    drawn = targets[rows]
-    return np.stack([metric.resampled(run[rows], drawn) for run in runs], axis=1)
+    drawn = () if metric.statistics else (targets[rows],)
+    return np.stack([metric.resampled(run[rows], *drawn) for run in runs], axis=1)
 
 
 def _confusion(predictions: np.ndarray, targets: np.ndarray) -> np.ndarray:
@@ -278,3 +286,14 @@ METRICS: dict[str, Metric] = {
         ),
     )
 }
+
+# BLEU is reported with all others of texts, and each of those with BLEU.
+for _name in text_metrics.FORMULAS:
+    METRICS[_name] = Metric(
+        name=_name,
+        kind="generation",
+        function=partial(text_metrics.score, _name),
+        resampled=text_metrics.FORMULAS[_name].resampled,
+        also=tuple(text_metrics.FORMULAS)[1:] if _name == "bleu" else ("bleu",),
+        statistics=partial(text_metrics.statistics, _name),
+    )

@@ -28,6 +28,10 @@ TextColumns = Annotated[
     str | None, typer.Option("--text", help="Text column, or two with a comma.")
 ]
 LabelColumn = Annotated[str | None, typer.Option("--label", help="Label column.")]
+TargetColumn = Annotated[
+    str | None,
+    typer.Option("--target", help="Column of texts to be written, for a model to learn."),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps …")]
 Dtype = Annotated[str, typer.Option(help="float32, bfloat16 or float16: of the base's weights.")]
@@ -64,11 +68,16 @@ def study(
 
 
 def stated_task(
-    name: str, data: Path | None, text: str | None, label: str | None, **subset: int | None
+    name: str,
+    data: Path | None,
+    text: str | None,
+    label: str | None,
+    target: str | None,
+    **subset: int | None,
 ) -> dict[str, Any]:
-    """The task that --task, --data, --text and --label name, as what Task.load takes."""
-    given = {"name_or_path": name, "data": str(data) if data else None, "label": label}
-    given["text"] = text
+    """The task that --task, --data, --text, --label and --target name, for Task.load."""
+    given = {"name_or_path": name, "data": str(data) if data else None}
+    given |= {"text": text, "label": label, "target": target}
     stated: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
     sizes = {split: size for split, size in subset.items() if size is not None}
     return {**stated, "subset": sizes} if sizes else stated

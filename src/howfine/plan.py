@@ -70,7 +70,8 @@ class Plan:
     def kind(self) -> str:
         """The kind of base that all its recipes can read: a body, if none asks for more."""
         names = (self.ceiling, self.floor, *self.recipes)
-        kinds = {Recipe.load(name).readout.kind for name in names}
+        told = {k: v for k, v in (self.settings or {}).items() if k == "readout"}
+        kinds = {Recipe.load(name).override(**told).readout.kind for name in names}
         return max(kinds, key=lambda kind: kind != "body")
 
     @classmethod

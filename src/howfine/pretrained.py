@@ -26,8 +26,11 @@ KINDS = {
     "causal_lm": "AutoModelForCausalLM",
     "seq2seq_lm": "AutoModelForSeq2SeqLM",
 }
+BODY, SEQ2SEQ = "body", "seq2seq_lm"
 # The language model that an architecture is: masked or causal, as its row says.
-LANGUAGE_MODEL = "language_model"
+LANGUAGE_MODEL = "masked_or_causal_lm"
+# The language model that writes, word after word: causal, or a whole encoder-decoder.
+GENERATOR = "causal_or_seq2seq_lm"
 
 # Keys of a sentence-transformers pooling config, of those that are read here.
 _POOLING = {"pooling_mode_cls_token": "cls", "pooling_mode_mean_tokens": "mean"}
@@ -83,7 +86,9 @@ def read(source: str, kind: str, revision: str | None) -> tuple[nn.Module, Any, 
             "its config.json; give one whose config and weights belong together"
         )
     known = dict(model.named_parameters(remove_duplicate=False))
-    lost = {id(known[path]) for path in info["missing_keys"] if path in known}
+    computed = anatomy_of(model.config).computed
+    own = [path for path in info["missing_keys"] if not computed or computed not in path]
+    lost = {id(known[path]) for path in own if path in known}
     model = _used(model, kind)  # whatever the decoder lacks
     missing = [path for path, value in model.named_parameters() if id(value) in lost]
     _zero_pooler(model, missing, source, kind)
@@ -101,24 +106,41 @@ def _named(source: str, revision: str | None) -> dict[str, Any]:
     return options
 
 
-def language_kind(source: str, revision: str | None) -> str:
-    """ "masked_lm" or "causal_lm". Raises BaseNotFound for an architecture that is neither."""
-    import transformers
+def kind_of(source: str, kind: str, revision: str | None) -> str:
+    """One of KINDS: what LANGUAGE_MODEL or GENERATOR is for a source, any other kind as it is.
 
-    options = _named(source, revision)
-    try:
-        with quiet_transformers():
-            config = transformers.AutoConfig.from_pretrained(source, **options)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise BaseNotFound(f"base {source!r} can't be loaded: {reason}") from error
+    Raises BaseNotFound for an architecture that is no such thing.
+    """
+    if kind not in (LANGUAGE_MODEL, GENERATOR):
+        return kind
+    config = _config(source, revision)
     steps = anatomy_of(config).language
+    if kind == GENERATOR:
+        if getattr(config, "is_encoder_decoder", False):
+            return SEQ2SEQ
+        if steps != ():
+            raise BaseNotFound(
+                f"base {source!r} ({config.model_type}) is an encoder and can't write texts; give "
+                "a causal language model such as GPT-2, or a whole encoder-decoder such as T5"
+            )
     if steps is None:
         raise BaseNotFound(
             f"base {source!r} ({config.model_type}) has no masked or causal language model; give "
             "one such as a BERT, RoBERTa or GPT-2 with its head"
         )
     return "masked_lm" if steps else "causal_lm"
+
+
+def _config(source: str, revision: str | None) -> Any:
+    import transformers
+
+    options = _named(source, revision)
+    try:
+        with quiet_transformers():
+            return transformers.AutoConfig.from_pretrained(source, **options)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise BaseNotFound(f"base {source!r} can't be loaded: {reason}") from error
 
 
 def outline(folder: str, kind: str) -> nn.Module:
@@ -137,15 +159,14 @@ def outline(folder: str, kind: str) -> nn.Module:
 def _used(model: Any, kind: str) -> Any:
     """The encoder of an encoder-decoder's body, any other model as it is."""
     parts = dict(model.named_children())
-    return parts["encoder"] if kind == "body" and {"encoder", "decoder"} <= parts.keys() else model
+    return parts["encoder"] if kind == BODY and {"encoder", "decoder"} <= parts.keys() else model
 
 
 def _zero_pooler(model: Any, missing: list[str], source: str, kind: str) -> None:
     """Set missing parameters of the pooler to zero. Raises BaseNotFound for any other one."""
     pooler = anatomy_of(model.config).pooler
     lost = [path for path in missing if not pooler or not path.startswith(pooler)]
-    body = f"{model.base_model_prefix}."
-    if lost and kind != "body" and not any(path.startswith(body) for path in lost):
+    if lost and kind != BODY and all(_in_head(model, path) for path in lost):
         raise BaseNotFound(
             f"base {source!r} was saved without a language model's head: it lacks {lost[0]} and "
             f"{len(lost) - 1} more parameters; give a base that has its head"
@@ -159,6 +180,14 @@ def _zero_pooler(model: Any, missing: list[str], source: str, kind: str) -> None
     with torch.no_grad():
         for path in missing:
             model.get_parameter(path).zero_()
+
+
+def _in_head(model: Any, path: str) -> bool:
+    """Whether a parameter is outside the body. T5's body is no module of its own."""
+    if model.base_model is not model:
+        return not path.startswith(f"{model.base_model_prefix}.")
+    head: nn.Module = model.get_submodule(path.rpartition(".")[0])
+    return head is model.get_output_embeddings()
 
 
 def embedded_path() -> str:

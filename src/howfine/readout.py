@@ -11,6 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -20,6 +21,7 @@ from howfine.base import Base
 from howfine.batch import Batch, running
 from howfine.errors import DamagedDelta
 from howfine.method import Tensors
+from howfine.metrics import Metric
 from howfine.task import Example
 
 Labels = tuple[str, ...]
@@ -37,13 +39,15 @@ class Readout(ABC):
     """Examples to a Batch; outputs to a loss and predictions; its own small parameters.
 
     Subclasses are final, frozen dataclasses with at most six fields. `labels` are the task's class
-    names, () for regression.
+    names, () for regression and for texts.
     """
 
     # Which kind of base it needs: see `howfine.base.KINDS`.
     kind: ClassVar[str] = "body"
     # Whether it reads an example's own options, in tasks that have such.
     reads_options: ClassVar[bool] = False
+    # Whether its answers are texts.
+    writes: ClassVar[bool] = False
 
     @property
     def goes_on(self) -> bool:
@@ -85,6 +89,25 @@ class Readout(ABC):
         Softmax of logits. Only asked for tasks with labels.
         """
         return outputs.double().softmax(-1)
+
+    def predictions(self, base: Base, outputs: Tensor) -> np.ndarray:
+        """(B,) what a metric takes: class indices, scores, or texts."""
+        return self.predict(outputs).numpy()
+
+    def told(self, base: Base, labels: Labels, outputs: Tensor) -> list[dict[str, Any]]:
+        """What is told of each row: `label` and `probability`, `score`, or `text`."""
+        found = self.predictions(base, outputs)
+        if not labels:
+            return [{"score": float(value)} for value in found]
+        shares = self.probabilities(outputs)
+        return [
+            {"label": labels[int(index)], "probability": float(row[int(index)])}
+            for index, row in zip(found, shares, strict=True)
+        ]
+
+    def progress(self, outputs: Tensor, targets: np.ndarray, metric: Metric) -> float:
+        """By what states of one training are compared, more is better: the task's metric."""
+        return float(metric.function(self.predict(outputs).numpy(), targets))
 
     # A hook, not a duty: most readouts need nothing of the kind.
     def remember(self, model: Wired, base: Base, examples: Sequence[Example]) -> None:  # noqa: B027

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from howfine import fingerprint, plugins
 from howfine.codec import PRECISIONS
@@ -16,73 +15,7 @@ from howfine.errors import SettingError, near
 from howfine.method import Method, methods
 from howfine.readout import Readout, readouts
 from howfine.text import mapping, one, parsed, text_of
-
-
-@dataclass(frozen=True)
-class Training:
-    """How a fit is run; the names are transformers' where it has one."""
-
-    # Passes over the training split.
-    epochs: float = 3.0
-    # Optimiser steps; above 0 it overrides epochs.
-    max_steps: int = 0
-    # Examples per optimiser step and process.
-    batch_size: int = 32
-    # Batches added up before an optimiser step.
-    gradient_accumulation: int = 1
-    # Peak learning rate of the method's parameters; None for the method's own.
-    learning_rate: float | None = None
-    # Peak learning rate of the readout's head; None for the same where one is named,
-    # up to 1e-2 (SGD: 1) beside a method that trains something, else 1e-3.
-    readout_learning_rate: float | None = None
-    # AdamW's decoupled weight decay.
-    weight_decay: float = 0.01
-    # Share of the steps that warm up linearly.
-    warmup: float = 0.1
-    # Learning-rate schedule by transformers' name: linear, cosine, constant, …
-    schedule: str = "linear"
-    # Gradient norm above which gradients are scaled down; 0 for never.
-    max_grad_norm: float = 1.0
-    # Number format of the forward and backward pass: fp32, bf16 or fp16 (mixed precision).
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    # Evaluations on dev per training that pick the best state; 0 keeps the last state.
-    evaluations: int = 0
-    # Evaluations without improvement before training stops; 0 for never.
-    patience: int = 0
-    # Batch examples of similar length (saves padding).
-    group_by_length: bool = True
-    # Share of the steps, the last ones, taken with values as a file of few bits will hold them.
-    rounding: float = 0.3
-    # Recompute activations in the backward pass (saves memory, costs time).
-    gradient_checkpointing: bool = False
-    # adamw, or sgd without momentum.
-    optimizer: Literal["adamw", "sgd"] = "adamw"
-    # Train in evaluation mode: no dropout, in the base nor in the head.
-    eval_mode: bool = False
-    # Where to log: none, tensorboard, trackio, … as transformers' report_to.
-    report_to: str = "none"
-
-    def __post_init__(self) -> None:
-        for name, fits, expected in _RANGES:
-            value = getattr(self, name)
-            if value is not None and not (math.isfinite(value) and fits(value)):
-                raise SettingError(f"training {name}: found {value}, expected {expected}")
-
-
-_RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
-    ("epochs", lambda value: value > 0, "more than 0"),
-    ("max_steps", lambda value: value >= 0, "0 (so that epochs count) or more"),
-    ("batch_size", lambda value: value >= 1, "1 or more"),
-    ("gradient_accumulation", lambda value: value >= 1, "1 or more"),
-    ("learning_rate", lambda value: value >= 0, "a finite number from 0"),
-    ("readout_learning_rate", lambda value: value >= 0, "a finite number from 0"),
-    ("weight_decay", lambda value: value >= 0, "a finite number from 0"),
-    ("warmup", lambda value: 0 <= value < 1, "a share from 0 to below 1"),
-    ("rounding", lambda value: 0 <= value <= 1, "a share from 0 to 1"),
-    ("max_grad_norm", lambda value: value >= 0, "0 (for never) or more"),
-    ("evaluations", lambda value: value >= 0, "0 (for none) or more"),
-    ("patience", lambda value: value >= 0, "0 (for never) or more"),
-)
+from howfine.training import Training
 
 
 @dataclass(frozen=True)
@@ -141,11 +74,7 @@ class Recipe:
             if key not in known:
                 raise SettingError(f"recipe {name} has no key {key!r}. {near(str(key), known)}")
         method_name, method_settings = one(raw["method"], f"recipe {name}, method")
-        if "readout" in raw:
-            readout_name, settings = one(raw["readout"], f"recipe {name}, readout")
-            readout = plugins.build(f"recipe {name}, readout", readouts(), readout_name, settings)
-        else:
-            readout = default_readout()
+        readout = _readout(raw["readout"], name) if "readout" in raw else default_readout()
         return cls(
             name=name,
             method=plugins.build(f"recipe {name}, method", methods(), method_name, method_settings),
@@ -164,8 +93,13 @@ class Recipe:
     def override(self, /, **settings: Any) -> Recipe:
         """The same recipe with settings changed, each where it lives: training, method, readout.
 
-        Those of one part are changed together: only the outcome must be a valid combination.
+        Those of one part are changed together: only the outcome must be a valid combination. A
+        `readout` by name takes the place of the recipe's own, in all its phases.
         """
+        if "readout" in settings:
+            other = _readout(settings.pop("readout"), self.name)
+            found = dataclasses.replace(_reading(self, other), knob=self.knob)
+            return found.override(**settings)
         parts: dict[str, dict[str, Any]] = {}
         for key, value in settings.items():
             part, name = self._home(key)
@@ -204,7 +138,8 @@ class Recipe:
         for part in ("readout", "method", "training"):
             known |= dict.fromkeys((f.name for f in dataclasses.fields(getattr(self, part))), part)
         if key not in known:
-            raise SettingError(f"recipe {self.name} has no setting {key!r}. {near(key, known)}")
+            hint = near(key, [*known, "readout"])
+            raise SettingError(f"recipe {self.name} has no setting {key!r}. {hint}")
         return known[key], key
 
     def as_dict(self) -> dict[str, Any]:
@@ -263,6 +198,14 @@ def _start(raw: Any, name: str, readout: Readout) -> Recipe | str | None:
     else:
         found = Recipe.load(raw) if isinstance(raw, str) else Recipe.parse(f"{name}, start", raw)
     return found and _reading(found, readout)
+
+
+def _readout(raw: Any, name: str) -> Readout:
+    """A readout by name, as it is unless settings stand beside it; or one as it was made."""
+    if isinstance(raw, Readout):
+        return raw
+    found, settings = one(raw, f"recipe {name}, readout")
+    return plugins.build(f"recipe {name}, readout", readouts(), found, settings)
 
 
 def _reading(recipe: Recipe, readout: Readout) -> Recipe:

@@ -25,7 +25,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypedDict
 
-import numpy as np
 import torch
 
 from howfine import answer, report_page, report_where, stored, wording
@@ -125,7 +124,7 @@ def summarise(
     `report` copies it, and None where it is gone; without one, as the study stored it. Raises
     SettingError where no ceiling run finished. `where` is empty: `report` counts in the files.
     """
-    targets = np.asarray([example.label for example in task.splits["test"]])
+    targets = task.targets("test")
     groups = _with_method(answer.groups(records, targets, margin), records)
     recommended = answer.recommend(groups, records, margin)
     if folder is not None:

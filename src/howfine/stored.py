@@ -8,8 +8,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from howfine.base import Base
 from howfine.errors import SettingError
 from howfine.ledger import Ledger, Record, unpack_predictions
@@ -93,7 +91,7 @@ def _check_made_on(base: Base, task: Task, made_on: dict[str, str], folder: Path
 
 def _check_measured_on(task: Task, records: Sequence[Record]) -> None:
     """Refuse a task on which the stored predictions don't score what they scored."""
-    targets = np.asarray([example.label for example in task.splits["test"]])
+    targets = task.targets("test")
     for record in records:
         if "error" in record:
             continue

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -15,7 +14,8 @@ from typing import Any
 import numpy as np
 
 from howfine import checks
-from howfine.errors import BadSplit, SettingError, TaskError, TaskNotFound, UnknownLabel, near
+from howfine.checks import CLASSIFICATION, GENERATION, REGRESSION
+from howfine.errors import BadSplit, SettingError, TaskNotFound, UnknownLabel, near
 from howfine.tasks import (
     SPLITS,
     Found,
@@ -23,25 +23,32 @@ from howfine.tasks import (
     choice,
     few_shot,
     files,
+    generation,
     glue,
     rotten_tomatoes,
     shots,
     stratified,
 )
+from howfine.tasks.values import class_values, score_of
 
-CLASSIFICATION, REGRESSION = "classification", "regression"
-DEFAULT_METRIC = {CLASSIFICATION: "accuracy", REGRESSION: "pearson_spearman"}
+DEFAULT_METRIC = {
+    CLASSIFICATION: "accuracy",
+    REGRESSION: "pearson_spearman",
+    GENERATION: "bleu",
+}
 DATA_VARIABLE = "HOWFINE_DATA"
 
 
 @dataclass(frozen=True)
 class Example:
-    """One or two texts, and a class index or a score."""
+    """One or two texts, and a class index, a score, or texts to write."""
 
     texts: tuple[str, ...]
-    label: int | float
+    label: int | float = 0
     # What may be answered, where that differs from example to example: the label is its index.
     options: tuple[str, ...] = ()
+    # What may be written, where the answer is a text: the first one is learned, all are references.
+    targets: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -55,7 +62,7 @@ class Task:
     name: str
     # "train", "dev" and "test".
     splits: Mapping[str, Sequence[Example]] = field(repr=False)
-    # Class names by index; () for regression.
+    # Class names by index; () for regression and generation.
     labels: tuple[str, ...]
     # A name in metrics.METRICS.
     metric: str
@@ -69,8 +76,19 @@ class Task:
 
     @property
     def kind(self) -> str:
-        """ "classification" or "regression"."""
-        return CLASSIFICATION if self.labels else REGRESSION
+        """ "classification", "regression" or "generation"."""
+        if self.labels:
+            return CLASSIFICATION
+        return GENERATION if self.splits["train"][0].targets else REGRESSION
+
+    def targets(self, split: str) -> np.ndarray:
+        """(n,) class indices, scores, or tuples of texts, what a metric compares with."""
+        examples = self.splits[split]
+        if self.kind != GENERATION:
+            return np.asarray([example.label for example in examples])
+        found = np.empty(len(examples), dtype=object)
+        found[:] = [example.targets for example in examples]
+        return found
 
     @cached_property
     def fingerprint(self) -> str:
@@ -78,7 +96,7 @@ class Task:
         digest = hashlib.sha256(json.dumps(list(self.labels)).encode())
         for split in SPLITS:
             for example in self.splits[split]:
-                told = [split, *example.texts, example.label, *example.options]
+                told = [split, *example.texts, example.label, *example.options, *example.targets]
                 digest.update(json.dumps(told).encode())
         return digest.hexdigest()[:16]
 
@@ -122,7 +140,7 @@ class Task:
         if count < 1:
             raise SettingError(f"{count} examples of each class of {self.name}: expected 1 or more")
         if not self.labels:
-            raise SettingError(f"task {self.name} has scores and no classes to take examples of")
+            raise SettingError(f"task {self.name} has no classes to take examples of; use subset")
         rows = self.splits["train"]
         chosen = shots([row.label for row in rows], count, np.random.default_rng(seed))
         few = {s: [rows[i] for i in part] for s, part in zip(SPLITS, chosen, strict=False)}
@@ -141,6 +159,7 @@ class Task:
         *,
         text: str | Sequence[str] | None = None,
         label: str | None = None,
+        target: str | None = None,
         data: str | Path | None = None,
         metric: str | None = None,
         train: str | None = None,
@@ -150,14 +169,16 @@ class Task:
     ) -> Task:
         """A task by name, from files, or from the hub; docs/tasks.md shows each.
 
-        `text` names one column or two ("premise,hypothesis"), `label` one. `train`, `dev` and
+        `text` names one column or two ("premise,hypothesis"), `label` one of classes or scores, or
+        `target` one of texts to be written (a text each, or a list of them). `train`, `dev` and
         `test` say which part of the source is which split: a file's stem in a folder, another
         file beside a single one, a split's name on the hub. `seed` salts the hash that makes
         missing splits. `data` is the folder of the GLUE files, else the environment variable
         HOWFINE_DATA. Raises TaskError or a kind of it, SettingError for options that don't fit.
         """
         name = str(name_or_path)
-        options = {"text": text, "label": label, "train": train, "dev": dev, "test": test}
+        options = {"text": text, "label": label, "target": target}
+        options |= {"train": train, "dev": dev, "test": test}
         given = {key: value for key, value in options.items() if value is not None}
         found = _named(name, data, {**given, **({"seed": seed} if seed else {})})
         if found is None:
@@ -176,7 +197,7 @@ class Task:
 def _named(name: str, data: str | Path | None, options: Mapping[str, Any]) -> Found | None:
     """A task known by name, None where it is none."""
     short = name.removeprefix("glue/")
-    collection = next((each for each in (few_shot, choice) if each.known(name)), None)
+    collection = next((each for each in (few_shot, choice, generation) if each.known(name)), None)
     if name != rotten_tomatoes.NAME and short not in glue.TASKS and collection is None:
         return None
     if options:
@@ -198,7 +219,13 @@ def _unnamed(name: str, wanted: files.Wanted) -> Found:
         return files.read(path, wanted)
     if name.count("/") == 1 and not name.startswith((".", "/", "~")):
         return files.read_hub(name, wanted)
-    known = [rotten_tomatoes.NAME, *glue.TASKS, *few_shot.names(), *choice.names()]
+    known = [
+        rotten_tomatoes.NAME,
+        *glue.TASKS,
+        *few_shot.names(),
+        *choice.names(),
+        *generation.names(),
+    ]
     raise TaskNotFound(
         f"task {name!r} is no known name, no file or folder, and no owner/name of the hub. "
         f"{near(name, known)}"
@@ -211,8 +238,13 @@ def _wanted(given: Mapping[str, Any], seed: int) -> files.Wanted:
     names = tuple(name.strip() for name in names)
     if len(names) not in (1, 2) or "" in names:
         raise SettingError(f"text={text!r}, expected one column or two, such as premise,hypothesis")
+    if "label" in given and "target" in given:
+        raise SettingError(
+            f"label={given['label']!r} and target={given['target']!r}: a task has classes, scores "
+            "or texts to be written; name one column"
+        )
     splits = {split: given[split] for split in SPLITS if split in given}
-    return files.Wanted(names, given.get("label", "label"), splits, seed)
+    return files.Wanted(names, given.get("label", "label"), splits, seed, given.get("target", ""))
 
 
 def _encoded(
@@ -220,9 +252,15 @@ def _encoded(
 ) -> tuple[tuple[str, ...], str, dict[str, list[Example]]]:
     """Class names, metric, and examples whose labels are class indices or scores."""
     metric = metric or found.metric
+    if found.splits["train"][0].targets:
+        texts = {
+            split: [Example(row.texts, targets=row.targets) for row in rows]
+            for split, rows in found.splits.items()
+        }
+        return (), metric or DEFAULT_METRIC[GENERATION], texts
     values: Sequence[Any]
     if found.labels is None:
-        values = _class_values(found.splits, metric)
+        values = class_values(found.splits, metric)
         labels = tuple(str(v).lower() if isinstance(v, bool) else str(v) for v in values)
     else:
         labels, values = found.labels, range(len(found.labels))
@@ -230,7 +268,7 @@ def _encoded(
 
     def encoded(row: Row) -> Example:
         if not labels:
-            return Example(row.texts, _score(row))
+            return Example(row.texts, score_of(row))
         if row.label not in index:
             raise UnknownLabel(
                 f"{row.where}: label {row.label!r} is none of the train split's labels, which are "
@@ -241,30 +279,3 @@ def _encoded(
 
     splits = {split: [encoded(row) for row in found.splits[split]] for split in SPLITS}
     return labels, metric or DEFAULT_METRIC[CLASSIFICATION if labels else REGRESSION], splits
-
-
-def _class_values(splits: Mapping[str, Sequence[Row]], metric: str | None) -> list[Any]:
-    """The train split's distinct labels, sorted; none where labels are scores."""
-    first: dict[type, Row] = {}
-    for split in SPLITS:
-        for row in splits[split]:
-            first.setdefault(type(row.label), row)
-    types = set(first)
-    kind = REGRESSION if float in types else CLASSIFICATION
-    if metric is not None:
-        kind = checks.known(metric).kind
-    if kind == REGRESSION and types <= {int, float}:
-        return []
-    if kind == CLASSIFICATION and types in ({int}, {str}, {bool}, set()):
-        return sorted({row.label for row in splits["train"]})
-    seen = " and ".join(f"{row.label!r} ({row.where})" for row in first.values())
-    raise TaskError(
-        f"labels are {seen}; expected numbers for scores, or only ints or only texts for classes"
-        + (f", and metric {metric!r} is for {kind}" if metric else "")
-    )
-
-
-def _score(row: Row) -> float:
-    if not isinstance(row.label, int | float) or not math.isfinite(row.label):
-        raise TaskError(f"{row.where}: score {row.label!r}, expected a finite number")
-    return float(row.label)

@@ -3,8 +3,9 @@
     {slot*5} {text} {slot*5} {mask} {slot*5} {pair} {slot*5}
 
 `{text}` and `{pair}` are an example's texts, `{mask}` is the tokenizer's mask (`{mask*3}`: three),
-`{slot}` a free position, `{slot=great}` one that begins as that word; what stands between braces
-is words. Positions are known from how an input was put together, never from token numbers.
+`{bos}` its token for a beginning (or else for an end), `{slot}` a free position, `{slot=great}` one
+that begins as that word; what stands between braces is words. Positions are known from how an input
+was put together, never from token numbers.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from howfine.errors import SettingError, TaskError
 from howfine.language import around, pieces
 from howfine.task import Example
 
-_PART = re.compile(r"\{(?P<kind>text|pair|mask|slot)(\*(?P<count>\d+))?(=(?P<word>[^{}]+))?\}")
+_PART = re.compile(r"\{(?P<kind>text|pair|mask|bos|slot)(\*(?P<count>\d+))?(=(?P<word>[^{}]+))?\}")
 _TEXTS = ("{text}", "{pair}")
 # Parts at most: a number in a file is not to ask for any memory it likes.
 MOST = 4096
@@ -155,7 +156,7 @@ def _words(written: str, between: str) -> list[Part]:
     if "{" in between or "}" in between:
         raise SettingError(
             f"template {written!r}: {between.strip()!r} is not understood; expected {{text}}, "
-            "{pair}, {mask}, {slot}, {slot*5} or {slot=word}, and words"
+            "{pair}, {mask}, {bos}, {slot}, {slot*5} or {slot=word}, and words"
         )
     return [Part("", between.strip())] if between.strip() else []
 
@@ -171,7 +172,20 @@ def _fixed(base: Base, part: Part, first: bool) -> list[int]:
                 "language model reads its last position: leave the mask out"
             )
         return [base.tokenizer.mask_token_id]
+    if part.kind == "{bos}":
+        return [_beginning(base)]
     return [_blank(base.tokenizer)] if part.kind == "{slot}" else []
+
+
+def _beginning(base: Base) -> int:
+    """The token for a beginning, or else for an end, as GPT-2's one token is both."""
+    for name in ("bos_token_id", "eos_token_id"):
+        if getattr(base.tokenizer, name) is not None:
+            return int(getattr(base.tokenizer, name))
+    raise SettingError(
+        f"the template has a {{bos}}, and {base.name} has no token for a beginning or an end; "
+        "write words instead"
+    )
 
 
 def _blank(tokenizer: Any) -> int:

@@ -13,7 +13,7 @@ from torch.nn import functional
 from howfine import surgery
 from howfine.base import Base
 from howfine.batch import current
-from howfine.change import Undo
+from howfine.change import Undo, all_or_nothing
 from howfine.errors import DeltaError, SettingError
 
 _HELD = "howfine_vectors"
@@ -58,11 +58,13 @@ def fill(base: Base, vectors: nn.Parameter, slots: int) -> Undo:
 def prepend(base: Base, vectors: nn.Parameter, first: int) -> Undo:
     """Put the rows of `vectors` from `first` on before every input, and take them off the output.
 
-    Positions count them, so texts have as much less room. Raises SettingError where none is left.
+    Positions count them, so texts have as much less room. Of a whole encoder-decoder the input is
+    the encoder's, on whose output they stay: the decoder sees them. Raises SettingError where no
+    room is left.
     """
     count = len(vectors) - first
     _check_room(base, count)
-    body, embedding = base.body, base.embedding
+    body, embedding, scale = reader(base), base.embedding, scaling(base)
     run = body.forward
 
     def forward(*args: Any, **kwargs: Any) -> Any:
@@ -70,15 +72,62 @@ def prepend(base: Base, vectors: nn.Parameter, first: int) -> Undo:
         if _cached(kwargs) > count:  # a later step of a generation: the cache has the front
             return run(**_after_front(kwargs, count))
         ids, given = kwargs.pop("input_ids", None), kwargs.pop("inputs_embeds", None)
-        own = embedding(ids) if given is None else given
-        front = vectors[first:].to(own.dtype).expand(len(own), -1, -1)
+        own = embedding(ids) * scale if given is None else given
+        front = scale * vectors[first:].to(own.dtype).expand(len(own), -1, -1)
         kwargs = _longer(base, kwargs, own, count)
         whole = kwargs.pop("return_dict", None) is not False
         state = run(inputs_embeds=torch.cat([front, own], dim=1), return_dict=True, **kwargs)
-        state = without_front(body, state, count)
+        if base.anatomy.decoder is None:
+            state = without_front(body, state, count)
         return state if whole else state.to_tuple()
 
-    return _reserving(base, count, surgery.rewire(body, forward))
+    def longer(mask: Tensor | None, _: Tensor) -> Tensor | None:
+        return None if mask is None else functional.pad(_plain(mask), (count, 0), value=1)
+
+    with all_or_nothing() as undo:
+        undo.append(surgery.rewire(body, forward))
+        undo.append(across(base, longer))
+        return _reserving(base, count, together(undo))
+
+
+def reader(base: Base) -> Any:
+    """The module that reads the input: a whole encoder-decoder's encoder, the body otherwise."""
+    return base.body.get_submodule(base.anatomy.stack)
+
+
+def scaling(base: Base) -> float:
+    """What the reader multiplies vectors by that it looked up: Pegasus' and Marian's encoders."""
+    return float(getattr(reader(base), "embed_scale", 1.0))
+
+
+def together(undos: list[Undo]) -> Undo:
+    """One undo for all of them, last first."""
+    left = list(undos)
+
+    def undo() -> None:
+        while left:
+            left.pop()()
+
+    return undo
+
+
+def across(base: Base, longer: Callable[[Tensor | None, Tensor], Tensor | None]) -> Undo:
+    """Let a decoder's mask over its encoder's output be `longer(mask, output)`.
+
+    The mask is (B, S) or None, the output (B, S', H). Nothing where there is no decoder.
+    """
+    if base.anatomy.decoder is None:
+        return lambda: None
+    decoder = base.body.get_submodule(base.anatomy.decoder.stack)
+    run = decoder.forward
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        kwargs = named(run, args, kwargs)
+        mask, states = kwargs.get("encoder_attention_mask"), kwargs["encoder_hidden_states"]
+        kwargs["encoder_attention_mask"] = longer(mask, states)
+        return run(**kwargs)
+
+    return surgery.rewire(decoder, forward)
 
 
 def _reserving(base: Base, count: int, restored: Undo) -> Undo:
@@ -151,30 +200,40 @@ def without_front(body: Any, state: Any, count: int) -> Any:
     return state
 
 
-def later(base: Base, before: Callable[[], None], count: int) -> Undo:
-    """Call `before` ahead of each forward pass, and let positions of the text start at `count`.
+def ahead(module: Any, before: Callable[[], None]) -> Undo:
+    """Call `before` ahead of each forward pass of a module."""
+    run = module.forward
 
-    Models without numbered positions (T5) have none to move. Raises SettingError where no room is
-    left.
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        before()
+        return run(*args, **kwargs)
+
+    return surgery.rewire(module, forward)
+
+
+def later(base: Base, count: int) -> Undo:
+    """Let positions of the text start at `count`.
+
+    Models without numbered positions (T5) have none to move, and those of a whole encoder-decoder
+    stay: its stacks number their own. Raises SettingError where no room is left.
     """
     body = base.body
     run = body.forward
     if count and not numbered(base):
-        if getattr(base.config, "max_position_embeddings", None):
+        if numbers_itself(base) and base.anatomy.decoder is None:
             raise SettingError(
                 f"{base.config.model_type} numbers its positions itself and takes no others, so "
                 "those of the text can't start later; set shift=False"
             )
         count = 0
     _check_room(base, count)
+    if not count:
+        return lambda: None
 
     def forward(*args: Any, **kwargs: Any) -> Any:
-        before()
-        if count:
-            kwargs = named(run, args, kwargs)
-            args = ()
-            kwargs["position_ids"] = positions(base, kwargs) + count
-        return run(*args, **kwargs)
+        kwargs = named(run, args, kwargs)
+        kwargs["position_ids"] = positions(base, kwargs) + count
+        return run(**kwargs)
 
     return _reserving(base, count, surgery.rewire(body, forward))
 
@@ -182,6 +241,11 @@ def later(base: Base, before: Callable[[], None], count: int) -> Undo:
 def numbered(base: Base) -> bool:
     """Whether the body takes numbered positions."""
     return "position_ids" in inspect.signature(base.body.forward).parameters
+
+
+def numbers_itself(base: Base) -> bool:
+    """Whether positions are numbered, but from the input's first on, whatever is padding (BART)."""
+    return not numbered(base) and bool(getattr(base.config, "max_position_embeddings", None))
 
 
 def positions(base: Base, kwargs: dict[str, Any]) -> Tensor:

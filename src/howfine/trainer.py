@@ -108,9 +108,9 @@ class PartsTrainer(Trainer):
         return self.parts.recipe.readout.collate(self.parts.base, examples).as_kwargs()
 
     def _metrics(self, outcome: Any) -> dict[str, float]:
-        predictions = self.parts.recipe.readout.predict(torch.as_tensor(outcome.predictions))
-        metric = METRICS[self.parts.task.metric]
-        return {"score": float(metric.function(predictions.numpy(), outcome.label_ids))}
+        outputs, metric = torch.as_tensor(outcome.predictions), METRICS[self.parts.task.metric]
+        score = self.parts.recipe.readout.progress(outputs, outcome.label_ids, metric)
+        return {"score": score}
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         if not self.parts.recipe.training.group_by_length:
@@ -119,7 +119,7 @@ class PartsTrainer(Trainer):
         per_step = self.args.train_batch_size * self.args.gradient_accumulation_steps
         return ByLength(
             per_step * self.args.world_size,
-            [sum(map(len, example.texts)) for example in rows],
+            [sum(map(len, (*example.texts, *example.targets[:1]))) for example in rows],
             self.args.seed,
         )
 

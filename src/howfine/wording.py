@@ -16,6 +16,12 @@ _METRICS = {
     "spearman": "Spearman correlation",
     "pearson_spearman": "mean of Pearson and Spearman correlation",
     "negative_mse": "negative mean squared error",
+    "bleu": "BLEU",
+    "chrf": "chrF",
+    "rouge_l": "ROUGE-L",
+    "meteor": "METEOR",
+    "nist": "NIST",
+    "cider": "CIDEr-D",
 }
 _UNITS = ("bytes", "kB", "MB", "GB", "TB")
 # Where a probability stops settling whether the margin holds, and what is said then.

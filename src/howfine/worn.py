@@ -16,9 +16,18 @@ from torch.nn import functional
 from howfine import surgery
 from howfine.base import Base
 from howfine.batch import current, worn_rows
-from howfine.change import Undo
+from howfine.change import Undo, all_or_nothing
 from howfine.errors import DeltaError
-from howfine.tokens import named, numbered, positions, without_front
+from howfine.tokens import (
+    across,
+    named,
+    numbered,
+    positions,
+    reader,
+    scaling,
+    together,
+    without_front,
+)
 
 
 def stacked(parts: Mapping[int, Tensor], count: int, like: Tensor) -> Tensor:
@@ -61,17 +70,14 @@ def fill(base: Base, tables: Mapping[int, Tensor], count: int) -> Undo:
 def prepend(base: Base, fronts: Mapping[int, Tensor], count: int) -> Undo:
     """Put each row's own vectors (n, E) before it, the last one next to the text, shorter ones
     behind positions that nothing sees."""
-    flipped = {row: front.flip(0) for row, front in fronts.items()}
-    table = stacked(flipped, count, base.embedding.weight.detach()).flip(1)
-    lengths = torch.zeros(count + 1, dtype=torch.long, device=table.device)
-    for row, front in fronts.items():
-        lengths[row] = len(front)
+    table, lengths = _ended(fronts, count, base.embedding.weight.detach())
     longest = table.shape[1]
     if not longest:
         return lambda: None
-    body, embedding = base.body, base.embedding
+    body, embedding, scale = reader(base), base.embedding, scaling(base)
     run = body.forward
     places = numbered(base)
+    columns = torch.arange(longest, device=base.device) - longest
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         kwargs = named(run, args, kwargs)
@@ -80,22 +86,44 @@ def prepend(base: Base, fronts: Mapping[int, Tensor], count: int) -> Undo:
         if not sizes.any():
             return run(**kwargs)
         own = embedding(kwargs["input_ids"])
-        before = torch.arange(longest, device=own.device) - (longest - sizes)  # own number, or < 0
+        before = columns + sizes  # own number, or < 0
         if places:
             text = positions(base, kwargs)
             front = before.clamp(min=0) + base.first_position
             kwargs["position_ids"] = torch.cat([front, text + sizes], dim=1)
-        mask = kwargs.get("attention_mask")
-        mask = own.new_ones(own.shape[:2], dtype=torch.long) if mask is None else mask
-        kwargs["attention_mask"] = torch.cat([(before >= 0).to(mask.dtype), mask], dim=1)
-        types = kwargs.get("token_type_ids")
-        if types is not None:
-            kwargs["token_type_ids"] = functional.pad(types, (longest, 0))
+        kwargs["attention_mask"] = _seen(before, kwargs.get("attention_mask"), own.shape[1])
+        if kwargs.get("token_type_ids") is not None:
+            kwargs["token_type_ids"] = functional.pad(kwargs["token_type_ids"], (longest, 0))
         kwargs["input_ids"] = None
-        kwargs["inputs_embeds"] = torch.cat([table[rows].to(own.dtype), own], dim=1)
-        return without_front(body, run(**kwargs), longest)
+        kwargs["inputs_embeds"] = scale * torch.cat([table[rows].to(own.dtype), own], dim=1)
+        state = run(**kwargs)
+        return state if base.anatomy.decoder else without_front(body, state, longest)
 
-    return surgery.rewire(body, forward)
+    def longer(mask: Tensor | None, states: Tensor) -> Tensor | None:
+        sizes = lengths[worn_rows(len(states)).to(base.device)].unsqueeze(1)
+        length = states.shape[1] - longest
+        return _seen(columns + sizes, mask, length) if sizes.any() else mask
+
+    with all_or_nothing() as undo:
+        undo.append(surgery.rewire(body, forward))
+        undo.append(across(base, longer))
+        return together(undo)
+
+
+def _ended(fronts: Mapping[int, Tensor], count: int, like: Tensor) -> tuple[Tensor, Tensor]:
+    """(count + 1, n, E): fronts by row, padded at their beginning; and how long each is."""
+    flipped = {row: front.flip(0) for row, front in fronts.items()}
+    lengths = torch.zeros(count + 1, dtype=torch.long, device=like.device)
+    for row, front in fronts.items():
+        lengths[row] = len(front)
+    return stacked(flipped, count, like).flip(1), lengths
+
+
+def _seen(before: Tensor, mask: Tensor | None, length: int) -> Tensor:
+    """(B, n + S) mask: of fronts by their own numbers, or < 0, and a text's, None for all of it."""
+    if mask is None:
+        mask = torch.ones(len(before), length, dtype=torch.long, device=before.device)
+    return torch.cat([(before >= 0).to(mask.dtype), mask], dim=1)
 
 
 def later(base: Base, counts: Mapping[int, int], count: int) -> Undo:

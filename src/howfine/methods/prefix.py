@@ -3,16 +3,21 @@
 Li & Liang 2021, "Prefix-tuning: Optimizing continuous prompts for generation": p positions that
 every position attends to, in training made by a small net, P = W_2·tanh(W_1·P' + b_1) + b_2, of
 which the result alone is stored. Positions of the text start at p.
+
+A whole encoder-decoder has three nets: of the encoder's attentions, of the decoder's, and of its
+attentions to what the encoder gives it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+import itertools
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from howfine import attention, language, surgery
 from howfine.base import Base
@@ -20,49 +25,33 @@ from howfine.change import Change, all_or_nothing
 from howfine.codec import rounded
 from howfine.errors import DamagedDelta, SettingError
 from howfine.method import Method, Probe, Tensors
-from howfine.tokens import later, numbered
+from howfine.reparametrisation import Net, Nets, Rows
+from howfine.tokens import ahead, later, numbered
 from howfine.worn import later as put_later
 from howfine.worn import stacked
 
 _HELD = "howfine_prefix"
-# Fitting the net to real words' keys and values: the authors' rate and steps.
-_FIT_RATE, _FIT_STEPS = 1e-4, 500
+_Source = Net | Nets | Rows
 
 
-class _Net(nn.Module):
-    """P' (p, H), through one hidden layer of tanh, to (p, numbers)."""
+@dataclass(frozen=True)
+class _Kind:
+    """Attentions that share a net: where they run, how many, and the shape of their keys."""
 
-    def __init__(self, length: int, hidden: int, width: int, numbers: int) -> None:
-        super().__init__()
-        self.rows = nn.Parameter(torch.randn(length, width))
-        self.inner, self.outer = nn.Linear(width, hidden), nn.Linear(hidden, numbers)
+    stack: str  # path of the module in the base's body that runs them
+    count: int
+    heads: int
+    width: int
 
-    def forward(self) -> Tensor:
-        made: Tensor = self.outer(torch.tanh(self.inner(self.rows)))
-        return made
+    @property
+    def numbers(self) -> int:
+        """Numbers of a position: a key and a value in each."""
+        return 2 * self.count * self.heads * self.width
 
-    def fit(self, target: Tensor) -> None:
-        """Make the net give `target` as nearly as the authors' steps go; P' stays."""
-        optimiser = torch.optim.Adam(
-            [*self.inner.parameters(), *self.outer.parameters()], _FIT_RATE
-        )
-        with torch.enable_grad():
-            for _ in range(_FIT_STEPS):
-                optimiser.zero_grad()
-                nn.functional.mse_loss(self(), target).backward()
-                optimiser.step()
-        self.zero_grad()
-
-
-class _Rows(nn.Module):
-    """P (p, numbers) as it is."""
-
-    def __init__(self, rows: Tensor) -> None:
-        super().__init__()
-        self.rows = nn.Parameter(rows)
-
-    def forward(self) -> Tensor:
-        return self.rows
+    def parts(self, rows: Tensor) -> Tensor:
+        """(…, p, numbers) as (2·count, …, heads, p, width): each one's keys, then its values."""
+        split = rows.unflatten(-1, (2 * self.count, self.heads, self.width))
+        return split.movedim(-3, 0).transpose(-3, -2)
 
 
 @dataclass(frozen=True)
@@ -71,7 +60,7 @@ class Prefix(Method):
 
     starts_at_base: ClassVar[bool] = False
     start: ClassVar[Any] = "own"
-    meaning: ClassVar[tuple[str, ...]] = ("length", "shift")
+    meaning: ClassVar[tuple[str, ...]] = ("length", "shift", "place")
 
     # Positions in front. With init_text 0: as many as it has tokens.
     length: int = 10
@@ -81,6 +70,9 @@ class Prefix(Method):
     init_text: str = ""
     # Whether positions of the text start after the prefix, where positions are numbered.
     shift: bool = True
+    # In front of all, or added at the free slots of the readout's template (the paper's infix),
+    # which then say how many there are.
+    place: Literal["front", "slots"] = "front"
 
     def __post_init__(self) -> None:
         if self.hidden < 0 or self.length < (0 if self.init_text else 1):
@@ -88,22 +80,43 @@ class Prefix(Method):
                 f"prefix: found length {self.length} and hidden {self.hidden}, expected at least 1 "
                 "and 0 (a length of 0 goes with an init_text)"
             )
+        if self.init_text and self.place == "slots":
+            raise SettingError("prefix init_text: words stand in front; leave out place='slots'")
 
     def attach(self, base: Base, probe: Probe | None = None) -> Change:
         if base.tower_name != "text":
             raise SettingError(f"prefix: {base.name} reads no tokens; give a text base")
+        if self.init_text and base.anatomy.decoder is not None:
+            raise SettingError(
+                f"prefix init_text {self.init_text!r}: {base.name} is a whole encoder-decoder, "
+                "whose prefix begins at random as the authors' does; leave init_text out"
+            )
         if probe is not None and probe.begun:
-            return self._put_on(base, _Rows(self._earlier(probe)).to(base.device))
+            return self._put_on(base, self._earlier(probe))
         target = self._words(base) if self.init_text else None
-        length = self.length if target is None else len(target)
-        numbers = _numbers(base)
+        length = self._positions(base, probe) if target is None else len(target)
+        sizes = [kind.numbers for kind in _kinds(base)]
         if not self.hidden:
-            rows = torch.randn(length, numbers) if target is None else target
-            return self._put_on(base, _Rows(rows).to(base.device))
-        net = _Net(length, self.hidden, base.hidden_size, numbers)
+            rows = torch.randn(length, sum(sizes)) if target is None else target
+            return self._put_on(base, rows)
+        nets = [Net(length, self.hidden, base.hidden_size, size) for size in sizes]
         if target is not None:
-            net.fit(target.cpu())
-        return self._put_on(base, net.to(base.device))
+            nets[0].fit(target.cpu())
+        return self._put_on(base, nets[0] if len(nets) == 1 else Nets(nets))
+
+    def _positions(self, base: Base, probe: Probe | None) -> int:
+        """How many there are: as many as slots, where they stand at those."""
+        if self.place == "front":
+            return self.length
+        slots = len(probe.slots) if probe is not None else 0
+        if not slots or base.anatomy.decoder is not None:
+            raise SettingError(
+                "prefix place 'slots': found an encoder-decoder, expected one stack; use 'front'"
+                if slots
+                else "prefix place 'slots': the readout's inputs have no free slots; give a "
+                "template with {slot}"
+            )
+        return slots
 
     def _earlier(self, probe: Probe) -> Tensor:
         """Keys and values of an earlier delta, which train themselves: no net is stored."""
@@ -127,21 +140,21 @@ class Prefix(Method):
         both = torch.stack([part for pair in found for part in pair])  # (2n, heads, p, width)
         return both.permute(2, 0, 1, 3).flatten(1).float()
 
-    def _put_on(self, base: Base, net: _Net | _Rows) -> Change:
-        heads = _shapes(base)
+    def _put_on(self, base: Base, made: Net | Nets | Tensor, trains: bool = True) -> Change:
+        kinds = _kinds(base)
+        net = Rows(made, [k.numbers for k in kinds]) if isinstance(made, Tensor) else made
+        net = net.to(base.device).requires_grad_(trains)
         with all_or_nothing() as undo:
             fronts, off = attention.put_on(base)
             undo.append(off)
             undo.append(surgery.hold(base.body, _HELD, net))
-
-            def renew() -> None:
-                rows = net()  # (p, 2n·heads·width): keys and values of each layer in turn
-                parts = rows.view(len(rows), 2 * len(fronts), *heads).permute(1, 2, 0, 3)
-                for layer, front in enumerate(fronts):
-                    front.keys, front.values = parts[2 * layer], parts[2 * layer + 1]
-
-            length = len(net.rows)
-            undo.append(later(base, renew, length if self.shift else 0))
+            # Each stack by itself: a generation runs the encoder once and the decoder many times.
+            for stack, own in itertools.groupby(_shared(kinds, fronts), lambda one: one[1].stack):
+                renew = functools.partial(_renew, net, list(own))
+                undo.append(ahead(base.body.get_submodule(stack), renew))
+            for front in fronts:
+                front.inside = self.place == "slots"
+            undo.append(later(base, net.length if self._shifts else 0))
             return Change(dict(net.named_parameters()), undo, parts={"net": net})
 
     def pack(self, base: Base, change: Change) -> Tensors:
@@ -149,8 +162,8 @@ class Prefix(Method):
             return {"keys_values": change.parts["net"]().detach().clone()}
 
     def stored(self, change: Change, store: str) -> Tensors:
-        net: _Net | _Rows = change.parts["net"]
-        if isinstance(net, _Net):  # what is stored is not what trains
+        net: _Source = change.parts["net"]
+        if not isinstance(net, Rows):  # what is stored is not what trains
             return {}
         return {"rows": rounded(net.rows.detach(), store).to(net.rows.device)}
 
@@ -162,7 +175,7 @@ class Prefix(Method):
         return 1e-3
 
     def unpack(self, base: Base, tensors: Tensors) -> Change:
-        numbers = _numbers(base)
+        numbers = sum(kind.numbers for kind in _kinds(base))
         found = tensors.get("keys_values", torch.zeros(0))
         fits = len(tensors) == 1 and not found.is_sparse and found.is_floating_point()
         if not fits or found.ndim != 2 or not len(found) or found.shape[1] != numbers:
@@ -171,51 +184,74 @@ class Prefix(Method):
                 f"prefix: found {shapes}, expected keys_values of rows of {numbers} numbers; the "
                 "file is damaged, or made for another model"
             )
-        net = _Rows(found.to(base.device)).requires_grad_(False)
-        return self._put_on(base, net)
+        return self._put_on(base, found, trains=False)
+
+    @property
+    def _shifts(self) -> bool:
+        return self.shift and self.place == "front"
 
     def takes(self, base: Base, tensors: Tensors) -> int:
-        return len(tensors["keys_values"]) if self.shift and numbered(base) else 0
+        return len(tensors["keys_values"]) if self._shifts and numbered(base) else 0
 
     @classmethod
     def wear(
         cls, base: Base, worn: Mapping[int, tuple[Prefix, Tensors]], count: int
     ) -> Change | None:
+        if any(method.place == "slots" for method, _ in worn.values()):
+            return None
         rows = {row: tensors["keys_values"] for row, (_, tensors) in worn.items()}
         table = stacked(rows, count, next(iter(rows.values()))).to(base.device)
         visible = torch.zeros(table.shape[:2], dtype=torch.bool, device=base.device)
         for row, own in rows.items():
             visible[row, : len(own)] = True
-        heads = _shapes(base)
+        kinds = _kinds(base)
         starts = {row: method.takes(base, tensors) for row, (method, tensors) in worn.items()}
         with all_or_nothing() as undo:
             fronts, off = attention.put_on(base)
             undo.append(off)
-            parts = table.view(*table.shape[:2], 2 * len(fronts), *heads).permute(2, 0, 3, 1, 4)
-            for layer, front in enumerate(fronts):
-                front.keys, front.values = parts[2 * layer], parts[2 * layer + 1]
-                front.visible = visible
+            tables = table.split([kind.numbers for kind in kinds], dim=-1)
+            for number, kind, shared in _shared(kinds, fronts):
+                _fill(shared, kind.parts(tables[number]))
+                for front in shared:
+                    front.visible = visible
             undo.append(put_later(base, starts, count))
             return Change({}, undo)
 
 
-def _shapes(base: Base) -> tuple[int, int]:
-    """(heads, width) of keys, the same in every layer. Raises SettingError where they differ."""
+def _kinds(base: Base) -> list[_Kind]:
+    """The base's kinds of attention, each of one shape. Raises SettingError where shapes differ."""
     token = base.embedding.num_embeddings - 1
-    found = {tuple(keys.shape[::2]) for keys, _ in attention.recorded(base, torch.tensor([token]))}
-    if len(found) != 1:
-        raise SettingError(
-            f"{base.name} has keys of {len(found)} shapes in its layers, and a prefix is of one; "
-            "give another base"
-        )
-    heads, width = found.pop()
-    return int(heads), int(width)
+    found = iter(attention.recorded(base, torch.tensor([token])))
+    kinds = []
+    for stack, paths in base.anatomy.attentions(base.depth):
+        shapes = {tuple(keys.shape[::2]) for keys, _ in itertools.islice(found, len(paths))}
+        if len(shapes) != 1:
+            raise SettingError(
+                f"{base.name} has keys of {len(shapes)} shapes in its layers, and a prefix is of "
+                "one; give another base"
+            )
+        kinds.append(_Kind(stack, len(paths), *map(int, shapes.pop())))
+    return kinds
 
 
-def _numbers(base: Base) -> int:
-    """Numbers of a position: a key and a value in each layer."""
-    heads, width = _shapes(base)
-    return 2 * len(attention.modules(base)) * heads * width
+def _shared(
+    kinds: list[_Kind], fronts: list[attention.Front]
+) -> Iterator[tuple[int, _Kind, list[attention.Front]]]:
+    """(number, kind, its fronts), of all fronts in the order of their attentions."""
+    every = iter(fronts)
+    for number, kind in enumerate(kinds):
+        yield number, kind, list(itertools.islice(every, kind.count))
+
+
+def _renew(net: _Source, kinds: list[tuple[int, _Kind, list[attention.Front]]]) -> None:
+    for number, kind, fronts in kinds:
+        _fill(fronts, kind.parts(net.of(number)))
+
+
+def _fill(fronts: list[attention.Front], parts: Tensor) -> None:
+    """Keys and values of each front in turn."""
+    for front, keys, values in zip(fronts, parts[::2], parts[1::2], strict=True):
+        front.keys, front.values = keys, values
 
 
 EXAMPLE = Prefix(length=3, hidden=8)

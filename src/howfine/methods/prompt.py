@@ -32,7 +32,8 @@ class Prompt(Method):
     start: ClassVar[Any] = "own"
     meaning: ClassVar[tuple[str, ...]] = ("length",)
 
-    # Vectors in front of every input, beside those at a template's slots.
+    # Vectors in front of every input (that of an encoder-decoder's encoder), beside those at a
+    # template's slots.
     length: int = 0
     # What a vector begins as, where the template names no word: the row of the mask or the padding
     # token, rows of `init_text` in turn, N(mean, std) of the whole table, or N(0, 1).
@@ -151,6 +152,8 @@ class Prompt(Method):
             vectors = tensors["vectors"]
             first = len(vectors) - method.length
             slots[row], fronts[row] = vectors[:first], vectors[first:]
+        if any(map(len, fronts.values())) and tokens.numbers_itself(base):
+            return None  # the text of a row with fewer vectors would have another place
         with all_or_nothing() as undo:
             undo.append(fill(base, slots, count))
             undo.append(prepend(base, fronts, count))

@@ -39,7 +39,7 @@ CHANCES = torch.tensor([0.30, 0.30, 0.25, 0.15])
 class MultipleChoice(Readout):
     """The options, what is asked, and which losses train."""
 
-    kind = "language_model"
+    kind = "masked_or_causal_lm"
     reads_options = True
 
     # An option for each class in the labels' order; {text} and {pair} in it stand for the texts.

@@ -27,7 +27,7 @@ from howfine.task import Example
 class Verbalizer(Readout):
     """A template, and a vector for each class."""
 
-    kind = "language_model"
+    kind = "masked_or_causal_lm"
 
     # Layout of an input: see `howfine.template`.
     template: str = "{text} {mask} {pair}"

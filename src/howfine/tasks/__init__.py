@@ -34,6 +34,8 @@ class Row(NamedTuple):
     number: int
     # What may be answered, where each row has options of its own.
     options: tuple[str, ...] = ()
+    # What may be written, where the answer is a text.
+    targets: tuple[str, ...] = ()
 
     @property
     def where(self) -> str:

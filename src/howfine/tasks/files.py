@@ -13,7 +13,7 @@ from pyarrow import csv as pyarrow_csv
 from pyarrow import parquet
 
 from howfine.errors import BadSplit, SettingError, TaskError, TaskNotFound, near
-from howfine.tasks import ALIASES, SPLITS, Found, completed, rows_of
+from howfine.tasks import ALIASES, SPLITS, Found, Row, completed, rows_of, written
 
 Columns = dict[str, list[Any]]
 
@@ -29,6 +29,8 @@ class Wanted:
     splits: Mapping[str, str] | None = None
     # Salts the hash that makes missing splits.
     seed: int = 0
+    # Column of texts to be written, "" for a task of classes or scores.
+    target: str = ""
 
 
 def read(path: Path, wanted: Wanted) -> Found:
@@ -93,17 +95,23 @@ def _found(
     labels: tuple[str, ...] | None,
     origin: str,
 ) -> Found:
-    rows = {
-        split: rows_of(table, wanted.text, wanted.label, sources[split])
-        for split, table in tables.items()
-    }
+    rows = {split: _rows(table, wanted, sources[split]) for split, table in tables.items()}
     made = [split for split in SPLITS if split not in rows]
     how = (
         f"; {' and '.join(made)} carved out of train by a hash of the text, seed {wanted.seed}"
         if made
         else "; its own splits"
     )
-    return Found(completed(rows, wanted.seed), labels, metric=None, provenance=f"{origin}{how}")
+    whole = completed(rows, wanted.seed)
+    if wanted.target:
+        whole = written.referenced(whole)
+    return Found(whole, labels, metric=None, provenance=f"{origin}{how}")
+
+
+def _rows(table: Columns, wanted: Wanted, source: str) -> list[Row]:
+    if wanted.target:
+        return written.rows_of(table, wanted.text, wanted.target, source)
+    return rows_of(table, wanted.text, wanted.label, source)
 
 
 def _in_folder(folder: Path, wanted: Wanted) -> dict[str, Path]:
@@ -180,7 +188,7 @@ def _tsv(path: Path, wanted: Wanted) -> Columns:
 
 
 def _delimited(path: Path, wanted: Wanted, options: pyarrow_csv.ParseOptions) -> Columns:
-    as_text = {name: pyarrow.string() for name in (*wanted.text, wanted.label)}
+    as_text = {name: pyarrow.string() for name in (*wanted.text, wanted.label, wanted.target)}
     table = pyarrow_csv.read_csv(
         path,
         # On one thread, so that an error names its row.
