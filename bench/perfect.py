@@ -27,8 +27,8 @@ TASKS = ("sst-2", "mr", "sst-5", "mrpc", "rte", "qnli")
 PAIRS = ("mrpc", "rte", "qnli")
 SPLITS, SEEDS = (13, 21, 42, 87, 100), (0, 1)
 # Rows of a test at most: a sample with each class's share.
-TEST = 1000
-COMMON = {"precision": "bf16", "max_steps": 100, "evaluations": 5, "batch_size": 16}
+TEST = 500
+COMMON = {"precision": "bf16", "max_steps": 60, "evaluations": 4, "batch_size": 16}
 MASKS = (1, 2, 5, 10)
 
 

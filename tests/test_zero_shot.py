@@ -17,7 +17,7 @@ from howfine.base import Base
 from howfine.cli import app
 from howfine.compare import delta_distance
 from howfine.delta import SUFFIX
-from howfine.errors import BaseNotFound, SettingError, TaskError, TaskNotFound
+from howfine.errors import BaseNotFound, SettingError, StorageError, TaskError, TaskNotFound
 from howfine.extract import extract
 from howfine.merge import merge
 from howfine.method import method
@@ -26,7 +26,7 @@ from howfine.readout import readout
 from howfine.recipe import Recipe
 from howfine.task import Task
 from howfine.tune import tune
-from howfine.zero_shot import zero_shot
+from howfine.zero_shot import meta_train, zero_shot
 from tiny import fit_a_little, tiny_base, tiny_language_base, tiny_task, wire
 
 WORDS = {"answers": ("w50", "w51")}
@@ -227,6 +227,32 @@ def test_meta_training_and_then_zero_shot(tmp_path: Path) -> None:
     answers, before = (zero_shot(each, *asked, **WORDS) for each in (trained, base))
     assert answers != before
     assert torch.isfinite(torch.tensor([answer["probability"] for answer in answers])).all()
+
+
+def test_meta_train_is_both_in_one(tmp_path: Path) -> None:
+    """The folder is what tune and merge give; it answers, and nothing else is left."""
+    data, name = choice_folder(tmp_path), saved_base(tmp_path / "base")
+    told = {"answers": "w50,w51", "max_steps": "2", "learning_rate": "1e-3", "max_length": "64"}
+    flags = [part for key, value in told.items() for part in (f"--{key.replace('_', '-')}", value)]
+    out = tmp_path / "made"
+    done = CliRunner().invoke(
+        app,
+        ["meta-train", "--base", name, "--task", "mc/dream", "--data", str(data), "--out",
+         str(out), "--json", *flags],
+    )  # fmt: skip
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout)["folder"] == str(out)
+    base = Base.load(name, kind="masked_or_causal_lm")
+    task = Task.load("mc/dream", data=data)
+    recipe = Recipe.load("unimc").override(**told)
+    tuned = tune(base, task, recipe, out=tmp_path / f"by-hand{SUFFIX}")
+    other = merge(tuned.delta, tmp_path / "by-hand", base)
+    made, by_hand = (Base.load(str(f), kind="masked_or_causal_lm") for f in (out, other))
+    assert made.fingerprint == by_hand.fingerprint != base.fingerprint
+    with pytest.raises(StorageError, match="exists already"):
+        meta_train(base, task, out)
+    with pytest.raises(TaskError, match="examples without options of their own"):
+        meta_train(base, tiny_task(), tmp_path / "other")
 
 
 def test_options_of_their_own_need_a_readout_that_reads_them(tmp_path: Path) -> None:

@@ -36,7 +36,7 @@ if TYPE_CHECKING:  # the same names as _HOME, for type checkers and editors; a t
     from howfine.study import study
     from howfine.task import Task
     from howfine.tune import tune
-    from howfine.zero_shot import zero_shot
+    from howfine.zero_shot import meta_train, zero_shot
 
     __version__: str
 
@@ -59,6 +59,7 @@ __all__ = [
     "extract",
     "inspect",
     "merge",
+    "meta_train",
     "methods",
     "predict",
     "readouts",
@@ -87,6 +88,7 @@ _HOME = {
     "extract": "extract",
     "inspect": "cost:parts",
     "merge": "merge",
+    "meta_train": "zero_shot",
     "methods": "method",
     "predict": "evaluate",
     "readouts": "readout",

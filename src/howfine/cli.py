@@ -12,7 +12,7 @@ import typer
 from howfine import cli_compose, options
 from howfine.cli_extract import extract
 from howfine.cli_inspect import inspect
-from howfine.cli_zero_shot import zero_shot
+from howfine.cli_zero_shot import meta_train, zero_shot
 
 app = typer.Typer(
     name="howfine",
@@ -175,6 +175,7 @@ def distance(
 app.command()(extract)
 app.command()(inspect)
 app.command("zero-shot")(zero_shot)
+app.command("meta-train", context_settings=_OPEN)(meta_train)
 
 
 @app.command()

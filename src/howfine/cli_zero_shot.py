@@ -1,8 +1,9 @@
-"""The command zero-shot."""
+"""The commands zero-shot and meta-train."""
 
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -16,7 +17,7 @@ def zero_shot(
         str, typer.Option("--options", help="What may be answered, with semicolons in between.")
     ],
     base: Annotated[
-        str, typer.Option(help="A masked language model, best one trained by the recipe unimc.")
+        str, typer.Option(help="A masked language model, best one that meta-train made.")
     ],
     question: Annotated[str, typer.Option(help="What is asked of each text.")] = "",
     device: options.Device = "cpu",
@@ -42,3 +43,33 @@ def zero_shot(
         for answer, line in zip(answers, lines, strict=True)
     )
     options.show(as_json, answers, said)
+
+
+def meta_train(
+    context: typer.Context,
+    task: Annotated[
+        str, typer.Option(help="Multiple-choice sets, such as mc/commonsenseqa+mc/dream.")
+    ],
+    base: Annotated[str, typer.Option(help="A masked language model.")],
+    out: Annotated[Path, typer.Option(help="Folder to write.")],
+    seed: int = 0,
+    train_size: Annotated[int | None, typer.Option(help="Train on so many examples.")] = None,
+    data: options.DataDir = None,
+    device: options.Device = "cpu",
+    dtype: options.Dtype = "float32",
+    as_json: options.AsJson = False,
+) -> None:
+    """Make a base for zero-shot: train a masked language model on multiple-choice sets.
+
+    Settings of the recipe unimc are flags too, such as --epochs 1 --learning-rate 5e-5.
+    """
+    from howfine.base import Base
+    from howfine.pretrained import LANGUAGE_MODEL
+    from howfine.zero_shot import meta_train as run
+
+    found = options.load_task(options.stated_task(task, data, None, None, None, train=train_size))
+    loaded = Base.load(base, kind=LANGUAGE_MODEL, device=device, dtype=dtype)
+    told = options.settings(context.args)
+    score = run(loaded, found, out, seed=seed, progress=not as_json, **told)
+    result = {"folder": str(out), "score": score.as_dict()}
+    options.show(as_json, result, f"{out}: {options.said(score)}; use it with zero-shot --base")

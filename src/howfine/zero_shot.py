@@ -1,16 +1,26 @@
-"""zero-shot: answers of a base that marks the right one of several options, with no training."""
+"""zero-shot: answers of a base that marks the right one of several options, with no training.
+
+And meta-train, which makes such a base of a masked language model.
+"""
 
 from __future__ import annotations
 
+import os
+import tempfile
 from collections.abc import Sequence
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 from howfine.base import Base
-from howfine.errors import SettingError
-from howfine.evaluate import examples_of, logits
+from howfine.delta import SUFFIX
+from howfine.errors import SettingError, StorageError, TaskError
+from howfine.evaluate import Score, examples_of, logits
+from howfine.merge import merge
 from howfine.readout import Wired
 from howfine.recipe import Recipe
+from howfine.task import Task
+from howfine.tune import tune
 
 RECIPE = "unimc"
 
@@ -27,7 +37,7 @@ def zero_shot(
 ) -> list[dict[str, Any]]:
     """For each text its most probable option, and the probability of every option.
 
-    Good answers need a base that was trained so (the recipe `unimc`). `settings` are the readout's.
+    Good answers need a base that was trained so: see `meta_train`. `settings` are the readout's.
     Raises SettingError for a base without a masked language model and for two equal options,
     TaskError for a text that holds the mask token.
     """
@@ -53,3 +63,36 @@ def zero_shot(
         }
         for index, row in zip(chosen, shares, strict=True)
     ]
+
+
+def meta_train(
+    base: Base | str,
+    task: Task | str,
+    out: str | Path,
+    *,
+    seed: int = 0,
+    progress: bool = False,
+    **settings: Any,
+) -> Score:
+    """Train a base on questions with options of their own; the folder it writes is for `zero_shot`.
+
+    Yang et al. 2022 (UniMC), §3.2: the whole model learns by the recipe `unimc`, of which
+    `settings` are. The folder `out` is a plain Hugging Face checkpoint of a masked language model;
+    the score is of dev. Raises TaskError for a task without such options, StorageError where `out`
+    exists, and what `tune` raises.
+    """
+    task = Task.load(task) if isinstance(task, str) else task
+    if os.path.exists(out):
+        raise StorageError(f"{out} exists already; choose another folder or remove it first")
+    if not all(row.options for row in task.splits["train"]):
+        raise TaskError(
+            f"task {task.name} has examples without options of their own, expected questions such "
+            "as those of mc/commonsenseqa; for a task of classes use `tune --recipe unimc`"
+        )
+    recipe = Recipe.load(RECIPE).override(**settings)
+    base = Base.load(base, kind=recipe.readout.kind) if isinstance(base, str) else base
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / f"choice{SUFFIX}"
+        done = tune(base, task, recipe, out=path, seed=seed, progress=progress)
+        merge(done.delta, out, base)
+    return done.score
