@@ -77,20 +77,21 @@ class Prompt(Method):
 
     def _begun(self, base: Base, number: int, word: str) -> Tensor:
         """The vector that one slot begins as, (E,)."""
-        table = base.original(f"{base.embedding_path}.weight").float()
+        table = base.original(f"{base.embedding_path}.weight")
         # Gemma's embeddings multiply what they look up.
-        table = table * getattr(base.embedding, "embed_scale", 1.0)
+        scale = getattr(base.embedding, "embed_scale", 1.0)
         if word:
-            return table[language.single_token(base, word, "slot word")].clone()
+            return table[language.single_token(base, word, "slot word")].float() * scale
         if self.init == "normal":
             return torch.randn(table.shape[1]).to(table.device)
         if self.init == "table":
             noise = torch.randn(table.shape[1]).to(table.device)
-            return table.mean() + table.std() * noise
+            whole = table.float()
+            return (whole.mean() + whole.std() * noise) * scale
         ids = language.pieces(base, self.init_text) if self.init == "text" else [self._token(base)]
         if not ids:
             raise SettingError(f"prompt init_text {self.init_text!r} has no tokens; give words")
-        return table[ids[number % len(ids)]].clone()
+        return table[ids[number % len(ids)]].float() * scale
 
     def _token(self, base: Base) -> int:
         found = getattr(base.tokenizer, f"{self.init}_id", None)
