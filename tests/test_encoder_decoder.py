@@ -20,45 +20,26 @@ from howfine.change import Change
 from howfine.errors import BaseNotFound, SettingError
 from howfine.method import Method, examples, method
 from howfine.pretrained import GENERATOR
-from tiny import HEADS, HIDDEN, TINY, matrices_of, tiny_tokenizer, tiny_tower
+from tiny import (
+    HEADS,
+    HIDDEN,
+    TINY,
+    WHOLE,
+    D,
+    E,
+    matrices_of,
+    tiny_tokenizer,
+    tiny_tower,
+    tiny_whole,
+)
 
-# Layers of the encoder and of the decoder. (transformers makes no cache for a T5 with E < D.)
-E, D = 3, 2
 WIDTH = HIDDEN // HEADS
-# Name -> class of the model with its head, and the settings of its config.
-_T5 = TINY["t5"][1] | {"num_layers": E, "num_decoder_layers": D}
-_BART = TINY["bart"][1] | {"encoder_layers": E, "decoder_layers": D}
-WHOLE: dict[str, tuple[str, dict[str, Any]]] = {
-    "t5": ("T5ForConditionalGeneration", _T5),
-    "mt5": ("MT5ForConditionalGeneration", _T5),
-    "bart": ("BartForConditionalGeneration", _BART),
-    "mbart": ("MBartForConditionalGeneration", _BART),
-    "pegasus": ("PegasusForConditionalGeneration", _BART),
-    "marian": ("MarianMTModel", _BART),
-}
 MAIN = ("t5", "bart")
 TEXT, FRONT = [9, 10, 11, 12], [6, 7, 8]
 ANSWER, BEFORE = [20, 21, 22, 23, 24], [14, 15, 16]
 every = pytest.mark.parametrize("name", sorted(WHOLE))
 main = pytest.mark.parametrize("name", MAIN)
 kernels = pytest.mark.parametrize("kernel", attention.KERNELS)
-
-
-def tiny_whole(name: str, kernel: str = "sdpa", seed: int = 0, **changes: Any) -> Base:
-    """A tiny encoder-decoder with its head and no dropout; a generation ends by its length only."""
-    cls = getattr(transformers, WHOLE[name][0])
-    silent = {"dropout": 0.0, "dropout_rate": 0.0, "eos_token_id": None}
-    known = {key: value for key, value in silent.items() if hasattr(cls.config_class(), key)}
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        model = cls(cls.config_class(**{**WHOLE[name][1], **known, **changes}))
-        with torch.no_grad():
-            for parameter in model.parameters():
-                if parameter.ndim == 1:
-                    parameter.add_(0.1 * torch.randn_like(parameter))
-    model.generation_config.forced_eos_token_id = None
-    model.set_attn_implementation(kernel)
-    return Base(f"tiny-{name}-whole", model, tiny_tokenizer(False), kind="seq2seq_lm")
 
 
 @torch.no_grad()

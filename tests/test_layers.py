@@ -28,7 +28,7 @@ ROOMS = [
     ("surgery", "change"),
     ("method", "readout"),
     (
-        *("whole", "entries", "overlay", "probe", "language", "template", "tokens"),
+        *("whole", "entries", "overlay", "probe", "language", "template", "tokens", "slots"),
         *("inserted", "attention", "choices", "layout", "worn", "mixed", "reparametrisation"),
     ),
     ("methods", "methods.*", "readouts", "readouts.*"),

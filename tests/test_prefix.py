@@ -13,7 +13,7 @@ from torch import Tensor
 from howfine import attention
 from howfine.base import Base
 from howfine.batch import running
-from howfine.delta import SUFFIX
+from howfine.delta import SUFFIX, Delta
 from howfine.errors import DamagedDelta, DeltaError, SettingError
 from howfine.method import method
 from howfine.readout import readout
@@ -26,9 +26,12 @@ from tiny import (
     LAYERS,
     fit_a_little,
     logits_of,
+    probe_for,
     tiny_base,
     tiny_language_base,
     tiny_task,
+    tiny_whole,
+    written_task,
 )
 
 CAUSAL = ("gpt2", "llama", "qwen3")
@@ -117,10 +120,43 @@ def test_slots_must_be_there() -> None:
     read = readout("verbalizer", template="{text} {slot*2}", max_length=32)
     batch = read.collate(base, [Example(("w1 w2 w3",), 0)], labelled=False)
     with how.unpack(base, tensors):
-        with running(batch), pytest.raises(DeltaError, match="have 2 slots and the change holds 1"):
+        with (
+            running(batch),
+            pytest.raises(
+                DeltaError, match="have 2 slots and the change holds keys and values for 1"
+            ),
+        ):
             base.tower(**batch.inputs)
         with pytest.raises(RuntimeError, match="run it through howfine's readout"):
             base.tower(**batch.inputs)
+    for name in ("gemma2", "t5"):
+        other = tiny_language_base(name) if name == "gemma2" else tiny_whole(name)
+        with pytest.raises(SettingError, match="whose layers see everything"):
+            how.attach(other, probe_for(how, read, other))
+    probe = probe_for(how, read, base)
+    probe.begun = tensors
+    with pytest.raises(SettingError, match="has 1 positions, and this template 2 slots"):
+        method("prefix", place="slots", hidden=0).attach(base, probe)
+
+
+def test_slots_under_gradient_checkpointing(tmp_path: Path) -> None:
+    """Layers that are computed again in the backward pass find the slots once more."""
+    files = []
+    for checkpointing in (False, True):
+        base = tiny_language_base("gpt2")
+        base.tokenizer.eos_token = base.tokenizer.bos_token = "[SEP]"
+        read = readout(
+            "language_model", template="{text} {slot*2} {bos}", max_length=32, max_new_tokens=4
+        )
+        training = Training(
+            max_steps=3, learning_rate=1e-2, gradient_checkpointing=checkpointing, warmup=0.0
+        )
+        recipe = Recipe("infix", method("prefix", hidden=0, place="slots"), read, training)
+        base.tower.config.use_cache = False
+        out = tmp_path / f"{checkpointing}{SUFFIX}"
+        tune(base, written_task(), recipe, out=out)
+        files.append(Delta.load(out).tensors(base)[0]["keys_values"])
+    torch.testing.assert_close(*files, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("side", ["left", "right"])

@@ -122,14 +122,19 @@ def test_named_sets(tmp_path: Path) -> None:
     for split in SPLITS:
         saved(
             home / "e2e" / f"{split}.parquet",
-            mr=["name[The Vaults], priceRange[more than £ 30]", "name[A, B], area[city centre]"],
+            mr=[f"name[The {split}], priceRange[more than £ 30]", "name[A, B], area[city centre]"],
             ref=["It is dear.", "Go there."],
         )
     task = Task.load("gen/e2e", data=tmp_path)
     assert [row.texts[0] for row in task.splits["test"]] == [
-        "name : The Vaults | priceRange : more than £ 30",
+        "name : The test | priceRange : more than £ 30",
         "name : A, B | area : city centre",
     ]
+    # What train shares with dev and test is left out of train.
+    assert [row.texts[0] for row in task.splits["train"]] == [
+        "name : The train | priceRange : more than £ 30"
+    ]
+    assert "1 train rows whose source is in dev or test left out" in task.provenance
     triples = [[f"M{n} | JOINED | 1973", f"M{n} | LOCATION | M, N"] for n in range(30)]
     saved(home / "dart" / "dev.parquet", triples=triples, refs=[["It", "that"]] * 30)
     saved(home / "dart" / "test.parquet", triples=triples[:1], refs=[["It", "that"]])
@@ -137,8 +142,8 @@ def test_named_sets(tmp_path: Path) -> None:
     assert task.splits["test"] == [
         Example(("M0 : JOINED : 1973 | M0 : LOCATION : M, N",), targets=("It", "that"))
     ]
-    assert "dev carved out of train" in task.provenance
-    assert len(task.splits["train"]) == 2 * (30 - len(task.splits["dev"]))
+    assert "train is its dev file; dev carved out of train" in task.provenance
+    assert len(task.splits["train"]) == 2 * (29 - len(task.splits["dev"]))
     words = {"en": [f"a{n}" for n in range(40)], "de": [f"b{n}" for n in range(40)]}
     saved(home / "multi30k" / "train.parquet", **words)
     saved(home / "multi30k" / "dev.parquet", en=["yes"], de=["ja"])

@@ -123,6 +123,19 @@ TINY: dict[str, tuple[str, dict[str, Any]]] = {
     "vit": ("ViT", _IMAGE),
     "dinov2": ("Dinov2", {**_IMAGE, "mlp_ratio": INNER // HIDDEN}),
 }
+# Layers of the encoder and of the decoder. (transformers makes no cache for a T5 with E < D.)
+E, D = 3, 2
+# Name -> class of the model with its head, and the settings of its config.
+_T5 = TINY["t5"][1] | {"num_layers": E, "num_decoder_layers": D}
+_BART = TINY["bart"][1] | {"encoder_layers": E, "decoder_layers": D}
+WHOLE: dict[str, tuple[str, dict[str, Any]]] = {
+    "t5": ("T5ForConditionalGeneration", _T5),
+    "mt5": ("MT5ForConditionalGeneration", _T5),
+    "bart": ("BartForConditionalGeneration", _BART),
+    "mbart": ("MBartForConditionalGeneration", _BART),
+    "pegasus": ("PegasusForConditionalGeneration", _BART),
+    "marian": ("MarianMTModel", _BART),
+}
 # Without a [CLS] in front: what a causal or a T5 tokenizer gives.
 _CAUSAL = {
     "gpt2": "GPT2LMHeadModel",
@@ -162,6 +175,23 @@ def tiny_language_base(name: str, seed: int = 0, **changes: Any) -> Base:
     tokenizer = tiny_tokenizer(name not in _PLAIN)
     kind = "masked_lm" if masked else "causal_lm"
     return Base(f"tiny-{name}-lm", model, tokenizer, kind=kind)
+
+
+def tiny_whole(name: str, kernel: str = "sdpa", seed: int = 0, **changes: Any) -> Base:
+    """A tiny encoder-decoder with its head and no dropout; a generation ends by its length only."""
+    cls = getattr(transformers, WHOLE[name][0])
+    silent = {"dropout": 0.0, "dropout_rate": 0.0, "eos_token_id": None}
+    known = {key: value for key, value in silent.items() if hasattr(cls.config_class(), key)}
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = cls(cls.config_class(**{**WHOLE[name][1], **known, **changes}))
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.ndim == 1:
+                    parameter.add_(0.1 * torch.randn_like(parameter))
+    model.generation_config.forced_eos_token_id = None
+    model.set_attn_implementation(kernel)
+    return Base(f"tiny-{name}-whole", model, tiny_tokenizer(False), kind="seq2seq_lm")
 
 
 def tiny_writer(name: str, seed: int = 0, **changes: Any) -> Base:

@@ -36,14 +36,14 @@ class Front:
     """What stands in front at one attention, (heads, p, width) each; or what passes, recorded.
 
     With `visible` (R, p) there are R of them, (R, heads, p, width), of which each row of the
-    running batch wears one, and sees of it what is visible. With `inside` they stand nowhere in
-    front, and are added to the keys and values of the running batch's slots.
+    running batch wears one, and sees of it what is visible. With `slots` (B, S), -1 for a word,
+    they stand nowhere in front, and are added to the keys and values of that many first positions.
     """
 
     keys: Tensor | None = None
     values: Tensor | None = None
     visible: Tensor | None = None
-    inside: bool = False
+    slots: Tensor | None = None
     seen: list[tuple[Tensor, Tensor]] | None = field(default=None)
 
 
@@ -170,8 +170,9 @@ def _attend(
         front.seen.append((key.detach(), value.detach()))
     if front is None or front.keys is None or front.values is None:
         return own(module, query, key, value, attention_mask, **kwargs)
-    if front.inside:
-        key, value = _added(key, front.keys), _added(value, front.values)
+    if front.slots is not None:
+        key = _added(key, front.keys, front.slots)
+        value = _added(value, front.values, front.slots)
         return own(module, query, key, value, attention_mask, **kwargs)
     count = front.keys.shape[-2]
     attention_mask = _wider(module, query, key, attention_mask, count, kwargs)
@@ -186,28 +187,33 @@ def _attend(
     return own(module, query, key, value, attention_mask, **kwargs)
 
 
-def _added(own: Tensor, at_slots: Tensor) -> Tensor:
+def _added(own: Tensor, at_slots: Tensor, slots: Tensor) -> Tensor:
     """Keys (B, heads, S, width) with those of slots, (heads, p, width), added where slots are.
 
-    A cache holds them as they were, so that in later steps of a generation they are added again.
-    Raises DeltaError where the batch has more slots than there are rows for.
+    A cache holds them as they were, so that in later steps of a generation they are added again;
+    beams have each row several times, one after the other.
     """
+    here = slots.to(own.device).repeat_interleave(len(own) // len(slots), dim=0)
+    here = functional.pad(here, (0, own.shape[2] - here.shape[1]), value=-1)
+    chosen = at_slots.to(own.dtype)[:, here.clamp(min=0)].transpose(0, 1)
+    return own + chosen * (here >= 0)[:, None, :, None]
+
+
+def slots_for(count: int) -> Tensor:
+    """Where the running batch has slots. Raises DeltaError where it has more than `count`."""
     batch = current()
-    if batch is None or batch.slots is None or len(batch.slots) != len(own):
+    if batch is None or batch.slots is None:
         raise RuntimeError(
             "a change of keys and values at a template's slots is on, and this forward pass does "
             "not say where they are; run it through howfine's readout"
         )
-    here = functional.pad(
-        batch.slots.to(own.device), (0, own.shape[2] - batch.slots.shape[1]), value=-1
-    )
-    if int(here.max()) >= at_slots.shape[1]:
+    most = int(batch.slots.max()) + 1
+    if most != count:
         raise DeltaError(
-            f"the readout's inputs have {int(here.max()) + 1} slots and the change holds "
-            f"{at_slots.shape[1]} keys for them; the file is damaged, or its template was altered"
+            f"the readout's inputs have {most} slots and the change holds keys and values for "
+            f"{count}; the file is damaged, or its template was altered"
         )
-    chosen = at_slots.to(own.dtype)[:, here.clamp(min=0)].transpose(0, 1)
-    return own + chosen * (here >= 0)[:, None, :, None]
+    return batch.slots
 
 
 def _seeing(query: Tensor, key: Tensor, mask: Tensor | None, visible: Tensor) -> Tensor | None:

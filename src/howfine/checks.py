@@ -89,6 +89,12 @@ def learnable(task: Asked) -> None:
                     f"split {split!r} of task {task.name!r}: {example.texts[0][:60]!r} has the "
                     f"label {example.label} and {len(example.options)} options; expected an index"
                 )
+        loose = [e.targets for e in examples if not isinstance(e.targets, tuple)]
+        if loose:
+            raise TaskError(
+                f"split {split!r} of task {task.name!r} has the targets {loose[0]!r}, expected a "
+                "tuple of texts"
+            )
         if len({bool(example.targets) for example in examples}) > 1:
             raise TaskError(
                 f"split {split!r} of task {task.name!r} has examples with texts to be written and "

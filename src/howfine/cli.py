@@ -145,7 +145,7 @@ def predict(
     opened = Delta.load(delta)
     answers = run(opened, pairs, options.base(base, opened, device, dtype))
     said = "\n".join(
-        "\t".join(map(str, [*answer.values(), *([""] if "score" in answer else []), line]))
+        "\t".join(map(options.cell, [*answer.values(), *([""] if "score" in answer else []), line]))
         for answer, line in zip(answers, lines, strict=True)
     )
     options.show(as_json, answers, said)
@@ -263,7 +263,7 @@ def demo(
     as_json: options.AsJson = False,
 ) -> None:
     """A small study on the embedded base and task: a few minutes on two cores."""
-    found = options.stated_task("rotten-tomatoes", *[None] * 4, train=720, dev=300)
+    found = options.stated_task("rotten-tomatoes", train=720, dev=300)
     options.study("minilm", found, "demo", out, None, "cpu", "float32", as_json)
 
 

@@ -49,7 +49,7 @@ def extract(
     """
     from howfine.extract import extract as run
 
-    found = options.load_task(options.stated_task(task, data, text, label, None)) if task else None
+    found = options.load_task(options.stated_task(task, data, text, label)) if task else None
     targets: dict[str, Any] = {"bytes": most, "density": density, "loss": loss}
     chosen: dict[str, Any] = {"store": store, "weigh": weigh, "split": split, "gain": gain}
     made = run(before, after, out, task=found, progress=not as_json, **targets, **chosen)

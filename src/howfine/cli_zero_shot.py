@@ -67,7 +67,7 @@ def meta_train(
     from howfine.pretrained import LANGUAGE_MODEL
     from howfine.zero_shot import meta_train as run
 
-    found = options.load_task(options.stated_task(task, data, None, None, None, train=train_size))
+    found = options.load_task(options.stated_task(task, data, train=train_size))
     loaded = Base.load(base, kind=LANGUAGE_MODEL, device=device, dtype=dtype)
     told = options.settings(context.args)
     score = run(loaded, found, out, seed=seed, progress=not as_json, **told)

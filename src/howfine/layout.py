@@ -37,33 +37,58 @@ class Asked(Protocol):
 def batch(base: Base, asked: Asked, examples: Sequence[Example], labelled: bool) -> Batch:
     """Sources, with `labelled` their first targets too: `targets` (B, S), UNSEEN but on those.
 
-    Rows are padded on the right to learn from, and on the left to write after. Raises SettingError
-    where settings leave a source no room, TaskError for examples without targets.
+    Rows are padded on the right to learn from, and on the left to write after. Of an
+    encoder-decoder `decoder_input_ids` are what its decoder reads: the beginning, and of what is to
+    be learned all but the last. Raises SettingError where settings leave a source no room,
+    TaskError for examples without targets.
     """
     whole = base.kind == language.SEQ2SEQ
     limit = room(base, asked)
-    made = template.parse(asked.template).fill(base, examples, limit)
+    made = template.parse(asked.template).fill(base, examples, limit, ended=whole)
     made.reads = None
     if not labelled:
-        return made if whole else on_the_left(made)
+        return _apart(base, made, [[]] * len(examples)) if whole else on_the_left(made)
     written = [target(base, example, asked.max_new_tokens) for example in examples]
-    return _apart(made, written) if whole else _behind(base, made, written)
+    return _apart(base, made, written) if whole else _behind(base, made, written)
 
 
 def room(base: Base, asked: Asked) -> int:
     """Tokens of a source, with all that a template puts around it.
 
-    Raises SettingError where what may be written leaves none.
+    Raises SettingError where what may be written leaves none, or has none itself.
     """
-    limit = min(asked.max_length, base.room)
+    limit, most = min(asked.max_length, base.room), asked.max_new_tokens
     if base.kind == language.SEQ2SEQ:  # the decoder's tokens have positions of their own
+        positions = getattr(base.config, "max_position_embeddings", None)
+        if positions and most + len(beginning(base)) - 1 > positions:
+            raise SettingError(
+                f"max_new_tokens {most}: the decoder of {base.name} holds {positions} tokens; let "
+                "less be written"
+            )
         return limit
-    if limit <= asked.max_new_tokens:
+    if limit <= most:
         raise SettingError(
-            f"max_new_tokens {asked.max_new_tokens} leaves no room for a text in {limit} tokens; "
-            f"raise max_length (the base holds {base.room}), or let less be written"
+            f"max_new_tokens {most} leaves no room for a text in {limit} tokens; raise max_length "
+            f"(the base holds {base.room}), or let less be written"
         )
-    return limit - asked.max_new_tokens
+    return limit - most
+
+
+def beginning(base: Base) -> list[int]:
+    """What an encoder-decoder's decoder has read before it writes: its start, and a forced token.
+
+    The second is BART's <s>, or a language. Raises SettingError where the model names no start.
+    """
+    stated = (base.config, base.tower.generation_config)
+    starts = [getattr(each, "decoder_start_token_id", None) for each in stated]
+    forced = [getattr(each, "forced_bos_token_id", None) for each in stated]
+    found = [start for start in starts if start is not None]
+    if not found:
+        raise SettingError(
+            f"{base.name} does not say with which token its decoder starts; set "
+            "decoder_start_token_id in its config, of a multilingual model the language's"
+        )
+    return [int(found[0]), *(int(each) for each in forced[::-1] if each is not None)][:2]
 
 
 def target(base: Base, example: Example, most: int) -> list[int]:
@@ -76,7 +101,11 @@ def target(base: Base, example: Example, most: int) -> list[int]:
             f"{example.texts[0][:60]!r} has no text to be written, expected one to learn from; "
             "name the column of them with target"
         )
-    ids = language.pieces(base, example.targets[0])
+    if base.kind == language.SEQ2SEQ:  # some have a vocabulary, or pieces, of their own for it
+        own = base.tokenizer(text_target=example.targets[0], add_special_tokens=False)
+        ids = list(own["input_ids"])
+    else:
+        ids = language.pieces(base, example.targets[0])
     end = ending(base)
     if end in ids:
         raise TaskError(
@@ -105,8 +134,6 @@ def _behind(base: Base, made: Batch, written: Sequence[Sequence[int]]) -> Batch:
         "input_ids": _padded(rows, base.tokenizer.pad_token_id or 0),
         "attention_mask": _padded([[1] * len(row) for row in rows], 0),
     }
-    if "token_type_ids" in made.inputs:
-        inputs["token_type_ids"] = torch.zeros_like(inputs["input_ids"])
     both = zip(sources, written, strict=True)
     targets = _padded([[UNSEEN] * len(source) + [*own] for source, own in both], UNSEEN)
     slots = made.slots
@@ -116,9 +143,14 @@ def _behind(base: Base, made: Batch, written: Sequence[Sequence[int]]) -> Batch:
     return Batch(inputs=inputs, targets=targets, slots=slots)
 
 
-def _apart(made: Batch, written: Sequence[Sequence[int]]) -> Batch:
-    """An encoder-decoder's input: the decoder learns the target by itself."""
-    return Batch(inputs=made.inputs, targets=_padded(written, UNSEEN), slots=made.slots)
+def _apart(base: Base, made: Batch, written: Sequence[Sequence[int]]) -> Batch:
+    """An encoder-decoder's input: the decoder reads the beginning, and what is learned so far."""
+    start = beginning(base)
+    read = [[*start, *own[:-1]] for own in written]
+    inputs = dict(made.inputs)
+    inputs["decoder_input_ids"] = _padded(read, base.tokenizer.pad_token_id or 0)
+    targets = _padded(written, UNSEEN) if any(written) else None
+    return Batch(inputs=inputs, targets=targets, slots=made.slots)
 
 
 def on_the_left(made: Batch) -> Batch:

@@ -120,6 +120,12 @@ def _check_start(recipe: Recipe, start: Start) -> None:
 
 def _check_readout(recipe: Recipe, task: Task) -> None:
     """A readout that sees no options would learn to answer by their numbers."""
+    if recipe.training.gradient_accumulation > 1 and not recipe.readout.adds_up:
+        raise SettingError(
+            f"recipe {recipe.name}: the loss is a mean over tokens, and of batches that are added "
+            "up each would count alike, however many it has; set reduction=examples, or a larger "
+            "batch_size without gradient_accumulation"
+        )
     checks.answerable(task, recipe.readout.writes, f"the readout of recipe {recipe.name}")
     if not recipe.readout.reads_options and any(row.options for row in task.splits["train"]):
         raise TaskError(

@@ -69,10 +69,10 @@ def study(
 
 def stated_task(
     name: str,
-    data: Path | None,
-    text: str | None,
-    label: str | None,
-    target: str | None,
+    data: Path | None = None,
+    text: str | None = None,
+    label: str | None = None,
+    target: str | None = None,
     **subset: int | None,
 ) -> dict[str, Any]:
     """The task that --task, --data, --text, --label and --target name, for Task.load."""
@@ -120,6 +120,11 @@ def setting(entry: dict[str, Any]) -> str:
     """A setting as the flag it is, its help and what it is left out."""
     flag = f"--{entry['name'].replace('_', '-')}"
     return f"  {flag:<26}{entry['help']} (default {entry['default']!r})"
+
+
+def cell(value: Any) -> str:
+    """A value in a line with tabs between: a text's own tabs and line ends are written out."""
+    return str(value).replace("\\", "\\\\").replace("\t", "\\t").replace("\n", "\\n")
 
 
 def said(score: Any) -> str:

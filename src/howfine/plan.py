@@ -71,8 +71,13 @@ class Plan:
         """The kind of base that all its recipes can read: a body, if none asks for more."""
         names = (self.ceiling, self.floor, *self.recipes)
         told = {k: v for k, v in (self.settings or {}).items() if k == "readout"}
-        kinds = {Recipe.load(name).override(**told).readout.kind for name in names}
-        return max(kinds, key=lambda kind: kind != "body")
+        kinds = {Recipe.load(name).override(**told).readout.kind for name in names} - {"body"}
+        if len(kinds) > 1:
+            raise SettingError(
+                f"plan: its recipes' readouts need bases of kinds {' and '.join(sorted(kinds))}, "
+                "expected one; name one readout for all of them in settings"
+            )
+        return kinds.pop() if kinds else "body"
 
     @classmethod
     def load(cls, name: str | Path = "default") -> Plan:

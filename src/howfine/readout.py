@@ -54,6 +54,11 @@ class Readout(ABC):
         """Whether a stored head holds what a later phase would train on."""
         return True
 
+    @property
+    def adds_up(self) -> bool:
+        """Whether a batch's loss is the mean of those of its equal parts."""
+        return True
+
     def __init_subclass__(cls) -> None:
         if cls.__bases__ != (Readout,):
             raise TypeError(f"{cls.__name__}: readouts are final; wrap one instead of subclassing")

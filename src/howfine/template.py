@@ -56,30 +56,43 @@ class Template:
         """Number of mask positions."""
         return sum(part.kind == "{mask}" for part in self.parts)
 
-    def fill(self, base: Base, examples: Sequence[Example], max_length: int) -> Batch:
+    def fill(
+        self, base: Base, examples: Sequence[Example], max_length: int, ended: bool = True
+    ) -> Batch:
         """Inputs of all examples, padded on the right, with `slots` and `reads` (the masks).
 
-        Of a base that has no masks `reads` is the last token. Texts are cut from their ends, the
+        Of a base that has no masks `reads` is the last token. Unless `ended`, what the tokenizer
+        puts behind a text is left out: more is to follow. Texts are cut from their ends, the
         longest first, until an input has `max_length` tokens. Raises TaskError for texts that hold
         the mask token or don't fit the holes, SettingError where the rest has no room.
         """
         limit = min(max_length, base.room)
         fixed = [_fixed(base, part, at == 0) for at, part in enumerate(self.parts)]
-        rows = [self._row(base, example, limit, fixed) for example in examples]
+        before, after = around(base.tokenizer)
+        edges = before, after if ended else []
+        rows = [self._row(base, example, limit, fixed, edges) for example in examples]
         width = max(len(row.ids) for row in rows)
         pad = base.tokenizer.pad_token_id or 0
         inputs = {
             "input_ids": _padded([row.ids for row in rows], width, pad),
             "attention_mask": _padded([[1] * len(row.ids) for row in rows], width, 0),
         }
-        if "token_type_ids" in base.tokenizer.model_input_names:
+        # Some tokenizers list types whose model has none, or (GPT-2) takes them for words.
+        if getattr(base.config, "type_vocab_size", 0) > 1:
             inputs["token_type_ids"] = torch.zeros_like(inputs["input_ids"])
         masks = [row.masks or [len(row.ids) - 1] for row in rows]
         slots = _padded([row.slots for row in rows], width, -1) if self.slots else None
         return Batch(inputs=inputs, slots=slots, reads=torch.tensor(masks))
 
-    def _row(self, base: Base, example: Example, limit: int, fixed: Sequence[list[int]]) -> _Row:
-        before, after = around(base.tokenizer)
+    def _row(
+        self,
+        base: Base,
+        example: Example,
+        limit: int,
+        fixed: Sequence[list[int]],
+        edges: tuple[list[int], list[int]],
+    ) -> _Row:
+        before, after = edges
         texts = self._texts(base, example)
         taken = len(before) + len(after) + sum(map(len, fixed))
         if taken + any(texts.values()) > limit:

@@ -1,4 +1,4 @@
-"""Free vectors among a model's input vectors: at slots, and in front of every input."""
+"""Free vectors in front of every input, and positions that start later."""
 
 from __future__ import annotations
 
@@ -12,47 +12,8 @@ from torch.nn import functional
 
 from howfine import surgery
 from howfine.base import Base
-from howfine.batch import current
 from howfine.change import Undo, all_or_nothing
-from howfine.errors import DeltaError, SettingError
-
-_HELD = "howfine_vectors"
-
-
-def fill(base: Base, vectors: nn.Parameter, slots: int) -> Undo:
-    """Let the first `slots` rows of `vectors` (n, E) stand at the slots of the running batch.
-
-    The embedding module holds the parameter. Inputs of another shape than the batch's `slots`, as
-    in the later steps of a generation, have none.
-    """
-    embedding = base.embedding
-    released = surgery.hold(embedding, _HELD, vectors)
-    look_up = embedding.forward
-    checked: list[bool] = []
-
-    def forward(ids: Tensor) -> Tensor:
-        found = look_up(ids)
-        batch = current()
-        if batch is None or batch.slots is None or batch.slots.shape != ids.shape:
-            return found
-        here = batch.slots.to(ids.device)
-        if not checked:  # once: it asks an accelerator for a number
-            checked.append(True)
-            if int(here.max()) >= slots:
-                raise DeltaError(
-                    f"the readout's inputs have {int(here.max()) + 1} slots and the change holds "
-                    f"{slots} vectors for them; the file is damaged, or its template was altered"
-                )
-        chosen = vectors[here.clamp(min=0)].to(found.dtype)
-        return torch.where((here >= 0).unsqueeze(-1), chosen, found)
-
-    restored = surgery.rewire(embedding, forward)
-
-    def undo() -> None:
-        restored()
-        released()
-
-    return undo
+from howfine.errors import SettingError
 
 
 def prepend(base: Base, vectors: nn.Parameter, first: int) -> Undo:
@@ -69,11 +30,12 @@ def prepend(base: Base, vectors: nn.Parameter, first: int) -> Undo:
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         kwargs = named(run, args, kwargs)
-        if _cached(kwargs) > count:  # a later step of a generation: the cache has the front
+        if cached(kwargs) > count:  # a later step of a generation: the cache has the front
             return run(**_after_front(kwargs, count))
         ids, given = kwargs.pop("input_ids", None), kwargs.pop("inputs_embeds", None)
         own = embedding(ids) * scale if given is None else given
         front = scale * vectors[first:].to(own.dtype).expand(len(own), -1, -1)
+        _check_sight(base, kwargs, count + own.shape[1])
         kwargs = _longer(base, kwargs, own, count)
         whole = kwargs.pop("return_dict", None) is not False
         state = run(inputs_embeds=torch.cat([front, own], dim=1), return_dict=True, **kwargs)
@@ -141,7 +103,7 @@ def _reserving(base: Base, count: int, restored: Undo) -> Undo:
     return undo
 
 
-def _cached(kwargs: dict[str, Any]) -> int:
+def cached(kwargs: dict[str, Any]) -> int:
     """Positions that a cache holds already."""
     cache = kwargs.get("past_key_values")
     return int(cache.get_seq_length()) if cache is not None else 0
@@ -268,6 +230,25 @@ def named(run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     """All arguments by name."""
     names = list(inspect.signature(run).parameters)
     return {**dict(zip(names, args, strict=False)), **kwargs}
+
+
+def window(base: Base) -> int:
+    """Tokens that the narrowest layer looks back on; 0 where all see everything."""
+    kinds = getattr(base.config, "layer_types", None)
+    slides = any("sliding" in kind for kind in kinds) if kinds else True
+    return int(getattr(base.config, "sliding_window", None) or 0) if slides else 0
+
+
+def _check_sight(base: Base, kwargs: dict[str, Any], length: int) -> None:
+    """Between what stands in front and a text there must be no padding that fills a window."""
+    mask = kwargs.get("attention_mask")
+    if not 0 < window(base) < length or mask is None or bool(mask[:, 0].all()):
+        return
+    raise SettingError(
+        f"layers of {base.name} look back on {window(base)} tokens, and with padding on the left "
+        "vectors in front would be out of sight for the shorter texts; give texts of one length, "
+        "one at a time say (batch_size=1)"
+    )
 
 
 def _check_room(base: Base, count: int) -> None:

@@ -15,9 +15,10 @@ from torch.nn import functional
 
 from howfine import surgery
 from howfine.base import Base
-from howfine.batch import current, worn_rows
+from howfine.batch import worn_rows
 from howfine.change import Undo, all_or_nothing
 from howfine.errors import DeltaError
+from howfine.slots import watched
 from howfine.tokens import (
     across,
     named,
@@ -40,7 +41,10 @@ def stacked(parts: Mapping[int, Tensor], count: int, like: Tensor) -> Tensor:
 
 
 def fill(base: Base, tables: Mapping[int, Tensor], count: int) -> Undo:
-    """Let each row's slots hold the vectors (n, E) of its own table."""
+    """Let each row's slots hold the vectors (n, E) of its own table.
+
+    What puts vectors in front must be on before.
+    """
     embedding = base.embedding
     table = stacked(tables, count, embedding.weight.detach())
     sizes = torch.zeros(count + 1, dtype=torch.long, device=table.device)
@@ -50,10 +54,10 @@ def fill(base: Base, tables: Mapping[int, Tensor], count: int) -> Undo:
 
     def forward(ids: Tensor) -> Tensor:
         found: Tensor = look_up(ids)
-        batch = current()
-        if batch is None or batch.slots is None or batch.slots.shape != ids.shape:
+        here = now.here
+        if here is None:
             return found
-        here, rows = batch.slots.to(ids.device), worn_rows(len(ids)).to(ids.device)
+        rows = worn_rows(len(ids)).to(ids.device)
         held = sizes[rows].unsqueeze(1)
         if ((here >= held) & (held > 0)).any():
             raise DeltaError(
@@ -64,7 +68,13 @@ def fill(base: Base, tables: Mapping[int, Tensor], count: int) -> Undo:
         chosen = table[rows.unsqueeze(1), here.clamp(0, table.shape[1] - 1)].to(found.dtype)
         return torch.where(filled.unsqueeze(-1), chosen, found)
 
-    return surgery.rewire(embedding, forward) if table.shape[1] else lambda: None
+    if not table.shape[1]:
+        return lambda: None
+    with all_or_nothing() as undo:
+        now, off = watched(base)
+        undo.append(off)
+        undo.append(surgery.rewire(embedding, forward))
+        return together(undo)
 
 
 def prepend(base: Base, fronts: Mapping[int, Tensor], count: int) -> Undo:

@@ -26,7 +26,7 @@ from howfine.codec import rounded
 from howfine.errors import DamagedDelta, SettingError
 from howfine.method import Method, Probe, Tensors
 from howfine.reparametrisation import Net, Nets, Rows
-from howfine.tokens import ahead, later, numbered
+from howfine.tokens import ahead, later, numbered, window
 from howfine.worn import later as put_later
 from howfine.worn import stacked
 
@@ -94,7 +94,7 @@ class Prefix(Method):
         if probe is not None and probe.begun:
             return self._put_on(base, self._earlier(probe))
         target = self._words(base) if self.init_text else None
-        length = self._positions(base, probe) if target is None else len(target)
+        length = self._positions(probe) if target is None else len(target)
         sizes = [kind.numbers for kind in _kinds(base)]
         if not self.hidden:
             rows = torch.randn(length, sum(sizes)) if target is None else target
@@ -104,19 +104,26 @@ class Prefix(Method):
             nets[0].fit(target.cpu())
         return self._put_on(base, nets[0] if len(nets) == 1 else Nets(nets))
 
-    def _positions(self, base: Base, probe: Probe | None) -> int:
+    def _positions(self, probe: Probe | None) -> int:
         """How many there are: as many as slots, where they stand at those."""
         if self.place == "front":
             return self.length
-        slots = len(probe.slots) if probe is not None else 0
-        if not slots or base.anatomy.decoder is not None:
+        if probe is None or not probe.slots:
             raise SettingError(
-                "prefix place 'slots': found an encoder-decoder, expected one stack; use 'front'"
-                if slots
-                else "prefix place 'slots': the readout's inputs have no free slots; give a "
-                "template with {slot}"
+                "prefix place 'slots': the readout's inputs have no free slots; give a template "
+                "with {slot}"
             )
-        return slots
+        return len(probe.slots)
+
+    def _check_place(self, base: Base) -> None:
+        if self.place == "front":
+            return
+        if base.anatomy.decoder is not None or window(base):
+            found = "layers with a sliding window" if window(base) else "two stacks"
+            raise SettingError(
+                f"prefix place 'slots': found {found} in {base.name}, expected one stack whose "
+                "layers see everything; use place='front'"
+            )
 
     def _earlier(self, probe: Probe) -> Tensor:
         """Keys and values of an earlier delta, which train themselves: no net is stored."""
@@ -125,7 +132,13 @@ class Prefix(Method):
                 "prefix: a delta holds keys and values and not the net that made them; set "
                 "hidden=0 to go on from one"
             )
-        return probe.begun["keys_values"].clone()
+        found, slots = probe.begun["keys_values"], len(probe.slots)
+        if self.place == "slots" and len(found) != slots:
+            raise SettingError(
+                f"prefix: the delta to start from has {len(found)} positions, and this template "
+                f"{slots} slots; use one with as many"
+            )
+        return found.clone()
 
     def _words(self, base: Base) -> Tensor:
         """(p, numbers): keys and values of the words, p being their tokens or `length`."""
@@ -141,6 +154,7 @@ class Prefix(Method):
         return both.permute(2, 0, 1, 3).flatten(1).float()
 
     def _put_on(self, base: Base, made: Net | Nets | Tensor, trains: bool = True) -> Change:
+        self._check_place(base)
         kinds = _kinds(base)
         net = Rows(made, [k.numbers for k in kinds]) if isinstance(made, Tensor) else made
         net = net.to(base.device).requires_grad_(trains)
@@ -150,10 +164,8 @@ class Prefix(Method):
             undo.append(surgery.hold(base.body, _HELD, net))
             # Each stack by itself: a generation runs the encoder once and the decoder many times.
             for stack, own in itertools.groupby(_shared(kinds, fronts), lambda one: one[1].stack):
-                renew = functools.partial(_renew, net, list(own))
+                renew = functools.partial(_renew, net, list(own), self.place == "slots")
                 undo.append(ahead(base.body.get_submodule(stack), renew))
-            for front in fronts:
-                front.inside = self.place == "slots"
             undo.append(later(base, net.length if self._shifts else 0))
             return Change(dict(net.named_parameters()), undo, parts={"net": net})
 
@@ -243,9 +255,14 @@ def _shared(
         yield number, kind, list(itertools.islice(every, kind.count))
 
 
-def _renew(net: _Source, kinds: list[tuple[int, _Kind, list[attention.Front]]]) -> None:
+def _renew(
+    net: _Source, kinds: list[tuple[int, _Kind, list[attention.Front]]], at_slots: bool
+) -> None:
+    slots = attention.slots_for(net.length) if at_slots else None
     for number, kind, fronts in kinds:
         _fill(fronts, kind.parts(net.of(number)))
+        for front in fronts:
+            front.slots = slots
 
 
 def _fill(fronts: list[attention.Front], parts: Tensor) -> None:

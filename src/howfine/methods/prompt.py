@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from howfine import language, tokens
+from howfine import slots as slots_of
 from howfine.base import Base
 from howfine.change import Change, all_or_nothing
 from howfine.codec import rounded
@@ -105,9 +106,9 @@ class Prompt(Method):
     def _put_on(self, base: Base, vectors: nn.Parameter) -> Change:
         slots = len(vectors) - self.length
         with all_or_nothing() as undo:
-            undo.append(tokens.fill(base, vectors, slots))
             if self.length:
                 undo.append(tokens.prepend(base, vectors, slots))
+            undo.append(slots_of.fill(base, vectors, slots))
         return Change({"vectors": vectors}, undo)
 
     def pack(self, base: Base, change: Change) -> Tensors:
@@ -156,8 +157,8 @@ class Prompt(Method):
         if any(map(len, fronts.values())) and tokens.numbers_itself(base):
             return None  # the text of a row with fewer vectors would have another place
         with all_or_nothing() as undo:
-            undo.append(fill(base, slots, count))
             undo.append(prepend(base, fronts, count))
+            undo.append(fill(base, slots, count))
             return Change({}, undo)
 
 

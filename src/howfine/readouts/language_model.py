@@ -8,7 +8,10 @@ are written by transformers' `generate()`, greedily or by beam search, never by 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -20,7 +23,7 @@ from transformers import GenerationConfig
 
 from howfine import language, layout, template
 from howfine.base import Base
-from howfine.batch import Batch, running
+from howfine.batch import Batch
 from howfine.errors import SettingError
 from howfine.metrics import Metric
 from howfine.readout import Head, Labels, Readout
@@ -28,6 +31,7 @@ from howfine.task import Example
 
 # What stands behind the end of a written text.
 NOTHING = -1
+_WRITING = threading.RLock()
 
 
 @dataclass(frozen=True)
@@ -48,7 +52,7 @@ class LanguageModel(Readout):
     beams: int = 1
     # Power of the length that a hypothesis' log-likelihood is divided by.
     length_penalty: float = 1.0
-    # The loss: mean over all tokens, or over examples of each one's sum.
+    # The loss: mean over a batch's target tokens, or over its examples of each one's sum.
     reduction: Literal["tokens", "examples"] = "tokens"
 
     def __post_init__(self) -> None:
@@ -62,6 +66,14 @@ class LanguageModel(Readout):
                 f"language_model: found max_length {self.max_length}, max_new_tokens "
                 f"{self.max_new_tokens} and beams {self.beams}, expected 1 at least of each"
             )
+        if not math.isfinite(self.length_penalty):
+            raise SettingError(
+                f"language_model length_penalty {self.length_penalty}: expected a finite number"
+            )
+
+    @property
+    def adds_up(self) -> bool:
+        return self.reduction == "examples"
 
     @property
     def slots(self) -> tuple[str, ...]:
@@ -116,9 +128,8 @@ class _Writer(Head):
     def __init__(self, base: Base, settings: LanguageModel) -> None:
         super().__init__()
         self.tower_name, self.body_path = base.tower_name, base.body_path
-        self.causal = base.kind == language.CAUSAL
-        self.scores = language.scores(base) if self.causal else None
-        self.most = settings.max_new_tokens
+        self.scores = language.scores(base) if base.kind == language.CAUSAL else None
+        start = None if self.scores else layout.beginning(base)[0]
         self.how = GenerationConfig(
             max_new_tokens=settings.max_new_tokens,
             num_beams=settings.beams,
@@ -127,42 +138,53 @@ class _Writer(Head):
             eos_token_id=layout.ending(base),
             pad_token_id=base.tokenizer.pad_token_id,
             bos_token_id=base.tokenizer.bos_token_id,
-            decoder_start_token_id=base.config.decoder_start_token_id if not self.causal else None,
+            decoder_start_token_id=start,
         )
 
     def forward(self, towers: nn.ModuleDict, batch: Batch) -> Tensor:
         if batch.targets is None:
-            return self._written(towers, batch)
+            return self._written(towers[self.tower_name], batch)
         if self.scores is None:
             return self._apart(towers[self.tower_name], batch, batch.targets)
-        state = towers.get_submodule(self.body_path)(**batch.inputs).last_hidden_state
+        body: Any = towers.get_submodule(self.body_path)
+        state = body(**batch.inputs, use_cache=False).last_hidden_state
         # The scores of a token stand one place before it; no others are computed.
         rows, columns = _places(batch.targets[:, 1:])
         scores = self.scores(towers[self.tower_name], state[rows, columns])
         return _sums(scores, batch.targets[rows, columns + 1], rows, len(state))
 
     def _apart(self, tower: Any, batch: Batch, targets: Tensor) -> Tensor:
-        """An encoder-decoder's, whose decoder reads the targets one place later."""
-        begun = tower.prepare_decoder_input_ids_from_labels(labels=targets)
-        found = tower(**batch.inputs, decoder_input_ids=begun).logits
+        """An encoder-decoder's, whose decoder has read its beginning before the first token."""
+        found = tower(**batch.inputs, use_cache=False).logits
         rows, columns = _places(targets)
-        return _sums(found[rows, columns], targets[rows, columns], rows, len(found))
+        first = found.shape[1] - targets.shape[1]
+        return _sums(found[rows, columns + first], targets[rows, columns], rows, len(found))
 
-    def _written(self, towers: nn.ModuleDict, batch: Batch) -> Tensor:
-        tower: Any = towers[self.tower_name]
-        # generate() runs each row once for every hypothesis.
-        beams, slots = self.how.num_beams, batch.slots
-        wide = replace(
-            batch, slots=None if slots is None else slots.repeat_interleave(beams, dim=0)
-        )
-        with torch.no_grad(), running(wide):
+    def _written(self, tower: Any, batch: Batch) -> Tensor:
+        with torch.no_grad(), _neutral(tower):
             found = tower.generate(**batch.inputs, generation_config=self.how)
-        start = batch.inputs["input_ids"].shape[1] if self.causal else 1
-        found = found[:, start:]
+        before = "input_ids" if self.scores is not None else "decoder_input_ids"
+        found = found[:, batch.inputs[before].shape[1] :]
         ended = (found == self.how.eos_token_id).long().cumsum(1)
         # What stands behind the first end is padding; the end itself says nothing.
         found = found.masked_fill(ended > 0, NOTHING)
-        return functional.pad(found, (0, self.most - found.shape[1]), value=NOTHING)
+        return functional.pad(found, (0, self.how.max_new_tokens - found.shape[1]), value=NOTHING)
+
+
+@contextmanager
+def _neutral(tower: Any) -> Iterator[None]:
+    """Hide the model's own wishes for writing (penalties, forbidden words, lengths).
+
+    transformers takes each of them where none is stated, and then writes what is not the likeliest.
+    The lock is for other threads, which would find the neutral ones.
+    """
+    with _WRITING:
+        own = tower.generation_config
+        tower.generation_config = GenerationConfig()
+        try:
+            yield
+        finally:
+            tower.generation_config = own
 
 
 def _places(targets: Tensor) -> tuple[Tensor, Tensor]:

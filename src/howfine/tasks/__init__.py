@@ -74,7 +74,7 @@ def rows_of(
         if name not in columns:
             raise MissingColumn(
                 f"{source} has no column {name!r}; found {', '.join(columns) or 'none'}. "
-                "Name the columns with text= and label="
+                "Name the columns with text= and label= (or target=)"
             )
     texts = zip(*(columns[name] for name in text), strict=True)
     rows = []
@@ -106,13 +106,14 @@ def key(texts: tuple[str, ...]) -> str:
     return "\x1f".join("".join(filter(str.isalnum, t.casefold())) or t for t in texts)
 
 
-def without(rows: list[Row], *others: list[Row]) -> list[Row]:
-    """The rows that no other list has a copy of, first copies only."""
+def without(rows: list[Row], *others: list[Row], own_copies: bool = False) -> list[Row]:
+    """The rows that no other list has a copy of, first copies only unless told otherwise."""
     seen = {key(row.texts) for other in others for row in other}
     kept = []
     for row in rows:
         if (mark := key(row.texts)) not in seen:
-            seen.add(mark)
+            if not own_copies:
+                seen.add(mark)
             kept.append(row)
     return kept
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from howfine.errors import TaskError, TaskNotFound
-from howfine.tasks import SPLITS, Found, Row, completed, files
+from howfine.tasks import SPLITS, Found, Row, completed, files, without
 from howfine.tasks.written import referenced
 
 COLLECTION = "gen"
@@ -55,15 +55,23 @@ def read(name: str, data: Path | None) -> Found:
         "multi30k": lambda row: (row[source], (row[target],)),
     }
     found = _splits(data / COLLECTION / short, readers[short])
-    own = [split for split in SPLITS if split in found]
-    splits = referenced(completed(found))
-    made = [split for split in SPLITS if split not in own]
-    how = f"; {' and '.join(made)} carved out of train by a hash of the source" if made else ""
+    how = ""
+    if "train" not in found:
+        found["train"] = found.pop("dev", [])
+        how = "; train is its dev file"
+    made = [split for split in SPLITS if split not in found]
+    if made:
+        how += f"; {' and '.join(made)} carved out of train by a hash of the source"
+    whole = completed(found)
+    train = without(whole["train"], whole["dev"], whole["test"], own_copies=True)
+    if left := len(whole["train"]) - len(train):
+        how += f"; {left} train rows whose source is in dev or test left out"
+    splits = referenced({**whole, "train": train})
     return Found(splits, (), None, f"{name} from a folder of data{how}")
 
 
 def _splits(folder: Path, reads: Read) -> dict[str, list[Row]]:
-    """The splits that a folder has. Where there is no train, dev is learned from."""
+    """The splits that a folder has."""
     paths = {split: folder / f"{split}.parquet" for split in SPLITS}
     for test in _TESTS:
         if (folder / f"{test}.parquet").is_file():
@@ -75,8 +83,6 @@ def _splits(folder: Path, reads: Read) -> dict[str, list[Row]]:
             f"{folder} holds no train.parquet, dev.parquet or test.parquet; name another folder "
             "with --data"
         )
-    if "train" not in found:
-        found["train"] = found.pop("dev", [])
     return found
 
 
