@@ -31,7 +31,7 @@ from tiny import (
 )
 
 MASKED = ("bert", "roberta", "albert", "distilbert", "electra", "mpnet", "deberta-v2")
-CAUSAL = ("gpt2", "llama", "qwen3")
+CAUSAL = ("gpt2", "llama", "qwen3", "gemma2")
 LAYOUT = "{slot=w1} {text} {slot=w2} {mask} w9 {slot=w3} {pair} {slot=w1}"
 TEXTS = [
     Example(("w4 w5 w6",), 0),

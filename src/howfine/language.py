@@ -54,14 +54,19 @@ def decoder(base: Base) -> nn.Linear:
 
 def scores(base: Base) -> Callable[[nn.Module, Tensor], Tensor]:
     """A function of (tower, hidden states (…, H)): the model's own scores of tokens, (…, V)."""
-    reading = before_decoder(base)
-    cap = getattr(base.config, "final_logit_softcapping", None)  # of Gemma 2 and 3
+    reading, cap = before_decoder(base), capped(base)
 
     def run(tower: nn.Module, hidden: Tensor) -> Tensor:
         found: Tensor = tower.get_output_embeddings()(reading(tower, hidden))  # type: ignore
-        return found if not cap else cap * torch.tanh(found / cap)
+        return cap(found)
 
     return run
+
+
+def capped(base: Base) -> Callable[[Tensor], Tensor]:
+    """What the model does to a decoder's outputs: Gemma 2 and 3 keep them in bounds."""
+    most = getattr(base.config, "final_logit_softcapping", None)
+    return lambda found: most * torch.tanh(found / most) if most else found
 
 
 def single_token(base: Base, word: str, what: str) -> int:

@@ -98,6 +98,7 @@ class _ClassVectors(Head):
         self.tower_name = base.tower_name
         self.body_path = base.body_path
         self.reading = language.before_decoder(base)
+        self.cap = language.capped(base)
         self.hidden = settings.read == "hidden"
         decoder = language.decoder(base)
         width = base.hidden_size if self.hidden else decoder.weight.shape[1]
@@ -126,7 +127,8 @@ class _ClassVectors(Head):
         read = state[torch.arange(len(state), device=state.device), batch.reads[:, 0]]
         if not self.hidden:
             read = self.reading(towers[self.tower_name], read)
-        return self.classes(read.to(self.classes.weight.dtype))
+        found: Tensor = self.classes(read.to(self.classes.weight.dtype))
+        return found if self.hidden else self.cap(found)
 
 
 EXAMPLE = Verbalizer(template="{slot} {text} {slot*2} {mask} {pair}", max_length=32)
