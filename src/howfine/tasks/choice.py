@@ -43,11 +43,7 @@ def read(name: str, data: Path | None) -> Found:
 
     Raises TaskNotFound where the folder lacks it, TaskError for a row that can't be answered.
     """
-    if data is None:
-        raise TaskNotFound(
-            f"task {name!r} is read from a folder of Parquet files; name it with --data, or with "
-            "the environment variable HOWFINE_DATA"
-        )
+    data = files.named(name, data)
     parts = [_one(data / part) for part in name.split("+")]
     splits = {split: [row for part in parts for row in part[split]] for split in parts[0]}
     most = max(len(row.options) for rows in splits.values() for row in rows)

@@ -77,11 +77,7 @@ def known(name: str) -> bool:
 def read(name: str, data: Path | None) -> Found:
     """A few-shot task by name. Raises TaskNotFound where the folder lacks it."""
     collection, _, short = name.partition("/")
-    if data is None:
-        raise TaskNotFound(
-            f"task {name!r} is read from a folder of Parquet files; name it with --data, or with "
-            "the environment variable HOWFINE_DATA"
-        )
+    data = files.named(name, data)
     if collection == FEWGLUE:
         return _fewglue(short, data / "superglue_few" / short)
     task, _, seed = short.partition("@")

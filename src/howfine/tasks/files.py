@@ -48,6 +48,16 @@ def read(path: Path, wanted: Wanted) -> Found:
     return _found(tables, sources, wanted, labels=None, origin=str(path))
 
 
+def named(name: str, data: Path | None) -> Path:
+    """The folder of data that a task by name is read from. Raises TaskNotFound for none."""
+    if data is None:
+        raise TaskNotFound(
+            f"task {name!r} is read from a folder of Parquet files; name it with --data, or with "
+            "the environment variable HOWFINE_DATA"
+        )
+    return data
+
+
 def read_hub(name: str, wanted: Wanted) -> Found:
     """A data set of the hub, "owner/name" or "owner/name:config".
 

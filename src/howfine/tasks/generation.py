@@ -42,11 +42,7 @@ def read(name: str, data: Path | None) -> Found:
 
     Raises TaskNotFound where the folder lacks it, TaskError for a row that can't be read.
     """
-    if data is None:
-        raise TaskNotFound(
-            f"task {name!r} is read from a folder of Parquet files; name it with --data, or with "
-            "the environment variable HOWFINE_DATA"
-        )
+    data = files.named(name, data)
     short, _, languages = name.removeprefix(f"{COLLECTION}/").partition("-")
     source, _, target = languages.partition("-")
     readers: dict[str, Read] = {
