@@ -139,20 +139,22 @@ def _d5(found: Found, budgets: Sequence[float]) -> tuple[str, str]:
         others = [found.over_tasks(cell, tasks=found.having(*rest)) for cell in rest]
         figures = " / ".join(_points(float(mean or 0)) for mean in others)
         said += f" Without the second, on {', '.join(found.having(*rest))}: {figures}."
-    gaps = [
-        (b, found.over_tasks(f"structured@{b}"), found.over_tasks(f"non-adaptive@{b}"))
-        for b in budgets
-    ]
+    gaps = []
+    for b in budgets:
+        both = [f"structured@{b}", f"non-adaptive@{b}"]
+        pair = [found.over_tasks(cell, tasks=found.having(*both) or [""]) for cell in both]
+        gaps.append((b, *pair))
     wide = ", ".join(f"{b:.2%}: {_points(x - y)}" for b, x, y in gaps if x and y)
     return name, f"{said} Structured less non-adaptive by budget: {wide}."
 
 
 def _d6(found: Found, budgets: Sequence[float]) -> tuple[str, str]:
     name = "D6: at 0.5 % within a point of full fine-tuning; more entries, better"
-    fulls = [found.over_tasks(cell) for cell in FULLS]
-    curve = [found.over_tasks(f"structured@{b}") for b in budgets]
-    if any(value is None for value in (*fulls, *curve)) or len(found.tasks) < 3:
+    tasks = found.having(*FULLS, *(f"structured@{b}" for b in budgets))
+    if not tasks:
         return name, _NONE
+    fulls = [found.over_tasks(cell, tasks=tasks) for cell in FULLS]
+    curve = [found.over_tasks(f"structured@{b}", tasks=tasks) for b in budgets]
     full, at = max(float(f or 0) for f in fulls), float(curve[list(budgets).index(MIDDLE)] or 0)
     rises = all(float(a or 0) <= float(b or 0) + NOISE for a, b in itertools.pairwise(curve))
     said = ", ".join(
@@ -160,20 +162,22 @@ def _d6(found: Found, budgets: Sequence[float]) -> tuple[str, str]:
     )
     return name, (
         f"{_said(full - at <= 0.01 and rises)} Full at the better of two rates {_points(full)}, "
-        f"structured {_points(at)}; {said} (a fall of up to {_points(NOISE)} counts as noise)."
+        f"structured {_points(at)} on {', '.join(tasks)}; {said} (a fall of up to {_points(NOISE)} "
+        "counts as noise)."
     )
 
 
 def _d7(found: Found) -> tuple[str, str]:
     name = "D7: the budget costs under half a point with training on, clearly more without"
-    before = found.over_tasks("structured")
-    after = found.over_tasks(f"structured@{MIDDLE}")
-    cut = found.over_tasks(f"structured@{MIDDLE}-cut")
-    if before is None or after is None or cut is None:
+    cells = ["structured", f"structured@{MIDDLE}", f"structured@{MIDDLE}-cut"]
+    tasks = found.having(*cells)
+    if not tasks:
         return name, _NONE
+    before, after, cut = (float(found.over_tasks(cell, tasks=tasks) or 0) for cell in cells)
     holds = before - after < 0.005 and after - cut > CLEAR
     return name, (
-        f"{_said(holds)} Before {_points(before)}, cut {_points(cut)}, trained on {_points(after)}."
+        f"{_said(holds)} Before {_points(before)}, cut {_points(cut)}, trained on {_points(after)} "
+        f"on {', '.join(tasks)}."
     )
 
 
@@ -190,13 +194,15 @@ def _d8(found: Found) -> tuple[str, str]:
 
 def _d9(found: Found) -> tuple[str, str]:
     name = "D9: embeddings are changed less than their share of the parameters"
-    share = found.over_tasks(f"structured@{MIDDLE}", "in_embeddings")
+    tasks = found.having(f"structured@{MIDDLE}")
+    share = found.over_tasks(f"structured@{MIDDLE}", "in_embeddings", tasks or [""])
     if share is None:
         return name, _NONE
     whole = found.records[0]["embeddings"]
     return (
         name,
-        f"{_said(share < whole)} {share:.1%} of the changes, {whole:.1%} of the parameters.",
+        f"{_said(share < whole)} {share:.1%} of the changes, {whole:.1%} of the parameters, on "
+        f"{', '.join(tasks)}.",
     )
 
 
