@@ -231,8 +231,22 @@ def test_a_window_and_padding_hide_what_stands_in_front() -> None:
     with how.unpack(base, {"vectors": torch.randn(3, base.hidden_size)}):
         with pytest.raises(SettingError, match="look back on 8 tokens"):
             written(base, read)
+        for each in EXAMPLES:  # alone there is no padding
+            written(base, read, [each])
+
+
+@pytest.mark.parametrize(("window", "right"), [(12, False), (32, True)])
+def test_a_window_is_reached_while_writing(window: int, right: bool) -> None:
+    """Inputs of 9 columns, 6 tokens written: in a batch the same as alone, or refused."""
+    base = tiny_writer("gemma2", sliding_window=window, tie_word_embeddings=False)
+    read, vectors = writer(), torch.randn(3, base.hidden_size)
+    with method("prompt", length=3).unpack(base, {"vectors": vectors}):
         alone = [written(base, read, [each])[0] for each in EXAMPLES]
-    assert len(alone) == len(EXAMPLES)
+        if right:
+            assert written(base, read) == alone
+        else:
+            with pytest.raises(SettingError, match="look back on 12 tokens"):
+                written(base, read)
 
 
 def test_a_plan_has_one_kind_of_base() -> None:

@@ -200,7 +200,7 @@ def _added(own: Tensor, at_slots: Tensor, slots: Tensor) -> Tensor:
 
 
 def slots_for(count: int) -> Tensor:
-    """Where the running batch has slots. Raises DeltaError where it has more than `count`."""
+    """Where the running batch has slots. Raises DeltaError where it has not `count` of them."""
     batch = current()
     if batch is None or batch.slots is None:
         raise RuntimeError(

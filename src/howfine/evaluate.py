@@ -38,7 +38,7 @@ class Score:
     # Predictions in the split's order: class indices, scores for regression, or texts.
     predictions: np.ndarray = field(repr=False, compare=False)
     # Expected calibration error and what it is made of: `howfine.calibration.calibration`. None for
-    # regression. With a temperature asked for, `temperature` in it says what it changed.
+    # regression and texts. With a temperature asked for, `temperature` in it says what it changed.
     calibration: dict[str, Any] | None = None
 
     def as_dict(self) -> dict[str, Any]:
@@ -86,9 +86,9 @@ def evaluate(
             f"task {task.name} has labels {list(task.labels)}, the delta was trained for "
             f"{list(delta.labels)}; evaluate it on a task with the same labels"
         )
+    checks.answerable(task, delta.readout.writes, "the delta's readout")
     asked = [split] if temperature_from is None else [split, temperature_from]
     with delta.applied(base) as model:
-        checks.answerable(task, model.readout.writes, "the delta's readout")
         run = partial(logits, model, base, batch_size=batch_size, progress=progress)
         found = [run(task.splits[name]) for name in asked]
         predictions = model.readout.predictions(base, found[0])
@@ -226,9 +226,8 @@ def logits(
 ) -> torch.Tensor:
     """Outputs of the model, float32 on the CPU, in the examples' order.
 
-    With `labelled` those that a loss is made of, where they are others.
-
-    Examples of similar length share a batch, which saves most of the padding. Raises DeltaError
+    With `labelled` those that a loss is made of, where they are others. Examples of similar length
+    share a batch, which saves most of the padding. Raises DeltaError
     where outputs are NaN or infinite.
     """
     order = sorted(range(len(examples)), key=lambda i: sum(map(len, examples[i].texts)))

@@ -79,16 +79,22 @@ def beginning(base: Base) -> list[int]:
 
     The second is BART's <s>, or a language. Raises SettingError where the model names no start.
     """
-    stated = (base.config, base.tower.generation_config)
-    starts = [getattr(each, "decoder_start_token_id", None) for each in stated]
-    forced = [getattr(each, "forced_bos_token_id", None) for each in stated]
-    found = [start for start in starts if start is not None]
-    if not found:
+    start = _stated(base, "decoder_start_token_id")
+    if start is None:
         raise SettingError(
             f"{base.name} does not say with which token its decoder starts; set "
             "decoder_start_token_id in its config, of a multilingual model the language's"
         )
-    return [int(found[0]), *(int(each) for each in forced[::-1] if each is not None)][:2]
+    forced = _stated(base, "forced_bos_token_id")
+    return [start] if forced is None else [start, forced]
+
+
+def _stated(base: Base, name: str) -> int | None:
+    """A token that the generation config names, as generate() has it, or else the config."""
+    for config in (base.tower.generation_config, base.config):
+        if (found := getattr(config, name, None)) is not None:
+            return int(found)
+    return None
 
 
 def target(base: Base, example: Example, most: int) -> list[int]:

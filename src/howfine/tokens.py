@@ -30,12 +30,12 @@ def prepend(base: Base, vectors: nn.Parameter, first: int) -> Undo:
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         kwargs = named(run, args, kwargs)
+        _check_sight(base, kwargs, count)
         if cached(kwargs) > count:  # a later step of a generation: the cache has the front
             return run(**_after_front(kwargs, count))
         ids, given = kwargs.pop("input_ids", None), kwargs.pop("inputs_embeds", None)
         own = embedding(ids) * scale if given is None else given
         front = scale * vectors[first:].to(own.dtype).expand(len(own), -1, -1)
-        _check_sight(base, kwargs, count + own.shape[1])
         kwargs = _longer(base, kwargs, own, count)
         whole = kwargs.pop("return_dict", None) is not False
         state = run(inputs_embeds=torch.cat([front, own], dim=1), return_dict=True, **kwargs)
@@ -239,10 +239,10 @@ def window(base: Base) -> int:
     return int(getattr(base.config, "sliding_window", None) or 0) if slides else 0
 
 
-def _check_sight(base: Base, kwargs: dict[str, Any], length: int) -> None:
-    """Between what stands in front and a text there must be no padding that fills a window."""
-    mask = kwargs.get("attention_mask")
-    if not 0 < window(base) < length or mask is None or bool(mask[:, 0].all()):
+def _check_sight(base: Base, kwargs: dict[str, Any], count: int) -> None:
+    """Past a window's width there must be no padding between what stands in front and a text."""
+    mask, sight = kwargs.get("attention_mask"), window(base)
+    if not sight or mask is None or count + mask.shape[1] <= sight or bool(mask[:, 0].all()):
         return
     raise SettingError(
         f"layers of {base.name} look back on {window(base)} tokens, and with padding on the left "

@@ -106,14 +106,13 @@ def key(texts: tuple[str, ...]) -> str:
     return "\x1f".join("".join(filter(str.isalnum, t.casefold())) or t for t in texts)
 
 
-def without(rows: list[Row], *others: list[Row], own_copies: bool = False) -> list[Row]:
-    """The rows that no other list has a copy of, first copies only unless told otherwise."""
+def without(rows: list[Row], *others: list[Row]) -> list[Row]:
+    """The rows that no other list has a copy of, first copies only."""
     seen = {key(row.texts) for other in others for row in other}
     kept = []
     for row in rows:
         if (mark := key(row.texts)) not in seen:
-            if not own_copies:
-                seen.add(mark)
+            seen.add(mark)
             kept.append(row)
     return kept
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from howfine.errors import TaskError, TaskNotFound
-from howfine.tasks import SPLITS, Found, Row, completed, files, without
+from howfine.tasks import SPLITS, Found, Row, completed, files, key
 from howfine.tasks.written import referenced
 
 COLLECTION = "gen"
@@ -59,7 +59,9 @@ def read(name: str, data: Path | None) -> Found:
     if made:
         how += f"; {' and '.join(made)} carved out of train by a hash of the source"
     whole = completed(found)
-    train = without(whole["train"], whole["dev"], whole["test"], own_copies=True)
+    # Copies of a source within train stay: each has a text of its own to learn.
+    held = {key(row.texts) for split in ("dev", "test") for row in whole[split]}
+    train = [row for row in whole["train"] if key(row.texts) not in held]
     if left := len(whole["train"]) - len(train):
         how += f"; {left} train rows whose source is in dev or test left out"
     splits = referenced({**whole, "train": train})
