@@ -25,7 +25,7 @@ from howfine.container import write_atomically
 ROOT = Path(__file__).parent.parent
 LEDGER = ROOT / "bench" / "ledgers" / "bench.jsonl"
 PAGE = ROOT / "docs" / "results" / "bench.md"
-SCRIPTS = ("codec", "steps", "distance", "switch", "mixed")
+SCRIPTS = ("codec", "steps", "distance", "switch", "mixed", "writing")
 STARTUP_SECONDS = 0.5
 HEADER_BYTES = 700
 
@@ -142,6 +142,9 @@ def page(rows: list[Row], date: str) -> str:
     of_mixed = of("mixed")
     for row in of_mixed:
         row["holds"] = row["ratio"] <= row["limit"]
+    texts = of("writing")
+    for row in texts:
+        row["holds"] = row["share"] >= row["least"]
     for row in sizes:
         row["percent"], row["holds"] = f"{100 * row['density']:g} %", row["bytes"] <= row["limit"]
     heads = of("header")
@@ -198,6 +201,27 @@ of ratios over {_rounds(of("mixed"))} interleaved rounds.
                 "at most": "limit",
                 "": "holds",
                 "16 to bare base": "to_base",
+            },
+        )
+    }
+
+## Texts written with a task's change on
+
+A model of GPT-2 small's shape with random weights, sources of 64 tokens, 32 written after each,
+greedily, with a cache; {_threads(texts)} threads. Texts a second with the paper's widest change
+(adapters of width 300 after each block) as a share of the bare base's, and of a batch of five tasks
+(widths 300, 300, 100, 100, 10) as a share of one whose rows all are of the widest; medians over
+{_rounds(texts)} interleaved rounds.
+
+{
+        table(
+            texts,
+            {
+                "batch": "what",
+                "share": "share",
+                "quartiles": "share_quartiles",
+                "at least": "least",
+                "": "holds",
             },
         )
     }
@@ -321,7 +345,9 @@ def _rounds(steps: list[Row]) -> Any:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--only", default="codec,steps,distance,switch,mixed,startup,header")
+    parser.add_argument(
+        "--only", default="codec,steps,distance,switch,mixed,writing,startup,header"
+    )
     chosen = parser.parse_args().only.split(",")
     old = [json.loads(line) for line in LEDGER.read_text().splitlines()] if LEDGER.exists() else []
     date = datetime.date.today().isoformat()

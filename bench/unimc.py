@@ -30,8 +30,8 @@ from howfine.tune import tune
 LEDGER = ROOT / "bench" / "ledgers" / "unimc.jsonl"
 PAGE = ROOT / "docs" / "results" / "unimc.md"
 LEARNED = "mc/commonsenseqa+mc/arc_easy+mc/arc_challenge+mc/openbookqa+mc/dream+mc/mctest160"
-ROWS, SEEDS = 6000, (0, 1, 2)
-COMMON = {"epochs": 2, "batch_size": 16, "max_length": 160, "precision": "bf16"}
+ROWS, SEEDS = 3000, (0, 1, 2)
+COMMON = {"epochs": 2, "batch_size": 16, "max_length": 128, "precision": "bf16"}
 RATE = 5e-5
 VARIANTS: dict[str, dict[str, Any]] = {
     "both losses": {},
@@ -89,7 +89,7 @@ def learn(bench: Bench, path: Path, variant: str, seed: int, settings: dict[str,
 
 def train(bench: Bench, path: Path, seed: int, settings: dict[str, Any]) -> Record:
     """Full training on the multiple-choice sets, scored on their own dev."""
-    task = loaded(bench, LEARNED).subset(train=ROWS, dev=TEST)
+    task = loaded(bench, LEARNED).subset(train=ROWS, dev=TEST // 2)
     recipe = Recipe.load("unimc").override(learning_rate=RATE, **COMMON, **settings)
     done = tune(bench.base("masked_or_causal_lm"), task, recipe, out=path, seed=seed)
     return {

@@ -90,3 +90,31 @@ def test_unimc(bench: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     text = written(unimc, made(runs), tmp_path / "unimc.md", monkeypatch)
     assert text.count("| holds |") == 3
     assert "sst2: 70.0, untrained 50.0, chance 50.0" in text
+
+
+def test_vlm(bench: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Perplexities by cell, and what follows for each claim; only common seeds are compared."""
+    vlm = bench("vlm")
+    level = {"vlm": 10.0, "full": 9.8, "head and words": 20.0, "vectors alone": 30.0}
+    level |= {vlm.RANDOM: 90.0, "vlm, width 10": 12.0, "vlm, width 50": 11.0}
+    level |= {"vlm, width 200": 9.5, "vlm, width 300": 9.4}
+    runs = []
+    for cell in [*vlm.CELLS, *vlm.TAUGHT]:
+        for task in vlm.TASKS if cell not in vlm.TAUGHT else vlm.TRANSLATIONS:
+            gap = 1.5 if cell.startswith("vlm") and task in vlm.TRANSLATIONS else 1.0
+            gap *= 1.2 if "markers" in cell and task == "dream" else 1.0
+            perplexity = gap * level.get(cell, 10.0)
+            for seed in vlm.SEEDS[: 1 if cell == vlm.RANDOM else 2]:
+                scores = {"perplexity": perplexity + seed, "chrf": 1.0, "rouge_l": 1.0}
+                scores["bleu"] = 40.0 + 2 * ("taught" in cell) - ("width" in cell)
+                runs.append({"task": task, "cell": cell, "seed": seed, "scores": scores,
+                             "score": scores["bleu"], "metric": "bleu", "rate": 0.1})  # fmt: skip
+    text = written(vlm, made(runs), tmp_path / "vlm.md", monkeypatch)
+    assert text.count("| holds |") == len(vlm.CLAIMS)
+    assert "E2E, width 10: 39.0 of 40.0 BLEU; DREAM: perplexity 10.5, full 10.3" in text
+    assert "e2e 1.02, dart 1.02, en-de 1.50, de-en 1.50, dream 1.02" in text
+    assert "e2e: 90.0 > 30.0 > 20.0 > 10.0 > 9.8" in text  # the seed that all have
+    assert "e2e: 10: 12.5, 50: 11.5, 100: 10.5, 200: 10.0, 300: 9.9" in text
+    assert "en-de: VLM 40.0 to 42.0, full 40.0 to 42.0" in text
+    none = written(vlm, {}, tmp_path / "none.md", monkeypatch)
+    assert none.count("| not run |") == len(vlm.CLAIMS)

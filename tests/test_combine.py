@@ -62,6 +62,7 @@ def kinds() -> dict[str, Method]:
     return {
         **examples(),
         "adapter-wide": method("adapter", reduction=2, std=0.3),
+        "adapter-block": method("adapter", placement="block", width=5, std=0.3, activation="relu"),
         "prefix-long": method("prefix", length=6, hidden=0),
         "prefix-unshifted": method("prefix", length=2, hidden=0, shift=False),
         "prompt-long": method("prompt", length=5, init="normal"),
@@ -115,7 +116,15 @@ def test_every_kind_in_one_batch(name: str) -> None:
     check(base, deltas, [text])
 
 
-SHARED = ("adapter", "adapter-wide", "prefix", "prefix-unshifted", "prompt-long", "head-only")
+SHARED = (
+    "adapter",
+    "adapter-wide",
+    "adapter-block",
+    "prefix",
+    "prefix-unshifted",
+    "prompt-long",
+    "head-only",
+)
 
 
 @pytest.mark.parametrize(

@@ -30,6 +30,7 @@ ROOMS = [
     (
         *("whole", "entries", "overlay", "probe", "language", "template", "tokens", "slots"),
         *("inserted", "attention", "choices", "layout", "worn", "mixed", "reparametrisation"),
+        *("vectors", "writing", "segmented"),
     ),
     ("methods", "methods.*", "readouts", "readouts.*"),
     ("streams", "recode"),
@@ -41,7 +42,8 @@ ROOMS = [
     ("harvest",),
     (
         *("tune", "loop", "trainer", "rates", "rounding", "evaluate", "merge", "attach"),
-        *("compose", "extract", "gain", "targets", "zero_shot", "combine"),
+        *("compose", "extract", "gain", "targets", "zero_shot", "combine", "passes"),
+        *("streaming", "distill"),
     ),
     ("ledger", "answer", "plan", "stored"),
     ("queue", "study"),

@@ -54,7 +54,7 @@ def test_several_tasks_run(small, page):
     for name, recipe in (("mood", "adapter"), ("same", "head-only")):
         howfine.tune(base, task, recipe, out=f"{name}.delta.safetensors")
     text = (Path(__file__).parent.parent / page).read_text()
-    (snippet,) = (s for s in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "combine" in s)
+    snippet, *_ = (s for s in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "combine" in s)
     found = {"howfine": howfine}
     exec(compile(snippet.replace("tasks.predict", "found = tasks.predict"), page, "exec"), found)
     assert [answer["task"] for answer in found["found"]][:2] == ["mood", "same"]

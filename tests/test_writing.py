@@ -270,8 +270,8 @@ def test_a_line_stays_a_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
     base = Base.load(str(tmp_path / "base"), kind="causal_lm")
     recipe = Recipe("x", method("full"), writer()).override(max_steps=1)
     tune(base, written_task(), recipe, out=out)
-    module = sys.modules["howfine.readouts.language_model"]
-    monkeypatch.setattr(module.LanguageModel, "_text", lambda *_: "one\ttab\nand a \\ line")
+    module = sys.modules["howfine.writing"]
+    monkeypatch.setattr(module, "text", lambda *_: "one\ttab\nand a \\ line")
     told = CliRunner().invoke(app, ["predict", str(out), "w1 w2"])
     assert told.exit_code == 0, told.output
     assert told.stdout == "one\\ttab\\nand a \\\\ line\tw1 w2\n"

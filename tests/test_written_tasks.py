@@ -139,8 +139,8 @@ def test_named_sets(tmp_path: Path) -> None:
     saved(home / "dart" / "dev.parquet", triples=triples, refs=[["It", "that"]] * 30)
     saved(home / "dart" / "test.parquet", triples=triples[:1], refs=[["It", "that"]])
     task = Task.load("gen/dart", data=tmp_path)
-    assert task.splits["test"] == [
-        Example(("M0 : JOINED : 1973 | M0 : LOCATION : M, N",), targets=("It", "that"))
+    assert [(row.texts, row.targets) for row in task.splits["test"]] == [
+        (("M0 : JOINED : 1973 | M0 : LOCATION : M, N",), ("It", "that"))
     ]
     assert "train is its dev file; dev carved out of train" in task.provenance
     assert len(task.splits["train"]) == 2 * (29 - len(task.splits["dev"]))
@@ -149,7 +149,7 @@ def test_named_sets(tmp_path: Path) -> None:
     saved(home / "multi30k" / "dev.parquet", en=["yes"], de=["ja"])
     saved(home / "multi30k" / "test2016.parquet", en=["no"], de=["nein"])
     task = Task.load("gen/multi30k-de-en", data=tmp_path)
-    assert task.splits["test"] == [Example(("nein",), targets=("no",))]
+    assert [(row.texts, row.targets) for row in task.splits["test"]] == [(("nein",), ("no",))]
     assert set(generation.names()) >= {"gen/e2e", "gen/dart", "gen/multi30k-cs-fr"}
     with pytest.raises(TaskError, match="found the columns en, de"):
         Task.load("gen/multi30k-de-fr", data=tmp_path)

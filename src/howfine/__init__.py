@@ -25,6 +25,7 @@ if TYPE_CHECKING:  # the same names as _HOME, for type checkers and editors; a t
     from howfine.cost import parts as inspect
     from howfine.delta import Delta
     from howfine.distance import Distance
+    from howfine.distill import distilled
     from howfine.errors import HowfineError
     from howfine.evaluate import Score, evaluate, predict
     from howfine.extract import extract
@@ -55,6 +56,7 @@ __all__ = [
     "combine",
     "compose",
     "distance",
+    "distilled",
     "evaluate",
     "extract",
     "inspect",
@@ -84,6 +86,7 @@ _HOME = {
     "combine": "combine",
     "compose": "compose",
     "distance": "compare:compare",
+    "distilled": "distill",
     "evaluate": "evaluate",
     "extract": "extract",
     "inspect": "cost:parts",

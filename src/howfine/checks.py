@@ -72,6 +72,31 @@ def answerable(task: Asked, writes: bool, who: str) -> None:
         )
 
 
+def segmented(task: Asked) -> None:
+    """Raises TaskError for segments in some examples only, or that can't be read."""
+    examples = [(split, n, e) for split in SPLITS for n, e in enumerate(task.splits[split], 1)]
+    whole = bool(examples[0][2].segments)
+    for split, number, example in examples:
+        where, segments = f"split {split!r} of task {task.name!r}, row {number}", example.segments
+        if bool(segments) != whole:
+            raise TaskError(
+                f"{where} has {'segments' if segments else 'no segments'}, and the first train "
+                f"row has {'some' if whole else 'none'}; give all examples segments, or none"
+            )
+        if segments and not example.targets:
+            raise TaskError(f"{where} has segments, and no text to be written; give it targets")
+        if segments and (len(segments) < 2 or segments[-1][1] != ""):
+            raise TaskError(
+                f"{where} has the segments {segments!r:.200}, expected at least one to read, and "
+                "at the end the kind of what is to be written with '' as its text"
+            )
+        for kind, text in segments[:-1]:
+            if not text.strip():
+                raise TaskError(
+                    f"{where} has nothing for {kind!r}, expected a text; leave the segment out"
+                )
+
+
 def learnable(task: Asked) -> None:
     """Raises TaskError's children for splits that can't be learned from or compared."""
     filled(task.name, task.splits)
@@ -106,6 +131,7 @@ def learnable(task: Asked) -> None:
                 f"split {split!r} of task {task.name!r} has class indices {sorted(bad)}, expected "
                 f"0 to {len(task.labels) - 1}"
             )
+    segmented(task)
     classes = {example.label for example in task.splits["train"]}
     if task.labels and len(classes) == 1:
         raise BadSplit(

@@ -54,17 +54,15 @@ def tune(
     out: Annotated[Path | None, typer.Option(help="The delta file to write.")] = None,
     seed: int = 0,
     train_size: Annotated[int | None, typer.Option(help="Train on so many examples.")] = None,
-    shots: Annotated[
-        int | None, typer.Option(help="Train on so many of each class, drawn by --seed.")
-    ] = None,
+    shots: options.Shots = None,
+    teacher: options.Teacher = None,
     work: Annotated[Path | None, typer.Option(help="Folder for training checkpoints.")] = None,
-    resume: Annotated[
-        bool, typer.Option(help="Go on from the newest checkpoint in --work.")
-    ] = False,
+    resume: options.Resume = False,
     data: options.DataDir = None,
     text: options.TextColumns = None,
     label: options.LabelColumn = None,
     target: options.TargetColumn = None,
+    form: options.FormName = None,
     device: options.Device = "cpu",
     dtype: options.Dtype = "float32",
     as_json: options.AsJson = False,
@@ -75,15 +73,18 @@ def tune(
     --learning-rate 1e-3 --initial-sparsity 0.1; `howfine methods RECIPE` lists them.
     """
     from howfine.base import Base
+    from howfine.distill import distilled
     from howfine.recipe import Recipe
     from howfine.tune import tune as run
 
     chosen = Recipe.load(recipe).override(**options.settings(context.args))
     found = options.load_task(
-        options.stated_task(task, data, text, label, target, train=train_size)
+        options.stated_task(task, data, text, label, target, form, train=train_size)
     )
     found = found if shots is None else found.shots(shots, seed)
     loaded = Base.load(base or "minilm", kind=chosen.readout.kind, dtype=dtype, device=device)
+    if teacher is not None:
+        found = distilled(found, teacher, loaded, readout=chosen.readout, progress=not as_json)
     tuned = run(
         loaded, found, chosen, out=out, seed=seed, work=work, resume=resume, progress=not as_json
     )
@@ -103,6 +104,7 @@ def evaluate(
     text: options.TextColumns = None,
     label: options.LabelColumn = None,
     target: options.TargetColumn = None,
+    form: options.FormName = None,
     device: options.Device = "cpu",
     dtype: options.Dtype = "float32",
     as_json: options.AsJson = False,
@@ -115,7 +117,7 @@ def evaluate(
     opened = Delta.load(delta)
     name = task or task_of(opened)
     loaded = options.base(base, opened, device, dtype)
-    found = options.load_task(options.stated_task(name, data, text, label, target))
+    found = options.load_task(options.stated_task(name, data, text, label, target, form))
     score = run(
         *(opened, loaded, found),
         split=split,
@@ -210,6 +212,7 @@ def study(
     text: options.TextColumns = None,
     label: options.LabelColumn = None,
     target: options.TargetColumn = None,
+    form: options.FormName = None,
     device: options.Device = "cpu",
     dtype: options.Dtype = "float32",
     as_json: options.AsJson = False,
@@ -218,7 +221,7 @@ def study(
 
     Run it again to go on after a stop, or beside itself to share the work.
     """
-    found = options.stated_task(task, data, text, label, target, train=train_size)
+    found = options.stated_task(task, data, text, label, target, form, train=train_size)
     options.study(base or "minilm", found, plan, out, storage, device, dtype, as_json)
 
 

@@ -1,66 +1,57 @@
 """combine: several tasks' changes on one base, and batches whose rows are of different tasks.
 
 Changes that can be told apart row by row (adapters, prefixes, prompts, and those of the readout
-alone) share one forward pass of the base; of any other kind each has a pass of its own, in which it
-is put on and taken off again. Either way a row's answer is what it is alone.
+alone) share one forward pass of the base, or the passes in which texts are written; of any other
+kind each has passes of its own, in which it is put on and taken off again. Either way a row's
+answer is what it is alone.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from howfine import mixed, surgery
+from howfine import passes, streaming, writing
 from howfine.base import Base
-from howfine.batch import Batch, running, to_device
+from howfine.batch import Batch
 from howfine.change import Change, all_or_nothing
 from howfine.delta import Delta
 from howfine.errors import SettingError, TaskError, WrongBase, near
 from howfine.evaluate import examples_of
 from howfine.method import Method, Tensors
-from howfine.readout import Head, Wired
+from howfine.passes import Worn
+from howfine.readout import Wired
 from howfine.task import Example
 
 _HELD = "_howfine_combined"
-Texts = str | tuple[str, str]
+Texts = str | tuple[str, str] | Example
+Named = Mapping[str, Delta | str | Path] | Iterable[tuple[str, Delta | str | Path]]
 
 
-@dataclass
-class _Worn:
-    """One task's change: its number in a batch's rows, what it holds, and its head."""
-
-    number: int
-    delta: Delta
-    tensors: Tensors
-    head: Head
-    takes: int
-
-
-def combine(
-    deltas: Mapping[str, Delta | str | Path], base: Base | None = None, *, strict: bool = False
-) -> Combined:
-    """Several tasks on one base, by the names given. A context manager.
+def combine(deltas: Named, base: Base | None = None, *, strict: bool = False) -> Combined:
+    """Several tasks on one base, by the names given: a mapping, or pairs. A context manager.
 
         with howfine.combine({"mood": "sst2.delta.safetensors", "same": other}) as tasks:
             tasks.predict([("mood", "a gripping film"), ("same", ("one text", "another"))])
 
     With `strict` no pass is shared: each row's answer is bit for bit what it is alone in a batch
-    with the others of its task. Raises SettingError for no deltas, WrongBase where their bases
-    differ, DeltaError for a damaged file or one without a head.
+    with the others of its task. Raises SettingError for no deltas or two of one name, WrongBase
+    where their bases differ, DeltaError for a damaged file or one without a head.
     """
-    if not deltas:
+    opened: dict[str, Delta] = {}
+    for pair in deltas.items() if isinstance(deltas, Mapping) else deltas:
+        name, each = _pair(pair, "a name and a delta")
+        if name in opened:
+            raise SettingError(f"two deltas are named {name!r}; give each a name of its own")
+        opened[name] = each if isinstance(each, Delta) else Delta.load(each)
+    if not opened:
         raise SettingError("no delta was given; give one or more, by name")
-    opened = {
-        name: each if isinstance(each, Delta) else Delta.load(each) for name, each in deltas.items()
-    }
     first = next(iter(opened.values()))
     if base is None:
         base = Base.load(first.base_name, kind=first.base_kind)
@@ -87,12 +78,13 @@ class Combined:
         self.base = base
         self._lock = threading.RLock()  # the base's modules are everyone's
         self._open = True
-        self._tasks: dict[str, _Worn] = {}
+        self._streams: set[streaming.Pieces] = set()
+        self._tasks: dict[str, Worn] = {}
         for number, (name, delta) in enumerate(deltas.items()):
             tensors, head = delta.tensors(base)
             made = delta.readout.unpack(base, delta.labels, head).eval()
             takes = delta.method.takes(base, tensors)
-            self._tasks[name] = _Worn(number, delta, tensors, made, takes)
+            self._tasks[name] = Worn(number, delta, tensors, made, takes)
         self._shared: set[str] = set()
         self._changes: list[Change] | None = None
         if not strict:
@@ -101,7 +93,9 @@ class Combined:
 
     def _share(self) -> None:
         """Find out which tasks can share a pass, and put their changes on."""
-        self._shared = {n for n, t in self._tasks.items() if not t.tensors and _reads(t)}
+        self._shared = {
+            n for n, t in self._tasks.items() if not t.tensors and passes.shares(self.base, t)
+        }
         with all_or_nothing() as undo:
             changes = []
             for kind in self._kinds():
@@ -112,12 +106,13 @@ class Combined:
             self._changes = changes
 
     def _kinds(self) -> list[type[Method]]:
-        found = {type(t.delta.method) for t in self._tasks.values() if t.tensors and _reads(t)}
+        shared = [t for t in self._tasks.values() if t.tensors and passes.shares(self.base, t)]
+        found = {type(task.delta.method) for task in shared}
         return sorted(found, key=lambda kind: kind.__name__)
 
-    def _of(self, kind: type[Method]) -> dict[str, _Worn]:
-        tasks = self._tasks.items()
-        return {n: t for n, t in tasks if type(t.delta.method) is kind and _reads(t)}
+    def _of(self, kind: type[Method]) -> dict[str, Worn]:
+        tasks = {n: t for n, t in self._tasks.items() if passes.shares(self.base, t)}
+        return {n: t for n, t in tasks.items() if type(t.delta.method) is kind}
 
     def _wear(self, kind: type[Method]) -> Change | None:
         worn: dict[int, tuple[Any, Tensors]] = {
@@ -136,29 +131,72 @@ class Combined:
         with self._lock:
             return self._outputs(rows)
 
-    def _outputs(self, rows: Sequence[tuple[str, Texts]]) -> list[Tensor]:
+    def stream(self, rows: Sequence[tuple[str, Texts]]) -> Iterator[tuple[int, str]]:
+        """Texts as they are written: (number of the row, the next of its words).
+
+        A row's pieces together are its text. Raises SettingError for tasks that write nothing, or
+        by a beam search, and what `outputs` raises.
+        """
+        for name in dict.fromkeys(_pair(row, "a task and a text")[0] for row in rows):
+            asked = self._task(name).asked
+            if asked is None or asked.beams > 1:
+                how = "writes no text" if asked is None else "searches with beams until the end"
+                raise SettingError(
+                    f"task {name!r} {how}, so that nothing can be told before; use predict, or "
+                    "leave its rows out"
+                )
+
+        def run(watcher: streaming.Watcher) -> None:
+            with self._lock:
+                self._outputs(rows, watcher)
+
+        return streaming.stream(self.base, run, self._streams)
+
+    def _task(self, name: str) -> Worn:
+        if name not in self._tasks:
+            raise SettingError(f"task {name!r} is unknown. {near(name, self._tasks)}")
+        return self._tasks[name]
+
+    def _outputs(
+        self, rows: Sequence[tuple[str, Texts]], watcher: streaming.Watcher | None = None
+    ) -> list[Tensor]:
         self._check_open()
         asked: dict[str, list[int]] = {}
-        for place, (name, _) in enumerate(rows):
-            if name not in self._tasks:
-                raise SettingError(f"task {name!r} is unknown. {near(name, self._tasks)}")
+        for place, row in enumerate(rows):
+            name, _ = _pair(row, "a task and a text")
+            self._task(name)
             asked.setdefault(name, []).append(place)
-        examples: dict[str, list[Example]] = {}
+        batches: dict[str, Batch] = {}
         for name, places in asked.items():
             try:
-                examples[name] = examples_of([rows[place][1] for place in places])
+                examples = examples_of([rows[place][1] for place in places])
+                batches[name] = passes.collated(self.base, self._tasks[name], examples)
             except TaskError as error:
                 raise TaskError(f"task {name!r}: {error}") from None
+        found: dict[str, Tensor] = {}
         with torch.inference_mode():
-            found = self._together({n: e for n, e in examples.items() if n in self._shared})
-            for name, own in examples.items():
-                if name not in self._shared:
-                    found[name] = self._apart(self._tasks[name], own)
+            shared = {name: batch for name, batch in batches.items() if name in self._shared}
+            for together in self._together(shared):
+                with self._watched(together, asked, watcher):
+                    found |= self._run(together)
+            for name in [name for name in batches if name not in self._shared]:
+                with self._watched([name], asked, watcher):
+                    found[name] = self._apart(self._tasks[name], batches[name])
         ordered: list[Any] = [None] * len(rows)
         for name, places in asked.items():
             for place, output in zip(places, found[name].float().cpu(), strict=True):
                 ordered[place] = output
         return ordered
+
+    def _watched(
+        self, names: Iterable[str], asked: Mapping[str, list[int]], watcher: Any
+    ) -> ExitStack:
+        """Let a stream see what is written for the rows of some tasks."""
+        undo = ExitStack()
+        if watcher is not None:
+            rows = [(place, self._tasks[name].asked) for name in names for place in asked[name]]
+            undo.enter_context(writing.watched(watcher(rows)))
+        return undo
 
     def predict(self, rows: Sequence[tuple[str, Texts]]) -> list[dict[str, Any]]:
         """Answers of (task, text) rows, as `howfine.predict` gives them for one task."""
@@ -169,56 +207,42 @@ class Combined:
             answers.append({"task": name, **told[0]})
         return answers
 
-    def _together(self, examples: Mapping[str, Sequence[Example]]) -> dict[str, Tensor]:
-        """Outputs of tasks that share a pass; masks of another kind have one of their own."""
-        batches = {name: self._collated(name, own) for name, own in examples.items()}
-        found: dict[str, Tensor] = {}
+    def _together(self, batches: Mapping[str, Batch]) -> Iterator[dict[str, Batch]]:
+        """Batches that share a pass: those that are read by the axes of their masks, and texts."""
+        read = {n: b for n, b in batches.items() if self._tasks[n].asked is None}
         for axes in (2, 4):
-            alike = {n: b for n, b in batches.items() if b.inputs["attention_mask"].ndim == axes}
+            alike = {n: b for n, b in read.items() if b.inputs["attention_mask"].ndim == axes}
             if alike:
-                found |= self.run(alike)
-        return found
-
-    def _collated(self, name: str, examples: Sequence[Example]) -> Batch:
-        """A task's own batch, texts cut as they are when its change is on alone."""
-        task, base = self._tasks[name], self.base
-        before = base.reserved
-        base.reserved = task.takes
-        try:
-            batch = task.delta.readout.collate(base, examples, labelled=False)
-        finally:
-            base.reserved = before
-        fields = to_device(batch.as_kwargs(), base.device)
-        return Batch.from_kwargs(fields)
+                yield alike
+        written = {n: b for n, b in batches.items() if n not in read}
+        yield from passes.alike(self.base, self._tasks, written)
 
     def run(self, batches: Mapping[str, Batch]) -> dict[str, Tensor]:
-        """Outputs of collated batches, by task, in one pass: of tasks that can share one."""
-        with self._lock:
+        """Outputs of collated batches, by task, in one pass.
+
+        Raises SettingError for tasks that can't share one.
+        """
+        with self._lock, torch.inference_mode():
+            if batches.keys() - self._shared or len(list(self._together(batches))) != 1:
+                raise SettingError(
+                    f"the tasks {', '.join(batches)} have no pass in common; use outputs or "
+                    "predict, which give each its own"
+                )
             return self._run(batches)
 
     def _run(self, batches: Mapping[str, Batch]) -> dict[str, Tensor]:
         self._check_open()
-        base = self.base
-        numbers = [self._tasks[name].number for name in batches]
-        merged = mixed.merged(base, list(batches.values()), numbers)
-        with running(merged):
-            state = base.body(**merged.inputs)
-        found, start = {}, 0
-        for name, batch in batches.items():
-            rows, length = batch.inputs["input_ids"].shape
-            with _replayed(base, state, slice(start, start + rows), length):
-                found[name] = self._tasks[name].head(base.towers, batch)
-            start += rows
-        return found
+        if any(self._tasks[name].asked is not None for name in batches):
+            return passes.write(self.base, self._tasks, batches, len(self._tasks))
+        return passes.read(self.base, self._tasks, batches)
 
-    def _apart(self, task: _Worn, examples: Sequence[Example]) -> Tensor:
+    def _apart(self, task: Worn, batch: Batch) -> Tensor:
         """Outputs of a task whose change has a pass of its own."""
         self._take_off()
         try:
             with task.delta.method.unpack(self.base, task.tensors):
                 model = Wired(self.base, task.delta.readout, task.head).eval()
-                batch = task.delta.readout.collate(self.base, examples, labelled=False)
-                found: Tensor = model(**to_device(batch.as_kwargs(), self.base.device))["logits"]
+                found: Tensor = model(**batch.as_kwargs())["logits"]
         finally:
             if self._shared:
                 self._share()
@@ -237,25 +261,16 @@ class Combined:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._open:
-            self._open = False
-            self._take_off()
-            self.base.tower.__dict__.pop(_HELD, None)
+        for each in list(self._streams):
+            each.stopped = each.cut = True
+        with self._lock:  # what is written ends before its modules go
+            if self._open:
+                self._open = False
+                self._take_off()
+                self.base.tower.__dict__.pop(_HELD, None)
 
 
-def _reads(task: _Worn) -> bool:
-    """Whether its answers are read from one pass; those that are written take one a token."""
-    return not task.delta.readout.writes
-
-
-@contextmanager
-def _replayed(base: Base, state: Any, rows: slice, length: int) -> Iterator[None]:
-    """Let the body give some rows of a state that it computed before."""
-    pooled = getattr(state, "pooler_output", None)
-    part = SimpleNamespace(
-        last_hidden_state=state.last_hidden_state[rows, :length],
-        pooler_output=None if pooled is None else pooled[rows],
-    )
-    with ExitStack() as undo:
-        undo.callback(surgery.rewire(base.body, lambda **_: part))  # type: ignore[arg-type]
-        yield
+def _pair(found: Any, of: str) -> tuple[str, Any]:
+    if isinstance(found, tuple | list) and len(found) == 2 and isinstance(found[0], str):
+        return found[0], found[1]
+    raise SettingError(f"found {found!r:.80}, expected a pair of {of}, such as ('mood', …)")

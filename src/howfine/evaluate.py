@@ -170,7 +170,7 @@ def score(
 
 def predict(
     delta: Delta | str | Path,
-    texts: Sequence[str | tuple[str, str]],
+    texts: Sequence[str | tuple[str, str] | Example],
     base: Base | None = None,
     *,
     batch_size: int = 64,
@@ -178,8 +178,8 @@ def predict(
 ) -> list[dict[str, Any]]:
     """Answers for texts: `label` and `probability` of each, `score` for regression, or `text`.
 
-    Each is one text, or each a pair. Raises TaskError for a mixture, DeltaError for a damaged file,
-    WrongBase.
+    Each is one text, or each a pair; or an Example, whatever it is made of. Raises TaskError for a
+    mixture, DeltaError for a damaged file, WrongBase.
     """
     delta, base = opened(delta, base)
     examples = examples_of(texts)
@@ -190,10 +190,13 @@ def predict(
         return model.readout.told(base, delta.labels, outputs)
 
 
-def examples_of(texts: Sequence[str | tuple[str, str]]) -> list[Example]:
+def examples_of(texts: Sequence[str | tuple[str, str] | Example]) -> list[Example]:
     """Texts, or pairs of texts, as examples. Raises TaskError for a mixture."""
     examples = [
-        Example(texts=(text,) if isinstance(text, str) else tuple(text), label=0) for text in texts
+        text
+        if isinstance(text, Example)
+        else Example(texts=(text,) if isinstance(text, str) else tuple(text), label=0)
+        for text in texts
     ]
     counts = sorted({len(example.texts) for example in examples})
     if counts not in ([], [1], [2]):

@@ -100,9 +100,14 @@ def _state(path: Path) -> str:
     return f"{found.st_size}:{found.st_mtime_ns}:{found.st_ctime_ns}:{found.st_ino}"
 
 
-def _cache_file() -> Path:
+def cache_folder() -> Path:
+    """Where what can be computed again is kept for this user."""
     root = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-    return Path(root) / "howfine" / "sha256.json"
+    return Path(root) / "howfine"
+
+
+def _cache_file() -> Path:
+    return cache_folder() / "sha256.json"
 
 
 def _read_cache(path: Path) -> dict[str, str]:

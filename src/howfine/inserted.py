@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from howfine import surgery
 from howfine.base import Base
@@ -14,32 +14,41 @@ from howfine.errors import SettingError
 _HELD = "howfine_inserted"
 
 
-def path(base: Base, layer: int) -> str:
-    """Path of the module whose output is the feed-forward net's, in a block.
+# Of a block: the feed-forward net's output, or its own.
+PLACES = ("feed_forward", "block")
+
+
+def path(base: Base, layer: int, place: str) -> str:
+    """Path of the module whose output is what stands at a place of a block: see `PLACES`.
 
     Raises SettingError for an architecture without a row for it.
     """
-    place = base.anatomy.stack_of(layer).feed_forward
-    if not place:
+    block = f"{base.body_prefix}{base.anatomy.block_path(layer)}"
+    if place == "block":
+        return block
+    inside = base.anatomy.stack_of(layer).feed_forward
+    if not inside:
         raise SettingError(
             f"{base.config.model_type} has no row for where its feed-forward net ends; add "
             "feed_forward to its row in howfine.architectures"
         )
-    return f"{base.body_prefix}{base.anatomy.block_path(layer)}.{place}"
+    return f"{block}.{inside}"
 
 
-def after_feed_forward(base: Base, layer: int, module: nn.Module) -> Undo:
-    """Let a module map the feed-forward net's output in a block, before the residual is added.
+def after(base: Base, layer: int, place: str, module: nn.Module) -> Undo:
+    """Let a module map what stands at a place of a block: see `PLACES`.
 
     The block's own module holds it, so that it is found, moved and trained like any other.
     """
-    host = base.towers.get_submodule(path(base, layer))
+    host = base.towers.get_submodule(path(base, layer, place))
     released = surgery.hold(host, _HELD, module)
     compute = host.forward
 
-    def forward(*args: Any, **kwargs: Any) -> Tensor:
-        made: Tensor = module(compute(*args, **kwargs))
-        return made
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        found = compute(*args, **kwargs)
+        if isinstance(found, tuple):  # a block that gives more than its states
+            return (module(found[0]), *found[1:])
+        return module(found)
 
     restored = surgery.rewire(host, forward)
 

@@ -23,15 +23,20 @@ from howfine.task import Example
 UNSEEN = -100
 
 
-class Asked(Protocol):
-    """The settings that say what an input looks like."""
+class Room(Protocol):
+    """The settings that say how much may be read and written."""
 
-    @property
-    def template(self) -> str: ...
     @property
     def max_length(self) -> int: ...
     @property
     def max_new_tokens(self) -> int: ...
+
+
+class Asked(Room, Protocol):
+    """The settings that say what an input looks like."""
+
+    @property
+    def template(self) -> str: ...
 
 
 def batch(base: Base, asked: Asked, examples: Sequence[Example], labelled: bool) -> Batch:
@@ -52,7 +57,7 @@ def batch(base: Base, asked: Asked, examples: Sequence[Example], labelled: bool)
     return _apart(base, made, written) if whole else _behind(base, made, written)
 
 
-def room(base: Base, asked: Asked) -> int:
+def room(base: Base, asked: Room) -> int:
     """Tokens of a source, with all that a template puts around it.
 
     Raises SettingError where what may be written leaves none, or has none itself.
@@ -97,10 +102,11 @@ def _stated(base: Base, name: str) -> int | None:
     return None
 
 
-def target(base: Base, example: Example, most: int) -> list[int]:
+def target(base: Base, example: Example, most: int, end: int | None = None) -> list[int]:
     """Token numbers of what is to be written, the end's last; cut where it is longer than `most`.
 
-    Raises TaskError for an example without one, or with the end's token inside.
+    The end is the tokenizer's, unless another one is given. Raises TaskError for an example without
+    one, or with the end's token inside.
     """
     if not example.targets:
         raise TaskError(
@@ -112,13 +118,13 @@ def target(base: Base, example: Example, most: int) -> list[int]:
         ids = list(own["input_ids"])
     else:
         ids = language.pieces(base, example.targets[0])
-    end = ending(base)
-    if end in ids:
+    own = base.tokenizer.eos_token_id if end is not None else ending(base)
+    if own in ids:
         raise TaskError(
             f"a text to be written holds {base.tokenizer.eos_token}, which ends it: "
             f"{example.targets[0][:80]!r}; take it out of the text"
         )
-    return [*ids, end][:most]
+    return [*ids, own if end is None else end][:most]
 
 
 def ending(base: Base) -> int:
@@ -137,11 +143,11 @@ def _behind(base: Base, made: Batch, written: Sequence[Sequence[int]]) -> Batch:
     sources = [row[seen.bool()].tolist() for row, seen in zip(ids, mask, strict=True)]
     rows = [[*source, *own] for source, own in zip(sources, written, strict=True)]
     inputs = {
-        "input_ids": _padded(rows, base.tokenizer.pad_token_id or 0),
-        "attention_mask": _padded([[1] * len(row) for row in rows], 0),
+        "input_ids": padded(rows, base.tokenizer.pad_token_id or 0),
+        "attention_mask": padded([[1] * len(row) for row in rows], 0),
     }
     both = zip(sources, written, strict=True)
-    targets = _padded([[UNSEEN] * len(source) + [*own] for source, own in both], UNSEEN)
+    targets = padded([[UNSEEN] * len(source) + [*own] for source, own in both], UNSEEN)
     slots = made.slots
     if slots is not None:
         longer = targets.shape[1] - slots.shape[1]
@@ -154,8 +160,8 @@ def _apart(base: Base, made: Batch, written: Sequence[Sequence[int]]) -> Batch:
     start = beginning(base)
     read = [[*start, *own[:-1]] for own in written]
     inputs = dict(made.inputs)
-    inputs["decoder_input_ids"] = _padded(read, base.tokenizer.pad_token_id or 0)
-    targets = _padded(written, UNSEEN) if any(written) else None
+    inputs["decoder_input_ids"] = padded(read, base.tokenizer.pad_token_id or 0)
+    targets = padded(written, UNSEEN) if any(written) else None
     return Batch(inputs=inputs, targets=targets, slots=made.slots)
 
 
@@ -166,10 +172,12 @@ def on_the_left(made: Batch) -> Batch:
     # Column c of a row of length n comes from c + n, counted round the row.
     columns = (torch.arange(width) + lengths[:, None]) % width
     inputs = {name: value.gather(1, columns) for name, value in made.inputs.items()}
-    slots = None if made.slots is None else made.slots.gather(1, columns)
-    return Batch(inputs=inputs, slots=slots)
+    fields = {name: getattr(made, name) for name in ("slots", "marks", "types")}
+    turned = {n: value.gather(1, columns) for n, value in fields.items() if value is not None}
+    return Batch(inputs=inputs, **turned)
 
 
-def _padded(rows: Sequence[Sequence[int]], value: int) -> Tensor:
+def padded(rows: Sequence[Sequence[int]], value: int) -> Tensor:
+    """(B, S) of rows of numbers, with a value behind the shorter ones."""
     width = max(map(len, rows))
     return torch.tensor([[*row, *[value] * (width - len(row))] for row in rows])

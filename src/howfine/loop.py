@@ -123,8 +123,8 @@ def _check_readout(recipe: Recipe, task: Task) -> None:
     if recipe.training.gradient_accumulation > 1 and not recipe.readout.adds_up:
         raise SettingError(
             f"recipe {recipe.name}: the loss is a mean over tokens, and of batches that are added "
-            "up each would count alike, however many it has; set reduction=examples, or a larger "
-            "batch_size without gradient_accumulation"
+            "up each would count alike, however many it has; set a larger batch_size without "
+            "gradient_accumulation, or readout_reduction=examples where the readout has that"
         )
     checks.answerable(task, recipe.readout.writes, f"the readout of recipe {recipe.name}")
     if not recipe.readout.reads_options and any(row.options for row in task.splits["train"]):

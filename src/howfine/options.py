@@ -28,9 +28,18 @@ TextColumns = Annotated[
     str | None, typer.Option("--text", help="Text column, or two with a comma.")
 ]
 LabelColumn = Annotated[str | None, typer.Option("--label", help="Label column.")]
+Shots = Annotated[int | None, typer.Option(help="Train on so many of each class, drawn by --seed.")]
+Teacher = Annotated[
+    str | None, typer.Option(help="A delta file: learn the texts that it writes for train.")
+]
+Resume = Annotated[bool, typer.Option(help="Go on from the newest checkpoint in --work.")]
 TargetColumn = Annotated[
     str | None,
     typer.Option("--target", help="Column of texts to be written, for a model to learn."),
+]
+FormName = Annotated[
+    str | None,
+    typer.Option("--form", help="What rows are made of: table, translation, dialogue …"),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps …")]
@@ -73,11 +82,12 @@ def stated_task(
     text: str | None = None,
     label: str | None = None,
     target: str | None = None,
+    form: str | None = None,
     **subset: int | None,
 ) -> dict[str, Any]:
-    """The task that --task, --data, --text, --label and --target name, for Task.load."""
+    """The task that --task, --data, --text, --label, --target and --form name, for Task.load."""
     given = {"name_or_path": name, "data": str(data) if data else None}
-    given |= {"text": text, "label": label, "target": target}
+    given |= {"text": text, "label": label, "target": target, "form": form}
     stated: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
     sizes = {split: size for split, size in subset.items() if size is not None}
     return {**stated, "subset": sizes} if sizes else stated

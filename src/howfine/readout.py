@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import numpy as np
@@ -22,13 +23,40 @@ from howfine.batch import Batch, running
 from howfine.errors import DamagedDelta
 from howfine.method import Tensors
 from howfine.metrics import Metric
-from howfine.task import Example
+from howfine.task import Example, Task
 
 Labels = tuple[str, ...]
 
 
+@dataclass(frozen=True)
+class Asked:
+    """How a readout that writes wants its texts written."""
+
+    # Tokens at most, the end among them.
+    most: int
+    # Hypotheses of a beam search; 1 takes the likeliest token each time.
+    beams: int = 1
+    # Power of the length that a hypothesis' log-likelihood is divided by.
+    length_penalty: float = 1.0
+    # (n, E) vectors of its own, which `Batch.marks` and `types` number: see `howfine.vectors`.
+    own: Tensor | None = field(default=None, compare=False)
+
+    @property
+    def search(self) -> tuple[int, float, int]:
+        """What texts that are written together have in common.
+
+        Beams are compared at the end, so that this must be the same for all.
+        """
+        return (self.beams, self.length_penalty, self.most) if self.beams > 1 else (1, 1.0, 0)
+
+
 class Head(nn.Module, ABC):
     """A readout's own parameters. Its forward runs the towers and returns (B, …) outputs."""
+
+    @property
+    def asked(self) -> Asked | None:
+        """How texts are to be written, where the readout writes."""
+        return None
 
     @abstractmethod
     def forward(self, towers: nn.ModuleDict, batch: Batch) -> Tensor:
@@ -67,6 +95,10 @@ class Readout(ABC):
     def attach(self, base: Base, labels: Labels) -> Head:
         """A freshly initialised, trainable head."""
 
+    def of_task(self, task: Task) -> Readout:
+        """The same readout with nothing left for the task's examples to say."""
+        return self
+
     def settled(self, base: Base, labels: Labels = ()) -> Readout:
         """The same readout with nothing left for base and task to say: what a delta stores."""
         return self
@@ -102,6 +134,8 @@ class Readout(ABC):
     def told(self, base: Base, labels: Labels, outputs: Tensor) -> list[dict[str, Any]]:
         """What is told of each row: `label` and `probability`, `score`, or `text`."""
         found = self.predictions(base, outputs)
+        if self.writes:
+            return [{"text": text} for text in found]
         if not labels:
             return [{"score": float(value)} for value in found]
         shares = self.probabilities(outputs)

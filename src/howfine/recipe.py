@@ -14,6 +14,7 @@ from howfine.codec import PRECISIONS
 from howfine.errors import SettingError, near
 from howfine.method import Method, methods
 from howfine.readout import Readout, readouts
+from howfine.task import Task
 from howfine.text import mapping, one, parsed, text_of
 from howfine.training import Training
 
@@ -90,6 +91,13 @@ class Recipe:
             outside=_outside(raw.get("outside", ())),
         )
 
+    def of_task(self, task: Task) -> Recipe:
+        """The same recipe with nothing left for the task's examples to say, in all its phases."""
+        told = self.readout.of_task(task)
+        if told == self.readout:
+            return self
+        return dataclasses.replace(_reading(self, told), knob=self.knob)
+
     def override(self, /, **settings: Any) -> Recipe:
         """The same recipe with settings changed, each where it lives: training, method, readout.
 
@@ -137,6 +145,10 @@ class Recipe:
             return "before", key.removeprefix("start_")
         for part in ("readout", "method", "training"):
             known |= dict.fromkeys((f.name for f in dataclasses.fields(getattr(self, part))), part)
+        part, _, name = key.partition("_")
+        beside = part in ("readout", "method") and dataclasses.fields(getattr(self, part))
+        if key not in known and beside and name in (each.name for each in beside):
+            return part, name  # where both have a setting of one name, this says whose it is
         if key not in known:
             hint = near(key, [*known, "readout"])
             raise SettingError(f"recipe {self.name} has no setting {key!r}. {hint}")

@@ -29,7 +29,9 @@ from howfine.tasks import (
     shots,
     stratified,
 )
+from howfine.tasks.segments import kinds_of, unlearned
 from howfine.tasks.values import class_values, score_of
+from howfine.tasks.wanted import Wanted, wanted
 
 DEFAULT_METRIC = {
     CLASSIFICATION: "accuracy",
@@ -49,6 +51,9 @@ class Example:
     options: tuple[str, ...] = ()
     # What may be written, where the answer is a text: the first one is learned, all are references.
     targets: tuple[str, ...] = ()
+    # (kind, text) in reading order, where the text is made of such; the last is what is to be
+    # written: its kind and "".
+    segments: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -91,12 +96,21 @@ class Task:
         return found
 
     @cached_property
+    def segment_kinds(self) -> tuple[str, ...]:
+        """Kinds of segments as they first appear, those that are written last; () for none.
+
+        Train's come first: dev and test may have kinds that it lacks, as tables do.
+        """
+        return kinds_of(example.segments for split in SPLITS for example in self.splits[split])
+
+    @cached_property
     def fingerprint(self) -> str:
         """First 16 hex digits of the SHA-256 over labels and all examples in order."""
         digest = hashlib.sha256(json.dumps(list(self.labels)).encode())
         for split in SPLITS:
             for example in self.splits[split]:
-                told = [split, *example.texts, example.label, *example.options, *example.targets]
+                told: list[Any] = [split, *example.texts, example.label, *example.options]
+                told += [*example.targets, *([example.segments] if example.segments else [])]
                 digest.update(json.dumps(told).encode())
         return digest.hexdigest()[:16]
 
@@ -160,6 +174,7 @@ class Task:
         text: str | Sequence[str] | None = None,
         label: str | None = None,
         target: str | None = None,
+        form: str | None = None,
         data: str | Path | None = None,
         metric: str | None = None,
         train: str | None = None,
@@ -170,19 +185,20 @@ class Task:
         """A task by name, from files, or from the hub; docs/tasks.md shows each.
 
         `text` names one column or two ("premise,hypothesis"), `label` one of classes or scores, or
-        `target` one of texts to be written (a text each, or a list of them). `train`, `dev` and
-        `test` say which part of the source is which split: a file's stem in a folder, another
-        file beside a single one, a split's name on the hub. `seed` salts the hash that makes
+        `target` one of texts to be written (a text each, or a list of them); `form` instead says
+        what the rows are made of (a name in `howfine.tasks.forms.FORMS`). `train`, `dev` and `test`
+        say which part of the source is which split: a file's stem in a folder, another file
+        beside a single one, a split's name on the hub. `seed` salts the hash that makes
         missing splits. `data` is the folder of the GLUE files, else the environment variable
         HOWFINE_DATA. Raises TaskError or a kind of it, SettingError for options that don't fit.
         """
         name = str(name_or_path)
-        options = {"text": text, "label": label, "target": target}
+        options = {"text": text, "label": label, "target": target, "form": form}
         options |= {"train": train, "dev": dev, "test": test}
         given = {key: value for key, value in options.items() if value is not None}
         found = _named(name, data, {**given, **({"seed": seed} if seed else {})})
         if found is None:
-            found = _unnamed(name, _wanted(given, seed))
+            found = _unnamed(name, wanted(given, seed))
         checks.filled(name, found.splits)
         labels, metric, splits = _encoded(found, metric)
         return Task(
@@ -190,7 +206,7 @@ class Task:
             splits=splits,
             labels=labels,
             metric=metric,
-            provenance=found.provenance,
+            provenance=found.provenance + unlearned(found.splits),
         )
 
 
@@ -212,13 +228,13 @@ def _named(name: str, data: str | Path | None, options: Mapping[str, Any]) -> Fo
     return collection.read(name, source) if collection else glue.read(short, source)
 
 
-def _unnamed(name: str, wanted: files.Wanted) -> Found:
+def _unnamed(name: str, asked: Wanted) -> Found:
     """A folder, a file or a data set of the hub."""
     path = Path(name).expanduser()
     if path.exists() or path.suffix in files.READERS:
-        return files.read(path, wanted)
+        return files.read(path, asked)
     if name.count("/") == 1 and not name.startswith((".", "/", "~")):
-        return files.read_hub(name, wanted)
+        return files.read_hub(name, asked)
     known = [
         rotten_tomatoes.NAME,
         *glue.TASKS,
@@ -232,21 +248,6 @@ def _unnamed(name: str, wanted: files.Wanted) -> Found:
     )
 
 
-def _wanted(given: Mapping[str, Any], seed: int) -> files.Wanted:
-    text = given.get("text", "text")
-    names = text.split(",") if isinstance(text, str) else text
-    names = tuple(name.strip() for name in names)
-    if len(names) not in (1, 2) or "" in names:
-        raise SettingError(f"text={text!r}, expected one column or two, such as premise,hypothesis")
-    if "label" in given and "target" in given:
-        raise SettingError(
-            f"label={given['label']!r} and target={given['target']!r}: a task has classes, scores "
-            "or texts to be written; name one column"
-        )
-    splits = {split: given[split] for split in SPLITS if split in given}
-    return files.Wanted(names, given.get("label", "label"), splits, seed, given.get("target", ""))
-
-
 def _encoded(
     found: Found, metric: str | None
 ) -> tuple[tuple[str, ...], str, dict[str, list[Example]]]:
@@ -254,7 +255,7 @@ def _encoded(
     metric = metric or found.metric
     if found.splits["train"][0].targets:
         texts = {
-            split: [Example(row.texts, targets=row.targets) for row in rows]
+            split: [Example(r.texts, targets=r.targets, segments=r.segments) for r in rows]
             for split, rows in found.splits.items()
         }
         return (), metric or DEFAULT_METRIC[GENERATION], texts

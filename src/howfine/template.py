@@ -11,7 +11,7 @@ was put together, never from token numbers.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -100,7 +100,7 @@ class Template:
                 f"template {self.written!r} takes {taken} of {limit} tokens and leaves no room "
                 f"for a text; shorten it, or raise max_length (the base holds {base.room})"
             )
-        _shorten(texts, limit - taken)
+        shorten(texts, limit - taken)
         row = _Row(list(before), [-1] * len(before), [])
         slot = 0
         for number, part in enumerate(self.parts):
@@ -113,7 +113,7 @@ class Template:
         row.ids += after
         row.slots += [-1] * len(after)
         if not row.ids:  # a blank text, and nothing around it
-            row.ids, row.slots = [_blank(base.tokenizer)], [-1]
+            row.ids, row.slots = [blank(base.tokenizer)], [-1]
         return row
 
     def _texts(self, base: Base, example: Example) -> dict[str, list[int]]:
@@ -187,7 +187,7 @@ def _fixed(base: Base, part: Part, first: bool) -> list[int]:
         return [base.tokenizer.mask_token_id]
     if part.kind == "{bos}":
         return [_beginning(base)]
-    return [_blank(base.tokenizer)] if part.kind == "{slot}" else []
+    return [blank(base.tokenizer)] if part.kind == "{slot}" else []
 
 
 def _beginning(base: Base) -> int:
@@ -201,7 +201,7 @@ def _beginning(base: Base) -> int:
     )
 
 
-def _blank(tokenizer: Any) -> int:
+def blank(tokenizer: Any) -> int:
     """What stands at a slot that nothing fills, and where there is no token at all."""
     for name in ("mask_token_id", "eos_token_id", "pad_token_id"):
         if getattr(tokenizer, name) is not None:
@@ -209,7 +209,7 @@ def _blank(tokenizer: Any) -> int:
     return 0
 
 
-def _shorten(texts: dict[str, list[int]], room: int) -> None:
+def shorten(texts: Mapping[Any, list[int]], room: int) -> None:
     """Cut ends until the texts have `room` tokens together, the longest first."""
     while sum(map(len, texts.values())) > max(0, room):
         max(texts.values(), key=len).pop()

@@ -73,6 +73,7 @@ def tune(
     recipe = (Recipe.load(recipe) if isinstance(recipe, str) else recipe).override(**settings)
     base = Base.load(base, kind=recipe.readout.kind) if isinstance(base, str) else base
     task = Task.load(task) if isinstance(task, str) else task
+    recipe = recipe.of_task(task)
     short = re.sub(r"[^\w.]+", "-", task.name).strip("-")
     out = Path(out or f"runs/{short}-{recipe.name}{SUFFIX}")
     _check(task, split, seed, out)

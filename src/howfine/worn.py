@@ -21,6 +21,7 @@ from howfine.errors import DeltaError
 from howfine.slots import watched
 from howfine.tokens import (
     across,
+    cached,
     named,
     numbered,
     positions,
@@ -95,12 +96,12 @@ def prepend(base: Base, fronts: Mapping[int, Tensor], count: int) -> Undo:
         sizes = lengths[rows].unsqueeze(1)
         if not sizes.any():
             return run(**kwargs)
-        own = embedding(kwargs["input_ids"])
         before = columns + sizes  # own number, or < 0
+        if past := cached(kwargs):  # a later step of a generation: the cache has what is in front
+            return run(**_later_step(base, kwargs, before, past - longest))
+        own = embedding(kwargs["input_ids"])
         if places:
-            text = positions(base, kwargs)
-            front = before.clamp(min=0) + base.first_position
-            kwargs["position_ids"] = torch.cat([front, text + sizes], dim=1)
+            kwargs["position_ids"] = _places(base, kwargs, before, sizes)
         kwargs["attention_mask"] = _seen(before, kwargs.get("attention_mask"), own.shape[1])
         if kwargs.get("token_type_ids") is not None:
             kwargs["token_type_ids"] = functional.pad(kwargs["token_type_ids"], (longest, 0))
@@ -118,6 +119,23 @@ def prepend(base: Base, fronts: Mapping[int, Tensor], count: int) -> Undo:
         undo.append(surgery.rewire(body, forward))
         undo.append(across(base, longer))
         return together(undo)
+
+
+def _places(base: Base, kwargs: dict[str, Any], before: Tensor, sizes: Tensor) -> Tensor:
+    """(B, n + S) positions of each row's own vectors, and of its text behind them."""
+    front = before.clamp(min=0) + base.first_position
+    return torch.cat([front, positions(base, kwargs) + sizes], dim=1)
+
+
+def _later_step(base: Base, kwargs: dict[str, Any], before: Tensor, past: int) -> dict[str, Any]:
+    """Inputs of a step whose cache holds what is in front of each row and `past` tokens."""
+    made, length = dict(kwargs), past + kwargs["input_ids"].shape[1]
+    if made.get("attention_mask") is None:
+        made["attention_mask"] = before.new_ones(len(before), length)
+    if numbered(base):
+        made["position_ids"] = positions(base, made) + before[:, -1:] + 1
+    made["attention_mask"] = _seen(before, made["attention_mask"], length)
+    return made
 
 
 def _ended(fronts: Mapping[int, Tensor], count: int, like: Tensor) -> tuple[Tensor, Tensor]:
@@ -193,7 +211,7 @@ def _norm(module: Any, scales: Tensor, shifts: Tensor) -> Any:
 
 
 def bottlenecks(parts: Sequence[Mapping[str, Tensor] | None], hidden: int) -> dict[str, Tensor]:
-    """Tables of down and up weights and biases, narrower ones padded with zeros; None: nothing."""
+    """Tables of what bottlenecks hold, narrower ones padded with zeros; None: nothing."""
     width = max(len(part["down.bias"]) for part in parts if part is not None)
     shapes = {
         "down.weight": (width, hidden),
@@ -201,6 +219,8 @@ def bottlenecks(parts: Sequence[Mapping[str, Tensor] | None], hidden: int) -> di
         "up.weight": (hidden, width),
         "up.bias": (hidden,),
     }
+    if any("norm.weight" in (part or {}) for part in parts):
+        shapes |= {"norm.weight": (hidden,), "norm.bias": (hidden,)}
     tables = {name: torch.zeros(len(parts), *shape) for name, shape in shapes.items()}
     for row, part in enumerate(parts):
         for name, value in (part or {}).items():

@@ -100,6 +100,8 @@ def cases() -> Iterator[tuple[str, Method, str]]:
     tiny = method("subspace", map="tiny-lora", rank=3, size=4, sharing="letter")
     yield "subspace-tiny-lora", tiny, "bf16"
     yield "adapter", method("adapter", reduction=8, beside=["norm"]), "fp16"
+    block = method("adapter", placement="block", width=3, activation="relu")
+    yield "adapter-block", block, "int8"
     yield "prefix", method("prefix", length=3, hidden=0), "fp16"
     yield "prompt", method("prompt", length=4, init="table"), "int8"
 

@@ -1,42 +1,58 @@
-"""Small modules after each feed-forward net: A(x) = W_up·act(W_down·x + b_down) + b_up + x.
+"""Small modules in each block: A(x) = x + W_up·act(W_down·x + b_down) + b_up.
 
-Houlsby et al. 2019, "Parameter-efficient transfer learning for NLP", in the placement of Karimi
-Mahabadi et al. 2022, "PERFECT: Prompt-free and efficient few-shot learning with language models":
-one in each layer, after the feed-forward net's output and dropout, before the residual is added and
-the layer's LayerNorm is applied.
+Houlsby et al. 2019, "Parameter-efficient transfer learning for NLP", in two placements:
+
+- `feed_forward`, of Karimi Mahabadi et al. 2022, "PERFECT: Prompt-free and efficient few-shot
+  learning with language models": after the feed-forward net's output and dropout, before the
+  residual is added and the layer's LayerNorm is applied;
+- `block`, of Lin, Madotto & Fung 2020, "Exploring versatile generative language model via
+  parameter-efficient transfer learning": after the whole block, on x normalised by a LayerNorm of
+  its own, A(x) = x + W_up·act(W_down·LN(x) + b_down) + b_up.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from transformers.activations import ACT2FN
 
 from howfine import inserted, whole
 from howfine.base import Base
-from howfine.batch import worn_rows
+from howfine.batch import worn_rows, worn_runs
 from howfine.change import Change, all_or_nothing
 from howfine.codec import rounded
 from howfine.errors import DamagedDelta, SettingError, near
 from howfine.method import Method, Probe, Tensors
 from howfine.worn import bottlenecks, norms
 
+# Of a LayerNorm's own: GPT-2's.
+EPSILON = 1e-5
+
 
 class Bottleneck(nn.Module):
-    """An adapter between H and `width` numbers a position; computes in its own precision."""
+    """An adapter between H and `width` numbers a position; computes in its own precision.
 
-    def __init__(self, hidden: int, width: int, activation: str) -> None:
+    With `normed` it reads its input through a LayerNorm of its own.
+    """
+
+    def __init__(self, hidden: int, width: int, activation: str, normed: bool) -> None:
         super().__init__()
+        self.norm = nn.LayerNorm(hidden, eps=EPSILON) if normed else None
         self.down = nn.Linear(hidden, width)
         self.act = ACT2FN[activation]
         self.up = nn.Linear(width, hidden)
 
     def forward(self, x: Tensor) -> Tensor:
-        made: Tensor = self.up(self.act(self.down(x.to(self.down.weight.dtype))))
+        own = x.to(self.down.weight.dtype)
+        if self.norm is not None:
+            own = self.norm(own)
+        made: Tensor = self.up(self.act(self.down(own)))
         return x + made.to(x.dtype)
 
 
@@ -46,10 +62,11 @@ class Adapter(Method):
 
     starts_at_base: ClassVar[bool] = False
     start: ClassVar[Any] = "own"
-    meaning: ClassVar[tuple[str, ...]] = ("placement", "reduction", "activation", "beside")
+    meaning: ClassVar[tuple[str, ...]] = ("placement", "reduction", "activation", "beside", "width")
 
-    # Where they stand in a layer: on the feed-forward net's output, before the residual.
-    placement: Literal["feed_forward"] = "feed_forward"
+    # Where they stand: on the feed-forward net's output, before the residual is added, or after
+    # the whole block.
+    placement: Literal["feed_forward", "block"] = "feed_forward"
     # Hidden numbers for each number between down and up.
     reduction: int = 16
     # The nonlinearity, by transformers' name.
@@ -59,12 +76,14 @@ class Adapter(Method):
     std: float = 0.02
     # Parameters of the base that train, too, as selectors.
     beside: tuple[str, ...] = ()
+    # Numbers between down and up; 0 for as many as `reduction` says.
+    width: int = 0
 
     def __post_init__(self) -> None:
-        if self.reduction < 1 or not 0 <= self.std < 10:
+        if self.reduction < 1 or self.width < 0 or not 0 <= self.std < 10:
             raise SettingError(
-                f"adapter: found reduction {self.reduction} and std {self.std}, expected 1 or more "
-                "and a deviation from 0"
+                f"adapter: found reduction {self.reduction}, width {self.width} and std "
+                f"{self.std}, expected 1 or more, 0 or more, and a deviation from 0"
             )
         if self.activation not in ACT2FN:
             raise SettingError(
@@ -94,7 +113,7 @@ class Adapter(Method):
                 for path in beside.trainable.keys() & begun.keys():
                     beside.trainable[path].copy_(begun[path])
             trainable = {
-                f"{inserted.path(base, layer)}:{name}": value
+                f"{inserted.path(base, layer, self.placement)}:{name}": value
                 for layer, module in made.items()
                 for name, value in module.named_parameters()
             }
@@ -102,12 +121,13 @@ class Adapter(Method):
             return Change(trainable, undo, parts={"made": made, "beside": beside})
 
     def _module(self, base: Base) -> Bottleneck:
-        width = max(1, base.hidden_size // self.reduction)
-        return Bottleneck(base.hidden_size, width, self.activation).to(base.device)
+        width = self.width or max(1, base.hidden_size // self.reduction)
+        normed = self.placement == "block"
+        return Bottleneck(base.hidden_size, width, self.activation, normed).to(base.device)
 
     def _insert(self, base: Base, made: dict[int, Bottleneck], undo: list[Any]) -> None:
         for layer, module in made.items():
-            undo.append(inserted.after_feed_forward(base, layer, module))
+            undo.append(inserted.after(base, layer, self.placement, module))
 
     def pack(self, base: Base, change: Change) -> Tensors:
         own = {
@@ -165,54 +185,94 @@ class Adapter(Method):
     def wear(
         cls, base: Base, worn: Mapping[int, tuple[Adapter, Tensors]], count: int
     ) -> Change | None:
-        activations = {method.activation for method, _ in worn.values()}
-        if len(activations) > 1:
-            return None
+        paths = set(base.paths())
         rest = {
-            row: {name: value for name, value in tensors.items() if name in set(base.paths())}
+            row: {name: value for name, value in tensors.items() if name in paths}
             for row, (_, tensors) in worn.items()
         }
+        kinds = sorted({(method.placement, method.activation) for method, _ in worn.values()})
         with all_or_nothing() as undo:
             beside = norms(base, rest, count)
             if beside is None:
                 return None
             undo.extend(beside)
-            for layer in range(base.depth):
-                parts: list[Tensors | None] = [None] * (count + 1)
-                for row, (_, tensors) in worn.items():
-                    start = f"adapter.{layer}."
-                    parts[row] = {
-                        name.removeprefix(start): value
-                        for name, value in tensors.items()
-                        if name.startswith(start)
-                    }
-                tables = bottlenecks(parts, base.hidden_size)
-                module = _Worn(tables, *activations).to(base.device)
-                undo.append(inserted.after_feed_forward(base, layer, module))
+            for layer, place in itertools.product(range(base.depth), inserted.PLACES):
+                made = [
+                    _Worn(_tables(base, worn, count, layer, kind), kind[1])
+                    for kind in kinds
+                    if kind[0] == place
+                ]
+                if made:
+                    module = nn.Sequential(*made).to(base.device)
+                    undo.append(inserted.after(base, layer, place, module))
             return Change({}, undo)
 
 
+def _tables(
+    base: Base,
+    worn: Mapping[int, tuple[Adapter, Tensors]],
+    count: int,
+    layer: int,
+    kind: tuple[str, str],
+) -> Tensors:
+    """Tables of a layer with a row for each change; of those of another kind, nothing."""
+    start = f"adapter.{layer}."
+    parts: list[Tensors | None] = [None] * (count + 1)
+    for row, (method, tensors) in worn.items():
+        if (method.placement, method.activation) == kind:
+            parts[row] = {
+                name.removeprefix(start): value
+                for name, value in tensors.items()
+                if name.startswith(start)
+            }
+    return bottlenecks(parts, base.hidden_size)
+
+
 class _Worn(nn.Module):
-    """A bottleneck for each row of a batch, of tables with one for each change."""
+    """A bottleneck for each row of a batch, of tables with one for each change.
+
+    A row without one is mapped to itself: its table is of zeros.
+    """
 
     down_weight: Tensor
     down_bias: Tensor
     up_weight: Tensor
     up_bias: Tensor
+    norm_weight: Tensor
+    norm_bias: Tensor
 
     def __init__(self, tables: Tensors, activation: str) -> None:
         super().__init__()
         self.act = ACT2FN[activation]
+        self.normed = "norm.weight" in tables
         for name, value in tables.items():
             self.register_buffer(name.replace(".", "_"), value, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        rows = worn_rows(len(x)).to(x.device)
-        down, up = self.down_weight[rows], self.up_weight[rows]
-        own = x.to(down.dtype)
-        inner = torch.baddbmm(self.down_bias[rows].unsqueeze(1), own, down.transpose(1, 2))
-        made = torch.baddbmm(self.up_bias[rows].unsqueeze(1), self.act(inner), up.transpose(1, 2))
+        own = x.to(self.down_weight.dtype)
+        if self.normed:
+            own = functional.layer_norm(own, own.shape[-1:], eps=EPSILON)
+        runs = worn_runs(len(x))
+        # A copy of its weights for each row costs more than the products, where rows are short.
+        apart = 2 * len(runs) > len(x)
+        made = self._by_row(own) if apart else torch.cat([self._one(own[s], n) for n, s in runs])
         return x + made.to(x.dtype)
+
+    def _by_row(self, own: Tensor) -> Tensor:
+        rows = worn_rows(len(own)).to(own.device)
+        if self.normed:
+            scale, shift = self.norm_weight[rows].unsqueeze(1), self.norm_bias[rows].unsqueeze(1)
+            own = torch.addcmul(shift, own, scale)
+        down, up = self.down_weight[rows], self.up_weight[rows]
+        inner = torch.baddbmm(self.down_bias[rows].unsqueeze(1), own, down.transpose(1, 2))
+        return torch.baddbmm(self.up_bias[rows].unsqueeze(1), self.act(inner), up.transpose(1, 2))
+
+    def _one(self, own: Tensor, number: int) -> Tensor:
+        """Rows that all wear one change."""
+        if self.normed:
+            own = torch.addcmul(self.norm_bias[number], own, self.norm_weight[number])
+        inner = functional.linear(own, self.down_weight[number], self.down_bias[number])
+        return functional.linear(self.act(inner), self.up_weight[number], self.up_bias[number])
 
 
 EXAMPLE = Adapter(reduction=4, beside=("norm",))

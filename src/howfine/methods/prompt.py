@@ -154,8 +154,9 @@ class Prompt(Method):
             vectors = tensors["vectors"]
             first = len(vectors) - method.length
             slots[row], fronts[row] = vectors[:first], vectors[first:]
-        if any(map(len, fronts.values())) and tokens.numbers_itself(base):
-            return None  # the text of a row with fewer vectors would have another place
+        if any(map(len, fronts.values())) and (tokens.numbers_itself(base) or tokens.window(base)):
+            # The text of a row with fewer vectors would have another place, or stand out of sight.
+            return None
         with all_or_nothing() as undo:
             undo.append(prepend(base, fronts, count))
             undo.append(fill(base, slots, count))

@@ -9,29 +9,20 @@ are written by transformers' `generate()`, greedily or by beam search, never by 
 from __future__ import annotations
 
 import math
-import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
-import torch
 from torch import Tensor, nn
-from torch.nn import functional
-from transformers import GenerationConfig
 
-from howfine import language, layout, template
+from howfine import language, layout, template, writing
 from howfine.base import Base
 from howfine.batch import Batch
 from howfine.errors import SettingError
 from howfine.metrics import Metric
-from howfine.readout import Head, Labels, Readout
+from howfine.readout import Asked, Head, Labels, Readout
 from howfine.task import Example
-
-# What stands behind the end of a written text.
-NOTHING = -1
-_WRITING = threading.RLock()
 
 
 @dataclass(frozen=True)
@@ -95,28 +86,16 @@ class LanguageModel(Readout):
         return layout.batch(base, self.settled(base), examples, labelled)
 
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        total, tokens = outputs.float().sum(0)
-        return total / (tokens if self.reduction == "tokens" else len(outputs))
+        return writing.loss(outputs, self.reduction)
 
     def predict(self, outputs: Tensor) -> Tensor:
         return outputs.long()
 
     def predictions(self, base: Base, outputs: Tensor) -> np.ndarray:
-        found = np.empty(len(outputs), dtype=object)
-        found[:] = [self._text(base, row) for row in self.predict(outputs)]
-        return found
-
-    def told(self, base: Base, labels: Labels, outputs: Tensor) -> list[dict[str, Any]]:
-        return [{"text": text} for text in self.predictions(base, outputs)]
+        return writing.texts(base, self.predict(outputs))
 
     def progress(self, outputs: Tensor, targets: np.ndarray, metric: Metric) -> float:
-        """The log-likelihood of a token: texts are not written while training."""
-        total, tokens = outputs.double().sum(0)
-        return -float(total / tokens)
-
-    def _text(self, base: Base, row: Tensor) -> str:
-        kept = row[row != NOTHING].tolist()
-        return str(base.tokenizer.decode(kept, skip_special_tokens=True)).strip()
+        return writing.progress(outputs)
 
 
 class _Writer(Head):
@@ -127,77 +106,17 @@ class _Writer(Head):
 
     def __init__(self, base: Base, settings: LanguageModel) -> None:
         super().__init__()
-        self.tower_name, self.body_path = base.tower_name, base.body_path
-        self.scores = language.scores(base) if base.kind == language.CAUSAL else None
-        start = None if self.scores else layout.beginning(base)[0]
-        self.how = GenerationConfig(
-            max_new_tokens=settings.max_new_tokens,
-            num_beams=settings.beams,
-            length_penalty=settings.length_penalty if settings.beams > 1 else None,
-            do_sample=False,
-            eos_token_id=layout.ending(base),
-            pad_token_id=base.tokenizer.pad_token_id,
-            bos_token_id=base.tokenizer.bos_token_id,
-            decoder_start_token_id=start,
-        )
+        self._base = base
+        self._asked = Asked(settings.max_new_tokens, settings.beams, settings.length_penalty)
+
+    @property
+    def asked(self) -> Asked:
+        return self._asked
 
     def forward(self, towers: nn.ModuleDict, batch: Batch) -> Tensor:
         if batch.targets is None:
-            return self._written(towers[self.tower_name], batch)
-        if self.scores is None:
-            return self._apart(towers[self.tower_name], batch, batch.targets)
-        body: Any = towers.get_submodule(self.body_path)
-        state = body(**batch.inputs, use_cache=False).last_hidden_state
-        # The scores of a token stand one place before it; no others are computed.
-        rows, columns = _places(batch.targets[:, 1:])
-        scores = self.scores(towers[self.tower_name], state[rows, columns])
-        return _sums(scores, batch.targets[rows, columns + 1], rows, len(state))
-
-    def _apart(self, tower: Any, batch: Batch, targets: Tensor) -> Tensor:
-        """An encoder-decoder's, whose decoder has read its beginning before the first token."""
-        found = tower(**batch.inputs, use_cache=False).logits
-        rows, columns = _places(targets)
-        first = found.shape[1] - targets.shape[1]
-        return _sums(found[rows, columns + first], targets[rows, columns], rows, len(found))
-
-    def _written(self, tower: Any, batch: Batch) -> Tensor:
-        with torch.no_grad(), _neutral(tower):
-            found = tower.generate(**batch.inputs, generation_config=self.how)
-        before = "input_ids" if self.scores is not None else "decoder_input_ids"
-        found = found[:, batch.inputs[before].shape[1] :]
-        ended = (found == self.how.eos_token_id).long().cumsum(1)
-        # What stands behind the first end is padding; the end itself says nothing.
-        found = found.masked_fill(ended > 0, NOTHING)
-        return functional.pad(found, (0, self.how.max_new_tokens - found.shape[1]), value=NOTHING)
-
-
-@contextmanager
-def _neutral(tower: Any) -> Iterator[None]:
-    """Hide the model's own wishes for writing (penalties, forbidden words, lengths).
-
-    transformers takes each of them where none is stated, and then writes what is not the likeliest.
-    The lock is for other threads, which would find the neutral ones.
-    """
-    with _WRITING:
-        own = tower.generation_config
-        tower.generation_config = GenerationConfig()
-        try:
-            yield
-        finally:
-            tower.generation_config = own
-
-
-def _places(targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows and columns of what is to be learned."""
-    rows, columns = torch.nonzero(targets != layout.UNSEEN, as_tuple=True)
-    return rows, columns
-
-
-def _sums(scores: Tensor, ids: Tensor, rows: Tensor, count: int) -> Tensor:
-    """(count, 2) sums of negative log-likelihoods and numbers of tokens, by row."""
-    losses = functional.cross_entropy(scores.float(), ids, reduction="none")
-    made = torch.stack([losses, torch.ones_like(losses)], dim=1)
-    return made.new_zeros(count, 2).index_add(0, rows, made)
+            return writing.written(self._base, batch, self.asked)
+        return writing.likelihoods(self._base, batch, batch.targets)
 
 
 EXAMPLE = LanguageModel(max_length=48, max_new_tokens=12)

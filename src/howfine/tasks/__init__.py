@@ -36,6 +36,9 @@ class Row(NamedTuple):
     options: tuple[str, ...] = ()
     # What may be written, where the answer is a text.
     targets: tuple[str, ...] = ()
+    # (kind, text) in reading order, where the first text is made of such; the last is what is to
+    # be written: its kind and "".
+    segments: tuple[tuple[str, str], ...] = ()
 
     @property
     def where(self) -> str:
@@ -84,16 +87,17 @@ def rows_of(
             continue
         for name, content in zip(text, found, strict=True):
             if not isinstance(content, str) or not content.strip():
-                raise _bad_row(row, name, content, "a text that is not empty")
+                raise bad_row(row, name, content, "a text that is not empty")
         if value is None or value == "":
-            raise _bad_row(row, label, value, "a label")
+            raise bad_row(row, label, value, "a label")
         rows.append(row)
     return rows
 
 
-def _bad_row(row: Row, column: str, found: Any, expected: str) -> TaskError:
+def bad_row(row: Row, column: str, found: Any, expected: str) -> TaskError:
+    """What to raise for a cell that holds something else than is expected."""
     return TaskError(
-        f"{row.where}: column {column!r} holds {found!r}, expected {expected}; "
+        f"{row.where}: column {column!r} holds {found!r:.200}, expected {expected}; "
         "correct the row or take it out"
     )
 

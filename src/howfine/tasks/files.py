@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,24 +12,10 @@ from pyarrow import csv as pyarrow_csv
 from pyarrow import parquet
 
 from howfine.errors import BadSplit, SettingError, TaskError, TaskNotFound, near
-from howfine.tasks import ALIASES, SPLITS, Found, Row, completed, rows_of, written
+from howfine.tasks import ALIASES, SPLITS, Found, Row, completed, forms, rows_of, written
+from howfine.tasks.wanted import Wanted
 
 Columns = dict[str, list[Any]]
-
-
-@dataclass(frozen=True)
-class Wanted:
-    """What a caller asked of a table: its columns, and which part is which split."""
-
-    # One column, or two for pairs.
-    text: tuple[str, ...] = ("text",)
-    label: str = "label"
-    # Split -> its name in the source, for those the caller named.
-    splits: Mapping[str, str] | None = None
-    # Salts the hash that makes missing splits.
-    seed: int = 0
-    # Column of texts to be written, "" for a task of classes or scores.
-    target: str = ""
 
 
 def read(path: Path, wanted: Wanted) -> Found:
@@ -73,16 +58,21 @@ def read_hub(name: str, wanted: Wanted) -> Found:
     return _found(tables, sources, wanted, labels=labels, origin=f"{name} from the hub")
 
 
-def hub_splits(name: str, config: str | None) -> Mapping[str, Any]:
+def hub_splits(name: str, config: str | None, revision: str | None = None) -> Mapping[str, Any]:
     """The splits of a data set of the hub, from the local cache where it is there.
 
-    Raises TaskNotFound, with the reason, for an unknown name or without a network.
+    Of a branch, `revision`, the configuration is a folder. Raises TaskNotFound, with the reason,
+    for an unknown name or without a network.
     """
     import datasets  # seconds to import, and only the hub needs it
 
+    found: Mapping[str, Any]
     try:
-        found: Mapping[str, Any] = datasets.load_dataset(name, config)
-    except (OSError, ValueError) as error:
+        if revision is None:
+            found = datasets.load_dataset(name, config)
+        else:
+            found = datasets.load_dataset(name, data_dir=config, revision=revision)
+    except (OSError, RuntimeError, ValueError) as error:  # RuntimeError: it is made by a program
         label = f"{name}:{config}" if config else name
         raise TaskNotFound(
             f"data set {label!r} can't be had from the hub: {str(error).splitlines()[0]}. "
@@ -113,12 +103,14 @@ def _found(
         else "; its own splits"
     )
     whole = completed(rows, wanted.seed)
-    if wanted.target:
+    if wanted.target or wanted.form:
         whole = written.referenced(whole)
     return Found(whole, labels, metric=None, provenance=f"{origin}{how}")
 
 
 def _rows(table: Columns, wanted: Wanted, source: str) -> list[Row]:
+    if wanted.form:
+        return forms.rows_of(table, wanted.form, source)
     if wanted.target:
         return written.rows_of(table, wanted.text, wanted.target, source)
     return rows_of(table, wanted.text, wanted.label, source)
@@ -198,7 +190,7 @@ def _tsv(path: Path, wanted: Wanted) -> Columns:
 
 
 def _delimited(path: Path, wanted: Wanted, options: pyarrow_csv.ParseOptions) -> Columns:
-    as_text = {name: pyarrow.string() for name in (*wanted.text, wanted.label, wanted.target)}
+    as_text = {name: pyarrow.string() for name in wanted.columns}
     table = pyarrow_csv.read_csv(
         path,
         # On one thread, so that an error names its row.

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from howfine.errors import TaskError
-from howfine.tasks import SPLITS, Row
+from howfine.tasks import SPLITS, Row, bad_row
 from howfine.tasks import rows_of as labelled
 
 
@@ -18,10 +17,11 @@ def referenced(splits: dict[str, list[Row]]) -> dict[str, list[Row]]:
 
 def together(rows: Sequence[Row]) -> list[Row]:
     """One row for each source, with the targets of all its rows, in the first one's place."""
-    found: dict[tuple[str, ...], Row] = {}
+    found: dict[Any, Row] = {}
     for row in rows:
-        before = found.setdefault(row.texts, row._replace(targets=()))
-        found[row.texts] = before._replace(targets=before.targets + row.targets)
+        source = row.texts, row.segments
+        before = found.setdefault(source, row._replace(targets=()))
+        found[source] = before._replace(targets=before.targets + row.targets)
     return list(found.values())
 
 
@@ -34,12 +34,13 @@ def rows_of(
     """
     rows = []
     for row in labelled(columns, text, target, source):
-        found = row.label if isinstance(row.label, list | tuple) else [row.label]
-        targets = tuple(found)
-        if not targets or not all(isinstance(each, str) and each.strip() for each in targets):
-            raise TaskError(
-                f"{row.where}: column {target!r} holds {row.label!r}, expected a text, or a list "
-                "of texts, none of them empty; correct the row or take it out"
-            )
-        rows.append(row._replace(label=0, targets=targets))
+        rows.append(row._replace(label=0, targets=targets_of(row, target, row.label)))
     return rows
+
+
+def targets_of(row: Row, column: str, cell: Any) -> tuple[str, ...]:
+    """The texts to be written that a cell holds. Raises TaskError for anything else."""
+    targets = tuple(cell) if isinstance(cell, list | tuple) else (cell,)
+    if not targets or not all(isinstance(each, str) and each.strip() for each in targets):
+        raise bad_row(row, column, cell, "a text, or a list of texts, none of them empty")
+    return targets
