@@ -533,7 +533,10 @@ def test_checkpoints_hold_the_trainable_parameters_alone(tmp_path: Path) -> None
     assert (checkpoint / "optimizer.pt").stat().st_size < 8 * tuned.trainable + 20_000
 
 
-def test_a_checkpoint_half_written_is_passed_over(tmp_path: Path, killed_at: list[int]) -> None:
+@pytest.mark.parametrize("state", [None, "", '{"epoch": 2.0, "glob'])
+def test_a_checkpoint_half_written_is_passed_over(
+    tmp_path: Path, killed_at: list[int], state: str | None
+) -> None:
     work = tmp_path / "work"
     _, whole = run(tmp_path / "whole", "full", evaluations=4)
     killed_at.append(9)
@@ -543,6 +546,8 @@ def test_a_checkpoint_half_written_is_passed_over(tmp_path: Path, killed_at: lis
     torn = work / "checkpoint-12"
     torn.mkdir()
     (torn / "model.safetensors").write_bytes(b"\x00" * 9)
+    if state is not None:
+        (torn / "trainer_state.json").write_text(state)
     _, resumed = run(tmp_path, "full", work=work, evaluations=4, resume=True)
     assert resumed == whole
 

@@ -208,8 +208,17 @@ def _checkpoints(folder: Path) -> Iterator[tuple[int, Path]]:
     """(step, path) of whole checkpoints: the state is what Trainer writes last of one."""
     for path in folder.glob("checkpoint-*"):
         step = path.name.removeprefix("checkpoint-")
-        if step.isdigit() and (path / "trainer_state.json").is_file():
+        if step.isdigit() and _is_json(path / "trainer_state.json"):
             yield int(step), path
+
+
+def _is_json(path: Path) -> bool:
+    """Whether a file is there and written to its end: Trainer opens its state before it fills it."""
+    try:
+        json.loads(path.read_text())
+    except (FileNotFoundError, ValueError):
+        return False
+    return True
 
 
 def _trained(fit: Fit, checkpoint: Path | None, folder: Path) -> Delta:
