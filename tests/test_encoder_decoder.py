@@ -663,7 +663,7 @@ def test_adapters_stand_after_every_feed_forward_net(name: str) -> None:
     from howfine import inserted
 
     base = tiny_whole(name)
-    paths = [inserted.path(base, layer, "feed_forward") for layer in range(base.depth)]
+    paths = [inserted.points(base, layer, "feed_forward")[0].path for layer in range(base.depth)]
     assert len(set(paths)) == E + D
     for layer, path in enumerate(paths):
         stack = "encoder" if layer < E else "decoder"

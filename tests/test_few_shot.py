@@ -74,7 +74,7 @@ def test_an_adapter_stands_before_the_residual() -> None:
         ]
         with torch.no_grad():
             base.tower(input_ids=torch.arange(5, 15).unsqueeze(0))
-            module = change.parts["made"][0]
+            module = change.parts["made"]["adapter.0."]
             x = block.output.dense(seen["inner"])
             inner = nn.functional.gelu(
                 x @ module.down.weight.T + module.down.bias, approximate="tanh"

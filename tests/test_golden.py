@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from golden.make import FLAT, FOLDERS, PATTERNS, decoded, golden_base, logits
+from golden.make import FLAT, FOLDERS, PATTERNS, base_of, decoded, golden_base, logits
 from hostile.make import FIXTURES, FORMS
 from howfine import codec, container, errors
 from howfine.base import Base
@@ -51,9 +51,10 @@ def test_the_base_has_the_fingerprint_of_then(base: Base) -> None:
 
 
 @pytest.mark.parametrize("path", FILES, ids=name_of_file)
-def test_a_golden_file_means_what_it_meant(path: Path, base: Base) -> None:
+def test_a_golden_file_means_what_it_meant(path: Path) -> None:
     expected = EXPECTED[path.parent]["files"][stem(path)]
     delta = Delta.load(path)
+    base = base_of(delta)
     assert delta.header() == expected["header"]
     assert decoded(delta, base) == expected["tensors"]
     # Sums are taken in another order on another processor; nothing else may differ.
@@ -69,7 +70,8 @@ def test_no_two_files_give_the_same_outputs() -> None:
         files = EXPECTED[folder]["files"].values()
         outputs = [torch.tensor(expected["logits"]) for expected in files]
         for number, one in enumerate(outputs):
-            assert all((one - other).abs().max() > 1e-3 for other in outputs[:number])
+            alike = [other for other in outputs[:number] if other.shape == one.shape]
+            assert all((one - other).abs().max() > 1e-3 for other in alike)
 
 
 def test_every_coding_and_method_is_kept() -> None:
@@ -93,13 +95,13 @@ def test_both_versions_and_both_layouts_are_kept() -> None:
         assert folded == (path.parent != FOLDERS[0] and not path.name.endswith(f"{FLAT}{SUFFIX}"))
 
 
-def test_a_golden_file_written_again_reads_the_same(base: Base, tmp_path: Path) -> None:
+def test_a_golden_file_written_again_reads_the_same(tmp_path: Path) -> None:
     """But that a small file keeps half of the base's fingerprint."""
     for path in FILES:
         delta = Delta.load(path)
         delta.save(tmp_path / path.name)
         again = Delta.load(tmp_path / path.name)
-        assert again == replace(delta, base_fingerprint=base.fingerprint[:32])
+        assert again == replace(delta, base_fingerprint=base_of(delta).fingerprint[:32])
 
 
 # Hostile files, each refused for its own reason and not for another.

@@ -35,7 +35,9 @@ from tiny import (
 )
 
 BASES = ("bert", "roberta", "gpt2", "llama", "t5")
-every_method = pytest.mark.parametrize("name", sorted(examples()))
+# Those of two towers have their laws in test_lilt.
+ONE_TOWER = sorted(name for name, example in examples().items() if not example.for_towers)
+every_method = pytest.mark.parametrize("name", ONE_TOWER)
 every_base = pytest.mark.parametrize("base_name", BASES)
 # Rounding of stored values, relative to the largest of a tensor (fp16: and to the value itself).
 PRECISION = {"fp16": 2**-10, "bf16": 2**-8, "int8": 1 / 127, "int6": 1 / 31}

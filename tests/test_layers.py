@@ -22,7 +22,7 @@ ROOMS = [
     (
         *("plugins", "fingerprint", "anatomy", "architectures", "codec", "codec.*", "checkpoint"),
         *("container", "folded", "metrics", "calibration", "text", "lora", "sources", "spread"),
-        *("text_metrics", "consensus"),
+        *("text_metrics", "consensus", "images", "retrieval", "pooling", "processes"),
     ),
     ("task", "checks", "tasks", "tasks.*", "base", "pretrained"),
     ("surgery", "change"),
@@ -43,15 +43,18 @@ ROOMS = [
     (
         *("tune", "loop", "trainer", "rates", "rounding", "evaluate", "merge", "attach"),
         *("compose", "extract", "gain", "targets", "zero_shot", "combine", "passes"),
-        *("streaming", "distill"),
+        *("streaming", "distill", "features", "directions", "search", "knowledge"),
     ),
     ("ledger", "answer", "plan", "stored"),
     ("queue", "study"),
     (
         *("report", "report_page", "report_tables", "report_where", "wording", "catalogue"),
-        *("figures", "figures_calibration", "figures_distance"),
+        *("figures", "figures_calibration", "figures_distance", "pictures_page"),
     ),
-    ("cli", "cli_compose", "cli_extract", "cli_inspect", "cli_zero_shot", "options"),
+    (
+        *("cli", "cli_align", "cli_compose", "cli_extract", "cli_inspect", "cli_zero_shot"),
+        "options",
+    ),
 ]
 # Files that never import another of their own folder.
 APART = ("methods.*", "readouts.*")

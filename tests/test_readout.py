@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from howfine.errors import SettingError
+from howfine.pooling import pool
 from howfine.readout import readout
-from howfine.readouts.classifier import pool
 from howfine.task import Example
 from tiny import LABELS, tiny_base, tiny_task
 

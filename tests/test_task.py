@@ -33,7 +33,7 @@ from howfine.tasks import Row, carve, glue, key, rotten_tomatoes, rows_of, strat
 CLASSIFICATION = [m for m in METRICS.values() if m.kind == "classification"]
 REGRESSION = [m for m in METRICS.values() if m.kind == "regression"]
 # Metrics of texts are held to their laws in test_text_metrics.py.
-PLAIN = {name: m for name, m in METRICS.items() if m.kind != "generation"}
+PLAIN = {name: m for name, m in METRICS.items() if m.kind in ("classification", "regression")}
 
 
 def write_csv(path: Path, rows: list[tuple[str, Any]], header: str = "text,label") -> Path:

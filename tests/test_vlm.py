@@ -276,10 +276,9 @@ def test_blocks_of_other_kinds_have_adapters_behind_them(name: str) -> None:
     inner: list[tuple[Tensor, Tensor]] = []
     outer: list[Tensor] = []
     with attached(base, BLOCK, teller()) as change, torch.no_grad():
-        last = max(change.parts["made"])
-        block = base.body.get_submodule(base.anatomy.block_path(last))
+        block = base.body.get_submodule(base.anatomy.block_path(base.depth - 1))
         hooks = [
-            change.parts["made"][last].register_forward_hook(
+            change.parts["made"][f"adapter.{base.depth - 1}."].register_forward_hook(
                 lambda _, read, made: inner.append((read[0], made))
             ),
             block.register_forward_hook(

@@ -24,6 +24,7 @@ if TYPE_CHECKING:  # the same names as _HOME, for type checkers and editors; a t
     from howfine.compose import compose
     from howfine.cost import parts as inspect
     from howfine.delta import Delta
+    from howfine.directions import classify, encoder
     from howfine.distance import Distance
     from howfine.distill import distilled
     from howfine.errors import HowfineError
@@ -34,6 +35,7 @@ if TYPE_CHECKING:  # the same names as _HOME, for type checkers and editors; a t
     from howfine.readout import Readout, readouts
     from howfine.recipe import Recipe
     from howfine.report import report
+    from howfine.search import search
     from howfine.study import study
     from howfine.task import Task
     from howfine.tune import tune
@@ -53,10 +55,12 @@ __all__ = [
     "Task",
     "__version__",
     "attach",
+    "classify",
     "combine",
     "compose",
     "distance",
     "distilled",
+    "encoder",
     "evaluate",
     "extract",
     "inspect",
@@ -66,6 +70,7 @@ __all__ = [
     "predict",
     "readouts",
     "report",
+    "search",
     "study",
     "tune",
     "zero_shot",
@@ -83,10 +88,12 @@ _HOME = {
     "Score": "evaluate",
     "Task": "task",
     "attach": "attach",
+    "classify": "directions",
     "combine": "combine",
     "compose": "compose",
     "distance": "compare:compare",
     "distilled": "distill",
+    "encoder": "directions",
     "evaluate": "evaluate",
     "extract": "extract",
     "inspect": "cost:parts",
@@ -96,6 +103,7 @@ _HOME = {
     "predict": "evaluate",
     "readouts": "readout",
     "report": "report",
+    "search": "search",
     "study": "study",
     "tune": "tune",
     "zero_shot": "zero_shot",

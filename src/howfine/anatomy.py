@@ -46,6 +46,10 @@ class Anatomy:
     plain_attention: bool = True
     # Module of a block whose output is the feed-forward net's, before the residual is added.
     feed_forward: str = ""
+    # What lies ahead of a LayerNorm of a block, of its attention's and of its feed-forward net's:
+    # "before:" the LayerNorm itself where it reads a branch's input (pre-LN), "after:" the module
+    # that gives a branch's output, before the residual is added, where it reads the sum (post-LN).
+    branches: tuple[str, ...] = ()
     # Steps from the last hidden state to what a language model's decoder reads: modules of the
     # model with that head, or "gelu". None where there is no such model.
     language: tuple[str, ...] | None = None

@@ -25,6 +25,7 @@ _BERT = Anatomy(
     pooler="pooler.dense",
     pooling="pooler",
     feed_forward="output.dropout",
+    branches=("after:attention.output.dropout", "after:output.dropout"),
     language=("cls.predictions.transform",),
 )
 _ROBERTA = replace(_BERT, language=("lm_head.dense", "gelu", "lm_head.layer_norm"))
@@ -41,9 +42,14 @@ _LLAMA = Anatomy(
     embedding="embed_tokens",
     pooling="last",
     feed_forward="mlp",
+    branches=("before:input_layernorm", "before:post_attention_layernorm"),
     language=(),
 )
-_GEMMA2 = replace(_LLAMA, feed_forward="post_feedforward_layernorm")
+_GEMMA2 = replace(
+    _LLAMA,
+    feed_forward="post_feedforward_layernorm",
+    branches=("before:input_layernorm", "before:pre_feedforward_layernorm"),
+)
 _T5 = Anatomy(
     block="block.{}",
     letters={
@@ -60,6 +66,7 @@ _T5 = Anatomy(
     heads="num_heads",
     plain_attention=False,
     feed_forward="layer.1.dropout",
+    branches=("before:layer.0.layer_norm", "before:layer.1.layer_norm"),
 )
 _BART = Anatomy(
     block="layers.{}",
@@ -68,7 +75,9 @@ _BART = Anatomy(
     pooling="mean",
     heads="encoder_attention_heads",
     feed_forward="fc2",
+    branches=("after:self_attn", "after:fc2"),
 )
+_MBART = replace(_BART, branches=("before:self_attn_layer_norm", "before:final_layer_norm"))
 _VIT_LETTERS = {
     "Q": "attention.q_proj",
     "K": "attention.k_proj",
@@ -77,6 +86,32 @@ _VIT_LETTERS = {
     "I": "mlp.fc1",
     "O": "mlp.fc2",
 }
+
+_VIT = Anatomy(
+    block="layers.{}",
+    letters=_VIT_LETTERS,
+    embedding="embeddings.patch_embeddings.projection",
+    pooler="pooler.dense",
+    pooling="cls",
+    feed_forward="mlp",
+    branches=("before:layernorm_before", "before:layernorm_after"),
+)
+_DINOV2 = replace(
+    _VIT,
+    block="encoder.layer.{}",
+    pooler="",
+    feed_forward="layer_scale2",
+    branches=("before:norm1", "before:norm2"),
+)
+_CLIP_VISION = Anatomy(
+    block="encoder.layers.{}",
+    letters={**_ATTENTION, "D": "self_attn.out_proj", "I": "mlp.fc1", "O": "mlp.fc2"},
+    embedding="embeddings.patch_embedding",
+    pooler="post_layernorm",
+    pooling="pooler",
+    feed_forward="mlp",
+    branches=("before:layer_norm1", "before:layer_norm2"),
+)
 
 # Paths are those of transformers' own body classes: the encoder of an encoder-decoder, the model
 # without its language-model head otherwise. Keys are `config.model_type`.
@@ -102,6 +137,7 @@ ANATOMIES: dict[str, Anatomy] = {
         pooling="cls",
         plain_attention=False,
         feed_forward=_BERT.feed_forward,
+        branches=_BERT.branches,
         language=_BERT.language,
     ),
     "mpnet": Anatomy(
@@ -119,6 +155,7 @@ ANATOMIES: dict[str, Anatomy] = {
         pooling="cls",
         plain_attention=False,
         feed_forward=_BERT.feed_forward,
+        branches=("after:attention.dropout", "after:output.dropout"),
         language=_ROBERTA.language,
     ),
     "distilbert": Anatomy(
@@ -134,6 +171,7 @@ ANATOMIES: dict[str, Anatomy] = {
         embedding="embeddings.word_embeddings",
         pooling="cls",
         feed_forward="ffn",
+        branches=("after:attention", "after:ffn"),
         language=("vocab_transform", "activation", "vocab_layer_norm"),
     ),
     # One set of weights serves all layers: there is one block to change.
@@ -151,6 +189,7 @@ ANATOMIES: dict[str, Anatomy] = {
         pooler="pooler",
         pooling="pooler",
         feed_forward="ffn_output",
+        branches=("after:attention.output_dropout", "after:ffn_output"),
         language=("predictions.dense", "predictions.activation", "predictions.LayerNorm"),
     ),
     "gpt2": Anatomy(
@@ -165,33 +204,25 @@ ANATOMIES: dict[str, Anatomy] = {
         pooling="last",
         linear_axes=("in", "out"),
         feed_forward="mlp",
+        branches=("before:ln_1", "before:ln_2"),
         language=(),
     ),
     **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "gemma"), _LLAMA),
     **dict.fromkeys(("gemma2", "gemma3_text"), _GEMMA2),
     "t5": _T5,
     "mt5": _T5,
-    **dict.fromkeys(("bart", "mbart", "pegasus"), _BART),
+    "bart": _BART,
+    **dict.fromkeys(("mbart", "pegasus"), _MBART),
     "marian": replace(_BART, computed="embed_positions"),
-    "vit": Anatomy(
-        block="layers.{}",
-        letters=_VIT_LETTERS,
-        embedding="embeddings.patch_embeddings.projection",
-        pooler="pooler.dense",
-        pooling="cls",
-        feed_forward="mlp",
-    ),
-    "dinov2": Anatomy(
-        block="encoder.layer.{}",
-        letters=_VIT_LETTERS,
-        embedding="embeddings.patch_embeddings.projection",
-        pooling="cls",
-        feed_forward="layer_scale2",
-    ),
+    **dict.fromkeys(("vit", "deit"), _VIT),
+    **dict.fromkeys(("dinov2", "dinov2_with_registers"), _DINOV2),
+    # The image tower of each; `Base.load` takes it out of a model of two.
+    "clip_vision_model": _CLIP_VISION,
+    "siglip_vision_model": replace(_CLIP_VISION, pooler="head"),
 }
 
 
-def _whole(encoder: Anatomy, layers: str, letters: dict[str, str], **decoder: str) -> Anatomy:
+def _whole(encoder: Anatomy, layers: str, letters: dict[str, str], **decoder: Any) -> Anatomy:
     """Both stacks, of the encoder's row and of what the decoder has more, or elsewhere."""
     return replace(
         encoder,
@@ -205,7 +236,7 @@ def _whole(encoder: Anatomy, layers: str, letters: dict[str, str], **decoder: st
             block=f"decoder.{encoder.block}",
             letters={**encoder.letters, **letters},
             stack="decoder",
-            **decoder,  # type: ignore[arg-type]
+            **decoder,
         ),
     )
 
@@ -223,22 +254,23 @@ _T5_WHOLE = _whole(
         "O": "layer.2.DenseReluDense.wo",
     },
     feed_forward="layer.2.dropout",
+    branches=("before:layer.0.layer_norm", "before:layer.2.layer_norm"),
 )
-_BART_WHOLE = _whole(
-    _BART,
-    "encoder_layers",
-    {
-        "CQ": "encoder_attn.q_proj",
-        "CK": "encoder_attn.k_proj",
-        "CV": "encoder_attn.v_proj",
-        "CD": "encoder_attn.out_proj",
-    },
-    heads="decoder_attention_heads",
+_BART_CROSS = {
+    "CQ": "encoder_attn.q_proj",
+    "CK": "encoder_attn.k_proj",
+    "CV": "encoder_attn.v_proj",
+    "CD": "encoder_attn.out_proj",
+}
+_BART_WHOLE, _MBART_WHOLE = (
+    _whole(row, "encoder_layers", _BART_CROSS, heads="decoder_attention_heads")
+    for row in (_BART, _MBART)
 )
 # Of whole encoder-decoders: paths are those of the model that holds both stacks.
 WHOLE: dict[str, Anatomy] = {
     **dict.fromkeys(("t5", "mt5"), _T5_WHOLE),
-    **dict.fromkeys(("bart", "mbart", "pegasus"), _BART_WHOLE),
+    "bart": _BART_WHOLE,
+    **dict.fromkeys(("mbart", "pegasus"), _MBART_WHOLE),
     "marian": replace(_BART_WHOLE, computed="embed_positions"),
 }
 

@@ -1,4 +1,9 @@
-"""Base: a frozen pretrained model with its tokenizer, its anatomy and its fingerprint."""
+"""Base: a frozen pretrained model with its tokenizer, its anatomy and its fingerprint.
+
+Two of them, an image and a text encoder, are one base as well.
+"""
+
+# long: a base of two towers is a base, and `Base.load` makes either
 
 from __future__ import annotations
 
@@ -15,12 +20,22 @@ from howfine import pretrained
 from howfine.anatomy import Anatomy
 from howfine.architectures import anatomy_of
 from howfine.errors import SettingError, near
-from howfine.pretrained import BODY, EMBEDDED, GENERATOR, KINDS, LANGUAGE_MODEL, SEQ2SEQ
+from howfine.pretrained import (
+    BODY,
+    DTYPES,
+    EMBEDDED,
+    GENERATOR,
+    IMAGE_BODY,
+    KINDS,
+    LANGUAGE_MODEL,
+    SEQ2SEQ,
+    TWO_TOWERS,
+)
 
+IMAGE, TEXT = "image", "text"
 _RESERVED = "_howfine_reserved"
 # Matrices whose outputs lie head by head.
 _BY_HEAD = ("Q", "K", "V", "CQ", "CK", "CV")
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 class Base:
@@ -43,7 +58,9 @@ class Base:
         self.tokenizer = tokenizer
         self.config: Any = tower.config
         self.anatomy: Anatomy = anatomy_of(self.config, whole=kind == SEQ2SEQ)
-        self.tower_name = "image" if tower.main_input_name == "pixel_values" else "text"
+        self.tower_name = IMAGE if tower.main_input_name == "pixel_values" else TEXT
+        # Of an image tower: what its folder's preprocessor_config.json says.
+        self.preprocessing: dict[str, Any] = {}
         self.towers = nn.ModuleDict({self.tower_name: tower})
         self.towers.requires_grad_(False)
         self.towers.eval()
@@ -77,30 +94,40 @@ class Base:
         """Load the embedded base, a Hugging Face name, or a folder (safetensors, .bin or GGUF).
 
         Kinds are those of `howfine.pretrained`; "masked_or_causal_lm" and "causal_or_seq2seq_lm"
-        stand for the one of two that the architecture has.
+        stand for the one of two that the architecture has. Of kind "two_towers" are an image and a
+        text encoder, whose names have a plus in between.
 
         Raises BaseNotFound where there is no such model or no network to ask for it,
         UnknownArchitecture where no anatomy row fits, SettingError for an unknown kind or dtype.
         """
-        if kind not in (known_kinds := (*KINDS, LANGUAGE_MODEL, GENERATOR)):
+        if kind not in (known_kinds := (*KINDS, LANGUAGE_MODEL, GENERATOR, TWO_TOWERS)):
             raise SettingError(f"base kind {kind!r} is unknown. {near(kind, known_kinds)}")
         if dtype not in DTYPES:
             raise SettingError(f"dtype {dtype!r} is unknown. {near(dtype, DTYPES)}")
+        if kind == TWO_TOWERS:
+            image, text = pretrained.two_names(name)
+            options: Any = {"dtype": dtype, "device": device, "revision": revision}
+            return TwoTowers(
+                Base.load(image, kind=IMAGE_BODY, **options), Base.load(text, **options)
+            )
         if device == "cuda" and "LOCAL_RANK" in os.environ:  # one of several processes: its own
             device = f"cuda:{os.environ['LOCAL_RANK']}"
-        _check_device(device)
+        pretrained.check_device(device)
         source = pretrained.embedded_path() if name == EMBEDDED else name
         kind = pretrained.kind_of(source, kind, revision)
         tower, tokenizer, missing = pretrained.read(source, kind, revision)
         # Hashed once for each state of a folder; what a hub name stands for may change unseen.
         known = fp.cached(source, kind) if Path(source).is_dir() else None
-        base = cls(name, tower, tokenizer, kind=kind, fingerprint=known)
+        own = BODY if kind == IMAGE_BODY else kind
+        base = cls(name, tower, tokenizer, kind=own, fingerprint=known)
         # The fingerprint is taken before the cast, so that it names the checkpoint and not the
         # number format it happens to be used in.
         found = base.fingerprint
         if known is None and Path(source).is_dir():
             fp.remember(source, kind, found)
         base.settle_pooling(source, missing)
+        if base.tower_name == IMAGE:
+            base.preprocessing = pretrained.preprocessing(source, revision)
         base.towers.to(device=torch.device(device), dtype=DTYPES[dtype])
         return base
 
@@ -287,12 +314,67 @@ class Base:
         return fp.of_parameters(self.towers) == self.fingerprint
 
 
-def _check_device(device: str) -> None:
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
-        reason = str(error).splitlines()[0][:120]
-        raise SettingError(
-            f"device {device!r} can't be used ({reason}); expected cpu, or an accelerator that "
-            "torch finds here"
-        ) from error
+class TwoTowers(Base):
+    """An image and a text encoder, each a base of its own, that are trained and stored as one.
+
+    What is asked of a single tower is asked of its part: `parts["image"].anatomy`.
+    """
+
+    def __init__(self, image: Base, text: Base) -> None:
+        self.parts = {IMAGE: image, TEXT: text}
+        for tower, part in self.parts.items():
+            if part.tower_name != tower:
+                raise SettingError(
+                    f"a base of two towers is an image and a text encoder, in this order, but "
+                    f"{part.name} is an encoder of {part.tower_name}s; give IMAGE+TEXT"
+                )
+        self.name, self.kind = f"{image.name}+{text.name}", TWO_TOWERS
+        self.towers = nn.ModuleDict({name: part.tower for name, part in self.parts.items()})
+        self._parameters = image._parameters | text._parameters
+        self._named = image._named | text._named
+        self._fingerprint = None
+
+    def __getattr__(self, name: str) -> Any:
+        # Only asked for what is not there: copying and pickling ask for names of their own.
+        if name in ("tower_name", "tower", "config", "anatomy", "tokenizer", "pooling", "switches"):
+            raise SettingError(
+                f"{self.name} is a base of two towers, and this needs one; use it with the readout "
+                "of a recipe that aligns them, or give one of the two"
+            )
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
+    @property
+    def tower(self) -> Any:
+        """There is not the one: raises SettingError."""
+        return self.__getattr__("tower")
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 over both fingerprints."""
+        both = "".join(f"{name}:{part.fingerprint}\n" for name, part in self.parts.items())
+        return fp.of_text(both)
+
+    def place(self, path: str) -> tuple[int | None, str]:
+        """(layer, part letter) of a path in its tower; see `anatomy.Anatomy.place`."""
+        return self.part_of(path).place(path)
+
+    def choose(self, selectors: tuple[str, ...]) -> list[str]:
+        """Paths that selectors name in both towers. Raises as `Base.choose` does for each."""
+        return [path for part in self.parts.values() for path in part.choose(selectors)]
+
+    def part_of(self, path: str) -> Base:
+        """The tower that a path is of."""
+        return self.parts[path.partition(".")[0]]
+
+    def original(self, path: str) -> Tensor:
+        """The pretrained values at a path; see `Base.original`."""
+        return self.part_of(path).original(path)
+
+    def train(self) -> None:
+        """Each tower as `Base.train` has it: frozen blocks below a change stay as they are."""
+        for part in self.parts.values():
+            part.train()
+
+    def is_untouched(self) -> bool:
+        """Whether all parameters are those that were loaded."""
+        return all(part.is_untouched() for part in self.parts.values())

@@ -64,7 +64,7 @@ def _settings(of: Any) -> list[Entry]:
         {
             "name": field.name,
             "type": str(field.type),
-            "default": field.default if of is cls else getattr(of, field.name),
+            "default": plugins.default_of(field) if of is cls else getattr(of, field.name),
             "help": helps.get(field.name, ""),
         }
         for field in dataclasses.fields(cls)

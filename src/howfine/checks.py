@@ -11,6 +11,7 @@ from howfine.tasks import SPLITS
 
 # What a task asks for.
 CLASSIFICATION, REGRESSION, GENERATION = "classification", "regression", "generation"
+ALIGNMENT = "alignment"
 
 
 class Asked(Protocol):
@@ -61,15 +62,43 @@ def filled(name: str, splits: Mapping[str, Sequence[Any]]) -> None:
             )
 
 
-def answerable(task: Asked, writes: bool, who: str) -> None:
-    """Raises TaskError where texts are to be written and classes are answered, or the reverse."""
-    if writes != (task.kind == GENERATION):
-        asks, gives = "texts to be written", "classes or scores"
-        asks, gives = (gives, asks) if writes else (asks, gives)
+# What is asked for, in words.
+_ASKED = {
+    CLASSIFICATION: "classes or scores",
+    REGRESSION: "classes or scores",
+    GENERATION: "texts to be written",
+    ALIGNMENT: "pictures with captions to be aligned",
+}
+
+
+def answerable(task: Asked, answers: str, who: str) -> None:
+    """Raises TaskError where a task asks for other answers than a readout gives.
+
+    `answers` is "classification" for classes or scores, "generation" or "alignment".
+    """
+    asks, gives = _ASKED[task.kind], _ASKED[answers]
+    if asks != gives:
         raise TaskError(
             f"task {task.name!r} has {asks}, and {who} answers with {gives}; give a task or a "
-            "readout of the same kind (the column of texts to be written is named with target)"
+            "readout of the same kind (the column of texts to be written is named with target, "
+            "that of pictures with image)"
         )
+
+
+def pictured(task: Asked) -> None:
+    """Raises TaskError for pictures in some examples only, or a single one to choose from."""
+    for split in SPLITS:
+        counts = {bool(example.picture) for example in task.splits[split]}
+        if counts == {False, True} or (task.kind == ALIGNMENT) not in counts:
+            raise TaskError(
+                f"split {split!r} of task {task.name!r} has examples without a picture, and other "
+                "examples have one; give all of them a picture, or none"
+            )
+        if task.kind == ALIGNMENT and len({e.picture.digest for e in task.splits[split]}) < 2:
+            raise BadSplit(
+                f"split {split!r} of task {task.name!r} has one picture, expected two at least: "
+                "a caption is to find its own among others; give more rows"
+            )
 
 
 def segmented(task: Asked) -> None:
@@ -132,6 +161,11 @@ def learnable(task: Asked) -> None:
                 f"0 to {len(task.labels) - 1}"
             )
     segmented(task)
+    pictured(task)
+    _varied(task)
+
+
+def _varied(task: Asked) -> None:
     classes = {example.label for example in task.splits["train"]}
     if task.labels and len(classes) == 1:
         raise BadSplit(

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from howfine import cli_compose, options
+from howfine.cli_align import align, search
 from howfine.cli_extract import extract
 from howfine.cli_inspect import inspect
 from howfine.cli_zero_shot import meta_train, zero_shot
@@ -56,13 +57,14 @@ def tune(
     train_size: Annotated[int | None, typer.Option(help="Train on so many examples.")] = None,
     shots: options.Shots = None,
     teacher: options.Teacher = None,
-    work: Annotated[Path | None, typer.Option(help="Folder for training checkpoints.")] = None,
+    work: options.Work = None,
     resume: options.Resume = False,
     data: options.DataDir = None,
     text: options.TextColumns = None,
     label: options.LabelColumn = None,
     target: options.TargetColumn = None,
     form: options.FormName = None,
+    image: options.ImageColumn = None,
     device: options.Device = "cpu",
     dtype: options.Dtype = "float32",
     as_json: options.AsJson = False,
@@ -79,7 +81,7 @@ def tune(
 
     chosen = Recipe.load(recipe).override(**options.settings(context.args))
     found = options.load_task(
-        options.stated_task(task, data, text, label, target, form, train=train_size)
+        options.stated_task(task, data, text, label, target, form, image, train=train_size)
     )
     found = found if shots is None else found.shots(shots, seed)
     loaded = Base.load(base or "minilm", kind=chosen.readout.kind, dtype=dtype, device=device)
@@ -88,9 +90,7 @@ def tune(
     tuned = run(
         loaded, found, chosen, out=out, seed=seed, work=work, resume=resume, progress=not as_json
     )
-    trained = f"{tuned.trainable:,} trainable parameters, {tuned.seconds:.0f} s"
-    said = f"{tuned.path}: {tuned.bytes:,} bytes, {options.said(tuned.score)}, {trained}"
-    options.show(as_json, tuned.as_dict(), said)
+    options.show(as_json, tuned.as_dict(), options.tuned(tuned))
 
 
 @app.command()
@@ -105,6 +105,7 @@ def evaluate(
     label: options.LabelColumn = None,
     target: options.TargetColumn = None,
     form: options.FormName = None,
+    image: options.ImageColumn = None,
     device: options.Device = "cpu",
     dtype: options.Dtype = "float32",
     as_json: options.AsJson = False,
@@ -117,7 +118,7 @@ def evaluate(
     opened = Delta.load(delta)
     name = task or task_of(opened)
     loaded = options.base(base, opened, device, dtype)
-    found = options.load_task(options.stated_task(name, data, text, label, target, form))
+    found = options.load_task(options.stated_task(name, data, text, label, target, form, image))
     score = run(
         *(opened, loaded, found),
         split=split,
@@ -176,6 +177,8 @@ def distance(
 
 app.command()(extract)
 app.command()(inspect)
+app.command(context_settings=_OPEN)(align)
+app.command()(search)
 app.command("zero-shot")(zero_shot)
 app.command("meta-train", context_settings=_OPEN)(meta_train)
 
@@ -213,6 +216,7 @@ def study(
     label: options.LabelColumn = None,
     target: options.TargetColumn = None,
     form: options.FormName = None,
+    image: options.ImageColumn = None,
     device: options.Device = "cpu",
     dtype: options.Dtype = "float32",
     as_json: options.AsJson = False,
@@ -221,7 +225,7 @@ def study(
 
     Run it again to go on after a stop, or beside itself to share the work.
     """
-    found = options.stated_task(task, data, text, label, target, form, train=train_size)
+    found = options.stated_task(task, data, text, label, target, form, image, train=train_size)
     options.study(base or "minilm", found, plan, out, storage, device, dtype, as_json)
 
 

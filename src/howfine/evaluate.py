@@ -86,7 +86,7 @@ def evaluate(
             f"task {task.name} has labels {list(task.labels)}, the delta was trained for "
             f"{list(delta.labels)}; evaluate it on a task with the same labels"
         )
-    checks.answerable(task, delta.readout.writes, "the delta's readout")
+    checks.answerable(task, delta.readout.gives, "the delta's readout")
     asked = [split] if temperature_from is None else [split, temperature_from]
     with delta.applied(base) as model:
         run = partial(logits, model, base, batch_size=batch_size, progress=progress)

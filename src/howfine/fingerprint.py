@@ -51,12 +51,17 @@ def _values(parameter: Tensor) -> npt.NDArray[Any]:
     return parameter.detach().to(device="cpu", dtype=torch.float32).contiguous().numpy()
 
 
+def of_text(text: str) -> str:
+    """SHA-256 of a text."""
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
 def of_path(path: Path) -> str:
     """SHA-256 of a file, or of the weight files in a folder; "" where there is neither."""
     if path.is_dir():
         files = sorted(p for p in path.iterdir() if p.suffix in (".safetensors", ".bin", ".gguf"))
         named = "".join(f"{file.name}:{of_file(file)}\n" for file in files)
-        return hashlib.sha256(named.encode()).hexdigest()
+        return of_text(named)
     return of_file(path) if path.is_file() else ""
 
 

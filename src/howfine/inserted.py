@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -14,43 +14,58 @@ from howfine.errors import SettingError
 _HELD = "howfine_inserted"
 
 
-# Of a block: the feed-forward net's output, or its own.
-PLACES = ("feed_forward", "block")
+class Point(NamedTuple):
+    """Where a module stands: on what another one gives, or ahead of it, on what it takes."""
+
+    # Of the other module, which holds the one put in.
+    path: str
+    ahead: bool = False
 
 
-def path(base: Base, layer: int, place: str) -> str:
-    """Path of the module whose output is what stands at a place of a block: see `PLACES`.
+def points(base: Base, layer: int, place: str) -> list[Point]:
+    """The points of a block that a placement names.
 
-    Raises SettingError for an architecture without a row for it.
+    `feed_forward` is the feed-forward net's output, `block` the block's own, `layerwise` what lies
+    ahead of either LayerNorm: see `Anatomy.branches`. Raises SettingError for an architecture
+    without a row for it.
     """
     block = f"{base.body_prefix}{base.anatomy.block_path(layer)}"
     if place == "block":
-        return block
-    inside = base.anatomy.stack_of(layer).feed_forward
-    if not inside:
+        return [Point(block)]
+    stack = base.anatomy.stack_of(layer)
+    if place == "layerwise":
+        rows = [row.split(":") for row in stack.branches]
+        found = [Point(f"{block}.{path}", when == "before") for when, path in rows]
+    else:
+        found = [Point(f"{block}.{stack.feed_forward}")] if stack.feed_forward else []
+    if not found:
+        field = "branches" if place == "layerwise" else place
         raise SettingError(
-            f"{base.config.model_type} has no row for where its feed-forward net ends; add "
-            "feed_forward to its row in howfine.architectures"
+            f"{base.config.model_type} has no row for the placement {place!r}; add {field} to its "
+            "row in howfine.architectures"
         )
-    return f"{block}.{inside}"
+    return found
 
 
-def after(base: Base, layer: int, place: str, module: nn.Module) -> Undo:
-    """Let a module map what stands at a place of a block: see `PLACES`.
+def put(base: Base, point: Point, module: nn.Module) -> Undo:
+    """Let a module map what stands at a point.
 
-    The block's own module holds it, so that it is found, moved and trained like any other.
+    The host's own module holds it, so that it is found, moved and trained like any other.
     """
-    host = base.towers.get_submodule(path(base, layer, place))
+    host = base.towers.get_submodule(point.path)
     released = surgery.hold(host, _HELD, module)
     compute = host.forward
 
-    def forward(*args: Any, **kwargs: Any) -> Any:
+    def ahead(states: Any, *args: Any, **kwargs: Any) -> Any:
+        return compute(module(states), *args, **kwargs)
+
+    def after(*args: Any, **kwargs: Any) -> Any:
         found = compute(*args, **kwargs)
         if isinstance(found, tuple):  # a block that gives more than its states
             return (module(found[0]), *found[1:])
         return module(found)
 
-    restored = surgery.rewire(host, forward)
+    restored = surgery.rewire(host, ahead if point.ahead else after)
 
     def undo() -> None:
         restored()

@@ -7,16 +7,18 @@ from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import set_seed
 
-from howfine import checks
+from howfine import checks, features
 from howfine.base import Base
 from howfine.cost import PeakMemory
 from howfine.delta import Delta
 from howfine.errors import SettingError, TaskError
+from howfine.method import fitting
 from howfine.probe import GradientProbe
 from howfine.readout import Wired
 from howfine.recipe import Recipe
@@ -45,7 +47,7 @@ class Fit:
     ) -> None:
         set_seed(seed)
         _check_readout(recipe, task)
-        recipe = replace(recipe, readout=recipe.readout.settled(base, task.labels))
+        recipe = _settled(recipe, base, task)
         self.memory = PeakMemory(base.device)
         start = start or Start({})
         _check_start(recipe, start)
@@ -64,6 +66,8 @@ class Fit:
             if training.gradient_checkpointing:
                 _check_checkpointing(recipe)
                 undo.callback(_checkpoint_activations(base))
+            if training.reuse_frozen:
+                undo.callback(features.reuse(base))
             self.trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
             _check_trains(recipe, self.trainable)
             self.parts = Parts(base, task, recipe, model, head, change)
@@ -102,6 +106,12 @@ class Fit:
         )
 
 
+def _settled(recipe: Recipe, base: Base, task: Task) -> Recipe:
+    """With nothing left for base and task to say: what the delta will store."""
+    readout = recipe.readout.settled(base, task.labels)
+    return replace(recipe, method=fitting(recipe.method, base), readout=readout)
+
+
 def _check_start(recipe: Recipe, start: Start) -> None:
     """A method that begins at the base can go on from an earlier head, but not from weights."""
     asks = recipe.method.start
@@ -126,7 +136,7 @@ def _check_readout(recipe: Recipe, task: Task) -> None:
             "up each would count alike, however many it has; set a larger batch_size without "
             "gradient_accumulation, or readout_reduction=examples where the readout has that"
         )
-    checks.answerable(task, recipe.readout.writes, f"the readout of recipe {recipe.name}")
+    checks.answerable(task, recipe.readout.gives, f"the readout of recipe {recipe.name}")
     if not recipe.readout.reads_options and any(row.options for row in task.splits["train"]):
         raise TaskError(
             f"the examples of task {task.name} have options of their own, which the readout of "
@@ -154,18 +164,22 @@ def _check_checkpointing(recipe: Recipe) -> None:
 def _checkpoint_activations(base: Base) -> Callable[[], None]:
     """Recompute activations of the tower in the backward pass; returns the undo."""
     # The old names are the ones that every supported transformers has; newer ones warn of them.
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)
-        try:
-            base.tower.gradient_checkpointing_enable({"use_reentrant": False})
-        except ValueError as error:
-            raise SettingError(
-                f"gradient_checkpointing: {error} Train {base.name} without it"
-            ) from error
+    towers: list[Any] = list(base.towers.values())
 
     def undo() -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
-            base.tower.gradient_checkpointing_disable()
+            for tower in towers:
+                tower.gradient_checkpointing_disable()
 
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        try:
+            for tower in towers:
+                tower.gradient_checkpointing_enable({"use_reentrant": False})
+        except ValueError as error:
+            undo()
+            raise SettingError(
+                f"gradient_checkpointing: {error} Train {base.name} without it"
+            ) from error
     return undo

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from howfine import plugins
-from howfine.base import Base
+from howfine.base import Base, TwoTowers
 from howfine.change import Change
 from howfine.errors import SettingError
 
@@ -87,6 +87,8 @@ class Method(ABC):
     neutral: ClassVar[bool] = False
     # Whether it leaves entries alone that a recipe names as `outside` (Probe.outside).
     keeps_out: ClassVar[bool] = False
+    # Whether it is made of a method for each tower of a base of two, `of_each` of one for both.
+    for_towers: ClassVar[bool] = False
 
     def __init_subclass__(cls) -> None:
         if cls.__bases__ != (Method,):
@@ -119,6 +121,11 @@ class Method(ABC):
         own.
         """
         return None
+
+    @classmethod
+    def of_each(cls, method: Method) -> Method:
+        """A method of two towers (`for_towers`) that puts one and the same on both."""
+        raise NotImplementedError
 
     def takes(self, base: Base, tensors: Tensors) -> int:
         """Positions that a packed change takes away from texts (`Base.reserved`)."""
@@ -166,6 +173,22 @@ def methods() -> dict[str, type[Method]]:
 def method(name: str, **settings: Any) -> Method:
     """A method by name. Raises SettingError with the near name for what is unknown."""
     return plugins.build("method", methods(), name, settings)
+
+
+def fitting(found: Method, base: Base) -> Method:
+    """A method for a base: for two towers one that is made of others, else the method itself.
+
+    Raises SettingError for a method of two towers and a base of one.
+    """
+    composed = [each for each in methods().values() if each.for_towers]
+    if isinstance(base, TwoTowers):
+        return found if found.for_towers else composed[0].of_each(found)
+    if found.for_towers:
+        raise SettingError(
+            f"{type(found).__name__} has a method for each of two towers, and {base.name} has one; "
+            "give an image and a text encoder, with a plus in between their names"
+        )
+    return found
 
 
 def holding(what: Literal["tensors", "entries"]) -> Method:

@@ -1,8 +1,8 @@
 """Scores of predictions, and the bootstrap that says how far a score can be trusted.
 
 Every metric takes one array of predictions and one of targets, both of shape (n,): class indices
-for classification, numbers for regression; for generation texts, and tuples of references (see
-`howfine.text_metrics`). More is always better (the mean squared error is negated), and an input
+for classification, numbers for regression; see `text_metrics` for generation and `retrieval` for
+alignment. More is always better (the mean squared error is negated), and an input
 on which a formula is undefined, such as a correlation with constant predictions, scores 0.0.
 """
 
@@ -16,7 +16,7 @@ import numpy as np
 from scipy import stats
 from sklearn import metrics as sklearn
 
-from howfine import text_metrics
+from howfine import retrieval, text_metrics
 from howfine.errors import SettingError
 
 # Elements of one (draws, n, ...) block of resampled rows: bounds the memory of a bootstrap.
@@ -33,7 +33,7 @@ class Metric:
     """A named score, once for a whole split and once for many resamples of it."""
 
     name: str
-    # The predictions and targets it takes: "classification", "regression" or "generation".
+    # What it takes: "classification", "regression", "generation" or "alignment".
     kind: str
     # (n,) predictions and (n,) targets -> score.
     function: Callable[[np.ndarray, np.ndarray], float]
@@ -287,13 +287,14 @@ METRICS: dict[str, Metric] = {
     )
 }
 
-# BLEU is reported with all others of texts, and each of those with BLEU.
-for _name in text_metrics.FORMULAS:
-    METRICS[_name] = Metric(
-        name=_name,
-        kind="generation",
-        function=partial(text_metrics.score, _name),
-        resampled=text_metrics.FORMULAS[_name].resampled,
-        also=tuple(text_metrics.FORMULAS)[1:] if _name == "bleu" else ("bleu",),
-        statistics=partial(text_metrics.statistics, _name),
-    )
+# The first one is reported with all others, and each of those with it.
+for _kind, _of in (("generation", text_metrics), ("alignment", retrieval)):
+    _first, *_others = _of.FORMULAS
+    for _name, _formula in _of.FORMULAS.items():
+        METRICS[_name] = Metric(
+            *(_name, _kind),
+            function=partial(_of.score, _name),
+            resampled=_formula.resampled,
+            also=tuple(_others) if _name == _first else (_first,),
+            statistics=partial(_of.statistics, _name),
+        )

@@ -41,6 +41,11 @@ FormName = Annotated[
     str | None,
     typer.Option("--form", help="What rows are made of: table, translation, dialogue …"),
 ]
+ImageColumn = Annotated[
+    str | None,
+    typer.Option("--image", help="Column of pictures; --text then names their captions."),
+]
+Work = Annotated[Path | None, typer.Option(help="Folder for training checkpoints.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps …")]
 Dtype = Annotated[str, typer.Option(help="float32, bfloat16 or float16: of the base's weights.")]
@@ -83,11 +88,12 @@ def stated_task(
     label: str | None = None,
     target: str | None = None,
     form: str | None = None,
+    image: str | None = None,
     **subset: int | None,
 ) -> dict[str, Any]:
-    """The task that --task, --data, --text, --label, --target and --form name, for Task.load."""
+    """The task that --task and the options of its columns name, for Task.load."""
     given = {"name_or_path": name, "data": str(data) if data else None}
-    given |= {"text": text, "label": label, "target": target, "form": form}
+    given |= {"text": text, "label": label, "target": target, "form": form, "image": image}
     stated: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
     sizes = {split: size for split, size in subset.items() if size is not None}
     return {**stated, "subset": sizes} if sizes else stated
@@ -130,6 +136,12 @@ def setting(entry: dict[str, Any]) -> str:
     """A setting as the flag it is, its help and what it is left out."""
     flag = f"--{entry['name'].replace('_', '-')}"
     return f"  {flag:<26}{entry['help']} (default {entry['default']!r})"
+
+
+def tuned(found: Any) -> str:
+    """A finished training in words."""
+    trained = f"{found.trainable:,} trainable parameters, {found.seconds:.0f} s"
+    return f"{found.path}: {found.bytes:,} bytes, {said(found.score)}, {trained}"
 
 
 def cell(value: Any) -> str:

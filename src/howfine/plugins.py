@@ -114,11 +114,18 @@ def _split(value: Any, hint: Any) -> Any:
     return value
 
 
+def default_of(field: Any) -> Any:
+    """What a dataclass's field is where it is left out; MISSING for one that must be given."""
+    if field.default_factory is not dataclasses.MISSING:
+        return field.default_factory()
+    return field.default
+
+
 def settings_of(value: Any) -> dict[str, Any]:
     """An instance's settings that differ from their defaults: what a file header stores."""
     changed = {}
     for field in dataclasses.fields(value):
         current = getattr(value, field.name)
-        if current != field.default:
+        if current != default_of(field):
             changed[field.name] = list(current) if isinstance(current, tuple) else current
     return changed

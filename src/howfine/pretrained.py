@@ -14,7 +14,7 @@ from torch import nn
 
 from howfine import fingerprint as fp
 from howfine.architectures import anatomy_of
-from howfine.errors import BaseNotFound
+from howfine.errors import BaseNotFound, SettingError
 
 EMBEDDED = "minilm"
 _EMBEDDED_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
@@ -22,15 +22,20 @@ _EMBEDDED_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128
 # What is loaded of a pretrained model: the transformers class that does it.
 KINDS = {
     "body": "AutoModel",  # of an encoder-decoder, its encoder
+    "image_body": "AutoModel",  # of CLIP and its kin, their image tower
     "masked_lm": "AutoModelForMaskedLM",
     "causal_lm": "AutoModelForCausalLM",
     "seq2seq_lm": "AutoModelForSeq2SeqLM",
 }
-BODY, SEQ2SEQ = "body", "seq2seq_lm"
+BODY, IMAGE_BODY, SEQ2SEQ = "body", "image_body", "seq2seq_lm"
 # The language model that an architecture is: masked or causal, as its row says.
 LANGUAGE_MODEL = "masked_or_causal_lm"
 # The language model that writes, word after word: causal, or a whole encoder-decoder.
 GENERATOR = "causal_or_seq2seq_lm"
+
+# An image encoder and a text encoder that are one base.
+TWO_TOWERS = "two_towers"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 # Keys of a sentence-transformers pooling config, of those that are read here.
 _POOLING = {"pooling_mode_cls_token": "cls", "pooling_mode_mean_tokens": "mean"}
@@ -70,7 +75,7 @@ def read(source: str, kind: str, revision: str | None) -> tuple[nn.Module, Any, 
             options |= {"dtype": torch.float32, "ignore_mismatched_sizes": True}
             model, info = auto.from_pretrained(source, output_loading_info=True, **options)
             tokenizer = None
-            if model.main_input_name != "pixel_values":
+            if model.main_input_name != "pixel_values" and kind != IMAGE_BODY:
                 tokenizer = transformers.AutoTokenizer.from_pretrained(source, **named)
     except (OSError, ValueError, SafetensorError) as error:
         # One line of transformers' own several.
@@ -95,6 +100,40 @@ def read(source: str, kind: str, revision: str | None) -> tuple[nn.Module, Any, 
     if tokenizer is not None and tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return model, tokenizer, missing
+
+
+def check_device(device: str) -> None:
+    """Raises SettingError for a device that torch can't use here."""
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
+        reason = str(error).splitlines()[0][:120]
+        raise SettingError(
+            f"device {device!r} can't be used ({reason}); expected cpu, or an accelerator that "
+            "torch finds here"
+        ) from error
+
+
+def two_names(name: str) -> tuple[str, str]:
+    """The image and the text encoder of "IMAGE+TEXT". Raises SettingError for anything else."""
+    names = name.split("+")
+    if len(names) != 2 or not all(map(str.strip, names)):
+        raise SettingError(
+            f"base {name!r}: found {len(names)} names, expected an image and a text encoder with "
+            "a plus in between, such as facebook/dinov2-small+minilm"
+        )
+    return names[0].strip(), names[1].strip()
+
+
+def preprocessing(source: str, revision: str | None) -> dict[str, Any]:
+    """What an image model's preprocessor_config.json says; {} where there is none."""
+    from transformers.image_processing_base import ImageProcessingMixin
+
+    try:
+        found, _ = ImageProcessingMixin.get_image_processor_dict(source, **_named(source, revision))
+    except OSError:  # transformers' own word for no such file
+        return {}
+    return dict(found)
 
 
 def _named(source: str, revision: str | None) -> dict[str, Any]:
@@ -157,8 +196,10 @@ def outline(folder: str, kind: str) -> nn.Module:
 
 
 def _used(model: Any, kind: str) -> Any:
-    """The encoder of an encoder-decoder's body, any other model as it is."""
+    """An encoder-decoder's encoder, the image tower of two; any other model as it is."""
     parts = dict(model.named_children())
+    if kind == IMAGE_BODY:
+        return parts.get("vision_model", model)
     return parts["encoder"] if kind == BODY and {"encoder", "decoder"} <= parts.keys() else model
 
 

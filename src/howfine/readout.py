@@ -20,6 +20,7 @@ from torch.nn import functional
 from howfine import plugins
 from howfine.base import Base
 from howfine.batch import Batch, running
+from howfine.checks import ALIGNMENT, CLASSIFICATION, GENERATION
 from howfine.errors import DamagedDelta
 from howfine.method import Tensors
 from howfine.metrics import Metric
@@ -76,6 +77,15 @@ class Readout(ABC):
     reads_options: ClassVar[bool] = False
     # Whether its answers are texts.
     writes: ClassVar[bool] = False
+    # Whether it gives pictures and captions directions to be compared, instead of answers.
+    aligns: ClassVar[bool] = False
+
+    @property
+    def gives(self) -> str:
+        """What kind of task it answers, as `howfine.checks.answerable` has it."""
+        if self.aligns:
+            return ALIGNMENT
+        return GENERATION if self.writes else CLASSIFICATION
 
     @property
     def goes_on(self) -> bool:

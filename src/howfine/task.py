@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 
 from howfine import checks
-from howfine.checks import CLASSIFICATION, GENERATION, REGRESSION
+from howfine.checks import ALIGNMENT, CLASSIFICATION, GENERATION, REGRESSION
 from howfine.errors import BadSplit, SettingError, TaskNotFound, UnknownLabel, near
+from howfine.images import Picture
 from howfine.tasks import (
     SPLITS,
     Found,
@@ -25,6 +26,7 @@ from howfine.tasks import (
     files,
     generation,
     glue,
+    image_sets,
     rotten_tomatoes,
     shots,
     stratified,
@@ -37,7 +39,10 @@ DEFAULT_METRIC = {
     CLASSIFICATION: "accuracy",
     REGRESSION: "pearson_spearman",
     GENERATION: "bleu",
+    ALIGNMENT: "mean_recall",
 }
+# Those whose tasks have a name in front.
+COLLECTIONS = (few_shot, choice, generation, image_sets)
 DATA_VARIABLE = "HOWFINE_DATA"
 
 
@@ -54,6 +59,8 @@ class Example:
     # (kind, text) in reading order, where the text is made of such; the last is what is to be
     # written: its kind and "".
     segments: tuple[tuple[str, str], ...] = ()
+    # What the text is a caption of.
+    picture: Picture | None = None
 
 
 @dataclass(frozen=True)
@@ -81,14 +88,19 @@ class Task:
 
     @property
     def kind(self) -> str:
-        """ "classification", "regression" or "generation"."""
+        """ "classification", "regression", "generation" or "alignment" (of pictures)."""
+        first = self.splits["train"][0]
         if self.labels:
             return CLASSIFICATION
-        return GENERATION if self.splits["train"][0].targets else REGRESSION
+        if first.picture:
+            return ALIGNMENT
+        return GENERATION if first.targets else REGRESSION
 
     def targets(self, split: str) -> np.ndarray:
-        """(n,) class indices, scores, or tuples of texts, what a metric compares with."""
+        """(n,) what a metric compares with: classes, scores, tuples of texts, pictures' digests."""
         examples = self.splits[split]
+        if self.kind == ALIGNMENT:
+            return np.asarray([example.picture.digest for example in examples if example.picture])
         if self.kind != GENERATION:
             return np.asarray([example.label for example in examples])
         found = np.empty(len(examples), dtype=object)
@@ -111,6 +123,7 @@ class Task:
             for example in self.splits[split]:
                 told: list[Any] = [split, *example.texts, example.label, *example.options]
                 told += [*example.targets, *([example.segments] if example.segments else [])]
+                told += [example.picture.digest] if example.picture else []
                 digest.update(json.dumps(told).encode())
         return digest.hexdigest()[:16]
 
@@ -175,6 +188,7 @@ class Task:
         label: str | None = None,
         target: str | None = None,
         form: str | None = None,
+        image: str | None = None,
         data: str | Path | None = None,
         metric: str | None = None,
         train: str | None = None,
@@ -186,14 +200,15 @@ class Task:
 
         `text` names one column or two ("premise,hypothesis"), `label` one of classes or scores, or
         `target` one of texts to be written (a text each, or a list of them); `form` instead says
-        what the rows are made of (a name in `howfine.tasks.forms.FORMS`). `train`, `dev` and `test`
+        what the rows are made of (a name in `howfine.tasks.forms.FORMS`); `image` names a column of
+        pictures, of which `text` has the captions. `train`, `dev` and `test`
         say which part of the source is which split: a file's stem in a folder, another file
         beside a single one, a split's name on the hub. `seed` salts the hash that makes
         missing splits. `data` is the folder of the GLUE files, else the environment variable
         HOWFINE_DATA. Raises TaskError or a kind of it, SettingError for options that don't fit.
         """
         name = str(name_or_path)
-        options = {"text": text, "label": label, "target": target, "form": form}
+        options = {"text": text, "label": label, "target": target, "form": form, "image": image}
         options |= {"train": train, "dev": dev, "test": test}
         given = {key: value for key, value in options.items() if value is not None}
         found = _named(name, data, {**given, **({"seed": seed} if seed else {})})
@@ -213,7 +228,7 @@ class Task:
 def _named(name: str, data: str | Path | None, options: Mapping[str, Any]) -> Found | None:
     """A task known by name, None where it is none."""
     short = name.removeprefix("glue/")
-    collection = next((each for each in (few_shot, choice, generation) if each.known(name)), None)
+    collection = next((each for each in COLLECTIONS if each.known(name)), None)
     if name != rotten_tomatoes.NAME and short not in glue.TASKS and collection is None:
         return None
     if options:
@@ -235,13 +250,7 @@ def _unnamed(name: str, asked: Wanted) -> Found:
         return files.read(path, asked)
     if name.count("/") == 1 and not name.startswith((".", "/", "~")):
         return files.read_hub(name, asked)
-    known = [
-        rotten_tomatoes.NAME,
-        *glue.TASKS,
-        *few_shot.names(),
-        *choice.names(),
-        *generation.names(),
-    ]
+    known = [rotten_tomatoes.NAME, *glue.TASKS, *(n for each in COLLECTIONS for n in each.names())]
     raise TaskNotFound(
         f"task {name!r} is no known name, no file or folder, and no owner/name of the hub. "
         f"{near(name, known)}"
@@ -259,6 +268,12 @@ def _encoded(
             for split, rows in found.splits.items()
         }
         return (), metric or DEFAULT_METRIC[GENERATION], texts
+    if found.splits["train"][0].picture:
+        shown = {
+            split: [Example(row.texts, picture=row.picture) for row in rows]
+            for split, rows in found.splits.items()
+        }
+        return (), metric or DEFAULT_METRIC[ALIGNMENT], shown
     values: Sequence[Any]
     if found.labels is None:
         values = class_values(found.splits, metric)

@@ -51,6 +51,8 @@ class Training:
     optimizer: Literal["adamw", "sgd"] = "adamw"
     # Train in evaluation mode: no dropout, in the base nor in the head.
     eval_mode: bool = False
+    # Compute what frozen blocks under every change make of an example once, and keep it in memory.
+    reuse_frozen: bool = False
     # Where to log: none, tensorboard, trackio, … as transformers' report_to.
     report_to: str = "none"
 

@@ -213,7 +213,7 @@ def _checkpoints(folder: Path) -> Iterator[tuple[int, Path]]:
 
 
 def _is_json(path: Path) -> bool:
-    """Whether a file is there and written to its end: Trainer opens its state before it fills it."""
+    """Whether a file is whole: Trainer opens its state before it fills it."""
     try:
         json.loads(path.read_text())
     except (FileNotFoundError, ValueError):

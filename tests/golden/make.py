@@ -23,7 +23,7 @@ from torch import Tensor
 from transformers import AutoModel
 
 from howfine import container, streams
-from howfine.base import Base
+from howfine.base import Base, TwoTowers
 from howfine.codec import PRECISIONS
 from howfine.delta import SUFFIX, Delta
 from howfine.method import Method, method
@@ -40,6 +40,19 @@ PATTERNS = ("none", "all", "rank", "bits", "grid", "histogram", "gaps", "zlib")
 def golden_base() -> Base:
     """The base on disk, whatever torch draws at random today."""
     return Base("golden", AutoModel.from_pretrained(HERE / "base", dtype=torch.float32))
+
+
+def golden_towers() -> TwoTowers:
+    """That base beside an image tower on disk."""
+    tower = AutoModel.from_pretrained(HERE / "image", dtype=torch.float32)
+    text = golden_base()
+    text.tokenizer = tiny_tokenizer()
+    return TwoTowers(Base("golden-image", tower), text)
+
+
+def base_of(delta: Delta) -> Base:
+    """The base that a golden delta was made on."""
+    return golden_towers() if delta.base_kind == "two_towers" else golden_base()
 
 
 def decoded(delta: Delta, base: Base) -> dict[str, str]:
@@ -62,6 +75,10 @@ def logits(delta: Delta, base: Base, tokens: dict[str, Any]) -> Tensor:
     """Outputs of the base with a delta on, for the golden tokens."""
     with delta.applied(base) as model:
         inputs = {name: torch.tensor(value) for name, value in tokens.items()}
+        if isinstance(base, TwoTowers):
+            rows = len(inputs["input_ids"])
+            inputs["pixel_values"] = torch.linspace(-1, 1, rows * 192).sin().view(rows, 3, 8, 8)
+            inputs["pictures"] = torch.arange(rows)
         return model(inputs=inputs)["logits"]
 
 
@@ -102,6 +119,9 @@ def cases() -> Iterator[tuple[str, Method, str]]:
     yield "adapter", method("adapter", reduction=8, beside=["norm"]), "fp16"
     block = method("adapter", placement="block", width=3, activation="relu")
     yield "adapter-block", block, "int8"
+    two = {"adapter": {"placement": "layerwise", "width": 3}}
+    yield "towers", method("towers", image=two, text={"select": {"train": ["norm"]}}), "fp16"
+    yield "deep", method("deep"), "int8"
     yield "prefix", method("prefix", length=3, hidden=0), "fp16"
     yield "prompt", method("prompt", length=4, init="table"), "int8"
 
@@ -109,7 +129,9 @@ def cases() -> Iterator[tuple[str, Method, str]]:
 def made(stem: str, chosen: Method, store: str, base: Base) -> Delta:
     """A change as training might leave it, drawn from a seed."""
     torch.manual_seed(sum(stem.encode()))
-    read = readout("classifier", max_length=32)
+    two = chosen.for_towers
+    read = readout("contrastive", width=8) if two else readout("classifier", max_length=32)
+    labels = () if two else LABELS
     probe = probe_for(chosen, read, base) if chosen.start == "needed" else None
     with chosen.attach(base, probe) as change:
         for number, (path, value) in enumerate(change.trainable.items()):
@@ -120,8 +142,8 @@ def made(stem: str, chosen: Method, store: str, base: Base) -> Delta:
                 value.data = 0.5 * torch.randn_like(value)
             elif stem != "full" or "layer.1.attention" in path or path.endswith("bias"):
                 value.data += 0.1 * torch.randn_like(value) * value.abs().max()
-        head = read.attach(base, LABELS)
-        delta = Delta.pack(base, chosen, change, read, head, LABELS, store)
+        head = read.attach(base, labels)
+        delta = Delta.pack(base, chosen, change, read, head, labels, store)
     on = {"metric": "accuracy", "value": 0.625, "interval": [0.25, 0.875], "on": "tiny/dev", "n": 8}
     return delta.with_score(on)
 
@@ -151,12 +173,13 @@ def main(stems: list[str]) -> None:
         if stems and stem not in stems:
             continue
         path = folder / f"{stem}{SUFFIX}"
-        save(stem, made(stem, chosen, store, base), path)
+        own = golden_towers() if chosen.for_towers else base
+        save(stem, made(stem, chosen, store, own), path)
         delta = Delta.load(path)
         files[stem] = {
             "header": delta.header(),
-            "tensors": decoded(delta, base),
-            "logits": logits(delta, base, tokens).tolist(),
+            "tensors": decoded(delta, own),
+            "logits": logits(delta, own, tokens).tolist(),
         }
     expected = {"fingerprint": base.fingerprint, "tokens": tokens, "files": files}
     (folder / "expected.json").write_text(json.dumps(expected, indent=1) + "\n")

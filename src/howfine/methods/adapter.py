@@ -1,18 +1,21 @@
 """Small modules in each block: A(x) = x + W_up·act(W_down·x + b_down) + b_up.
 
-Houlsby et al. 2019, "Parameter-efficient transfer learning for NLP", in two placements:
+Houlsby et al. 2019, "Parameter-efficient transfer learning for NLP", in three placements:
 
 - `feed_forward`, of Karimi Mahabadi et al. 2022, "PERFECT: Prompt-free and efficient few-shot
   learning with language models": after the feed-forward net's output and dropout, before the
   residual is added and the layer's LayerNorm is applied;
 - `block`, of Lin, Madotto & Fung 2020, "Exploring versatile generative language model via
   parameter-efficient transfer learning": after the whole block, on x normalised by a LayerNorm of
-  its own, A(x) = x + W_up·act(W_down·LN(x) + b_down) + b_up.
+  its own, A(x) = x + W_up·act(W_down·LN(x) + b_down) + b_up;
+- `layerwise`, of Khan & Fu 2023, "Contrastive alignment of vision to language through
+  parameter-efficient transfer learning" (LilT): two a block, each ahead of a LayerNorm. Where that
+  reads a branch's input (pre-LN: ViT), x + Attn(LN(A(x))): the skip carries the raw x; where it
+  reads the sum (post-LN: BERT), LN(A(Attn(x)) + x).
 """
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -64,9 +67,9 @@ class Adapter(Method):
     start: ClassVar[Any] = "own"
     meaning: ClassVar[tuple[str, ...]] = ("placement", "reduction", "activation", "beside", "width")
 
-    # Where they stand: on the feed-forward net's output, before the residual is added, or after
-    # the whole block.
-    placement: Literal["feed_forward", "block"] = "feed_forward"
+    # Where they stand: on the feed-forward net's output, before the residual is added; after the
+    # whole block; or ahead of both LayerNorms of a block.
+    placement: Literal["feed_forward", "block", "layerwise"] = "feed_forward"
     # Hidden numbers for each number between down and up.
     reduction: int = 16
     # The nonlinearity, by transformers' name.
@@ -92,9 +95,8 @@ class Adapter(Method):
             )
 
     def attach(self, base: Base, probe: Probe | None = None) -> Change:
-        made = {}
-        for layer in range(base.depth):
-            module = made[layer] = self._module(base)
+        made = {key: self._module(base) for key in self._points(base)}
+        for module in made.values():
             std = self.std or 0.02
             for linear in (module.down, module.up):
                 nn.init.normal_(linear.weight, std=std)
@@ -112,27 +114,38 @@ class Adapter(Method):
             with torch.no_grad():
                 for path in beside.trainable.keys() & begun.keys():
                     beside.trainable[path].copy_(begun[path])
+            hosts = self._points(base)
             trainable = {
-                f"{inserted.path(base, layer, self.placement)}:{name}": value
-                for layer, module in made.items()
+                f"{hosts[key].path}:{name}": value
+                for key, module in made.items()
                 for name, value in module.named_parameters()
             }
             trainable |= beside.trainable
             return Change(trainable, undo, parts={"made": made, "beside": beside})
+
+    def _points(self, base: Base) -> dict[str, inserted.Point]:
+        """Where adapters stand, by what their tensors' names begin with."""
+        found = {}
+        for layer in range(base.depth):
+            own = inserted.points(base, layer, self.placement)
+            for number, point in enumerate(own):
+                key = f"adapter.{layer}." if len(own) == 1 else f"adapter.{layer}.{number}."
+                found[key] = point
+        return found
 
     def _module(self, base: Base) -> Bottleneck:
         width = self.width or max(1, base.hidden_size // self.reduction)
         normed = self.placement == "block"
         return Bottleneck(base.hidden_size, width, self.activation, normed).to(base.device)
 
-    def _insert(self, base: Base, made: dict[int, Bottleneck], undo: list[Any]) -> None:
-        for layer, module in made.items():
-            undo.append(inserted.after(base, layer, self.placement, module))
+    def _insert(self, base: Base, made: Mapping[str, Bottleneck], undo: list[Any]) -> None:
+        for key, point in self._points(base).items():
+            undo.append(inserted.put(base, point, made[key]))
 
     def pack(self, base: Base, change: Change) -> Tensors:
         own = {
-            f"adapter.{layer}.{name}": value.detach().clone()
-            for layer, module in change.parts["made"].items()
+            f"{key}{name}": value.detach().clone()
+            for key, module in change.parts["made"].items()
             for name, value in module.named_parameters()
         }
         return own | whole.pack(change.parts["beside"])
@@ -150,9 +163,7 @@ class Adapter(Method):
         return 1e-4
 
     def unpack(self, base: Base, tensors: Tensors) -> Change:
-        made = {}
-        for layer in range(base.depth):
-            made[layer] = self._module(base).requires_grad_(False)
+        made = {key: self._module(base).requires_grad_(False) for key in self._points(base)}
         own = self._fill(base, made, tensors)
         with all_or_nothing() as undo:
             self._insert(base, made, undo)
@@ -160,12 +171,12 @@ class Adapter(Method):
             undo.append(whole.unpack(base, rest).remove)
             return Change({}, undo)
 
-    def _fill(self, base: Base, made: dict[int, Bottleneck], tensors: Tensors) -> Tensors:
+    def _fill(self, base: Base, made: Mapping[str, Bottleneck], tensors: Tensors) -> Tensors:
         """Put stored values into modules; those that are the adapters'. Raises DamagedDelta."""
         own = {name: value for name, value in tensors.items() if name.startswith("adapter.")}
         expected = {
-            f"adapter.{layer}.{name}": value
-            for layer, module in made.items()
+            f"{key}{name}": value
+            for key, module in made.items()
             for name, value in module.named_parameters()
         }
         found = {n: (*value.shape, value.is_floating_point()) for n, value in own.items()}
@@ -190,21 +201,23 @@ class Adapter(Method):
             row: {name: value for name, value in tensors.items() if name in paths}
             for row, (_, tensors) in worn.items()
         }
-        kinds = sorted({(method.placement, method.activation) for method, _ in worn.values()})
+        kinds: dict[tuple[str, str], Adapter] = {}
+        for method, _ in worn.values():
+            kinds.setdefault((method.placement, method.activation), method)
         with all_or_nothing() as undo:
             beside = norms(base, rest, count)
             if beside is None:
                 return None
             undo.extend(beside)
-            for layer, place in itertools.product(range(base.depth), inserted.PLACES):
-                made = [
-                    _Worn(_tables(base, worn, count, layer, kind), kind[1])
-                    for kind in kinds
-                    if kind[0] == place
-                ]
-                if made:
-                    module = nn.Sequential(*made).to(base.device)
-                    undo.append(inserted.after(base, layer, place, module))
+            # Two placements may share a point: of one row there is at most one.
+            made: dict[inserted.Point, list[nn.Module]] = {}
+            for kind, method in sorted(kinds.items()):
+                for key, point in method._points(base).items():
+                    tables = _tables(base, worn, count, key, kind)
+                    made.setdefault(point, []).append(_Worn(tables, kind[1]))
+            for point, modules in made.items():
+                module = nn.Sequential(*modules).to(base.device)
+                undo.append(inserted.put(base, point, module))
             return Change({}, undo)
 
 
@@ -212,11 +225,13 @@ def _tables(
     base: Base,
     worn: Mapping[int, tuple[Adapter, Tensors]],
     count: int,
-    layer: int,
+    start: str,
     kind: tuple[str, str],
 ) -> Tensors:
-    """Tables of a layer with a row for each change; of those of another kind, nothing."""
-    start = f"adapter.{layer}."
+    """Tables of a point with a row for each change; of those of another kind, nothing.
+
+    The names of its tensors begin with `start`.
+    """
     parts: list[Tensors | None] = [None] * (count + 1)
     for row, (method, tensors) in worn.items():
         if (method.placement, method.activation) == kind:

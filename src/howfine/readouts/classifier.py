@@ -16,6 +16,7 @@ from torch.nn import functional
 from howfine.base import Base
 from howfine.batch import Batch
 from howfine.errors import SettingError
+from howfine.pooling import pool
 from howfine.readout import Head, Labels, Readout, class_answer, class_loss
 from howfine.task import Example
 
@@ -119,23 +120,6 @@ class _LinearHead(Head):
         pooled = pool(state, batch.inputs.get("attention_mask"), self.pooling)
         outputs = self.linear(self.dropout(pooled.to(self.linear.weight.dtype)))
         return functional.pad(outputs, (1, 0)) if self.reference else outputs
-
-
-def pool(state: object, mask: Tensor | None, pooling: str) -> Tensor:
-    """(B, H) from a model's output: the first, last or mean unmasked position, or the pooler's."""
-    if pooling == "pooler":
-        return state.pooler_output  # type: ignore[attr-defined]
-    hidden: Tensor = state.last_hidden_state  # type: ignore[attr-defined]
-    if pooling == "cls":
-        return hidden[:, 0]
-    if mask is None:
-        mask = torch.ones(hidden.shape[:2], device=hidden.device)
-    if pooling == "mean":
-        weights = mask.unsqueeze(-1).to(hidden.dtype)
-        return (hidden * weights).sum(1) / weights.sum(1).clamp(min=1)
-    positions = torch.arange(mask.shape[1], device=mask.device)
-    last = (mask * positions).argmax(1)
-    return hidden[torch.arange(len(hidden), device=hidden.device), last]
 
 
 EXAMPLE = Classifier(max_length=32)

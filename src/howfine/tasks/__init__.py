@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from howfine.errors import MissingColumn, TaskError
+from howfine.images import Picture
 
 SPLITS = ("train", "dev", "test")
 # How other collections name their splits.
@@ -39,6 +40,8 @@ class Row(NamedTuple):
     # (kind, text) in reading order, where the first text is made of such; the last is what is to
     # be written: its kind and "".
     segments: tuple[tuple[str, str], ...] = ()
+    # What the text is about, where it is a caption.
+    picture: Picture | None = None
 
     @property
     def where(self) -> str:

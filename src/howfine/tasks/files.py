@@ -1,8 +1,9 @@
-"""Examples from files (CSV, TSV, JSON, JSON lines, Parquet) and from data sets of the hub."""
+"""Examples from files (CSV, TSV, JSON, JSON lines, Parquet, tar) and from data sets of the hub."""
 
 from __future__ import annotations
 
 import json
+import tarfile
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,17 @@ from pyarrow import csv as pyarrow_csv
 from pyarrow import parquet
 
 from howfine.errors import BadSplit, SettingError, TaskError, TaskNotFound, near
-from howfine.tasks import ALIASES, SPLITS, Found, Row, completed, forms, rows_of, written
+from howfine.tasks import (
+    ALIASES,
+    SPLITS,
+    Found,
+    Row,
+    captions,
+    completed,
+    forms,
+    rows_of,
+    written,
+)
 from howfine.tasks.wanted import Wanted
 
 Columns = dict[str, list[Any]]
@@ -95,13 +106,16 @@ def _found(
     labels: tuple[str, ...] | None,
     origin: str,
 ) -> Found:
-    rows = {split: _rows(table, wanted, sources[split]) for split, table in tables.items()}
-    made = [split for split in SPLITS if split not in rows]
+    made = [split for split in SPLITS if split not in tables]
     how = (
         f"; {' and '.join(made)} carved out of train by a hash of the text, seed {wanted.seed}"
         if made
         else "; its own splits"
     )
+    if wanted.image:
+        named = wanted.image, wanted.text[0]
+        return captions.found(tables, sources, named, origin, how, wanted.seed)
+    rows = {split: _rows(table, wanted, sources[split]) for split, table in tables.items()}
     whole = completed(rows, wanted.seed)
     if wanted.target or wanted.form:
         whole = written.referenced(whole)
@@ -174,7 +188,7 @@ def columns(path: Path, wanted: Wanted | None = None) -> Columns:
         raise TaskNotFound(f"there is no file {path}; correct the path")
     try:
         return READERS[path.suffix](path, wanted or Wanted())
-    except (OSError, ValueError, pyarrow.ArrowException) as error:
+    except (OSError, ValueError, pyarrow.ArrowException, tarfile.TarError) as error:
         raise TaskError(
             f"{path} can't be read as {path.suffix[1:]}: {str(error).splitlines()[0]}"
         ) from error
@@ -219,12 +233,17 @@ def _parquet(path: Path, _: Wanted) -> Columns:
     return dict(parquet.read_table(path).to_pydict())
 
 
+def _tar(path: Path, _: Wanted) -> Columns:
+    return captions.tarred(path)
+
+
 READERS: dict[str, Callable[[Path, Wanted], Columns]] = {
     ".csv": _csv,
     ".tsv": _tsv,
     ".jsonl": _json,
     ".json": _json,
     ".parquet": _parquet,
+    ".tar": _tar,
 }
 
 

@@ -25,11 +25,17 @@ class Wanted:
     target: str = ""
     # A name in forms.FORMS, which then says the columns; "" for none.
     form: str = ""
+    # Column of pictures, of which `text` then has the captions; "" for a task without.
+    image: str = ""
 
     @property
     def columns(self) -> tuple[str, ...]:
         """The columns that hold texts where a file knows texts alone."""
-        return forms.known(self.form).names if self.form else (*self.text, self.label, self.target)
+        return (
+            forms.known(self.form).names
+            if self.form
+            else (*self.text, self.label, self.target, self.image)
+        )
 
 
 def wanted(given: Mapping[str, Any], seed: int) -> Wanted:
@@ -38,7 +44,7 @@ def wanted(given: Mapping[str, Any], seed: int) -> Wanted:
     if form := given.get("form", ""):
         forms.known(form)
         if named := [
-            f"{key}={given[key]!r}" for key in ("text", "label", "target") if key in given
+            f"{key}={given[key]!r}" for key in ("text", "label", "target", "image") if key in given
         ]:
             raise SettingError(
                 f"form={form!r} names its columns itself, but found {', '.join(named)}; leave one "
@@ -50,9 +56,15 @@ def wanted(given: Mapping[str, Any], seed: int) -> Wanted:
     names = tuple(name.strip() for name in names)
     if len(names) not in (1, 2) or "" in names:
         raise SettingError(f"text={text!r}, expected one column or two, such as premise,hypothesis")
+    if "image" in given and (odd := [key for key in ("label", "target") if key in given]):
+        raise SettingError(
+            f"image={given['image']!r} and {odd[0]}={given[odd[0]]!r}: a picture's text is its "
+            "caption, and nothing else is learned of it; leave one out"
+        )
     if "label" in given and "target" in given:
         raise SettingError(
             f"label={given['label']!r} and target={given['target']!r}: a task has classes, scores "
             "or texts to be written; name one column"
         )
-    return Wanted(names, given.get("label", "label"), splits, seed, given.get("target", ""))
+    label, target, image = (given.get(key, "") for key in ("label", "target", "image"))
+    return Wanted(names, label or "label", splits, seed, target, image=image)

@@ -1,0 +1,135 @@
+"""What frozen blocks make of an example, computed once: the states that enter the lowest change.
+
+Where nothing that trains lies under a block, and nothing random either, its output for an example
+is the same in every epoch. It is kept by the example's content, so that whatever changes the input
+(a random crop) is simply never found again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from howfine import surgery
+from howfine.base import Base, TwoTowers
+from howfine.change import Undo
+
+# States are kept up to so many bytes; examples that come later are computed each time.
+KEPT_BYTES = 2**31
+
+
+def reuse(base: Base) -> Undo:
+    """Let each tower of a base keep what its frozen lower blocks give; returns the undo.
+
+    What lies under a change is seen in the first training step: it is what needs no gradient.
+    """
+    parts = base.parts.values() if isinstance(base, TwoTowers) else [base]
+    kept = [_Kept(part) for part in parts if _in_one_row(part)]
+
+    def undo() -> None:
+        for each in reversed(kept):
+            each.remove()
+
+    return undo
+
+
+def _in_one_row(part: Base) -> bool:
+    """Whether each block runs once, one after the other."""
+    layers = getattr(part.config, "num_hidden_layers", None) or part.depth
+    return len(part.anatomy.stacks) == 1 and int(layers) == part.depth
+
+
+class _Kept:
+    """States of one tower: those that leave its highest block under every change."""
+
+    def __init__(self, part: Base) -> None:
+        self.part, self.held, self.bytes = part, dict[bytes, Tensor](), 0
+        prefix, block_path = part.body_prefix, part.anatomy.block_path
+        self.blocks = [part.towers.get_submodule(prefix + block_path(n)) for n in range(part.depth)]
+        # Blocks under every change, once a training step has told; of a batch, its rows' keys.
+        self.under: int | None = None
+        self.keys: list[bytes] = []
+        self.hit = self.in_tuple = False
+        self.lengths: list[int] = []
+        self.frozen: list[bool] = []
+        self.undo = [surgery.rewire(part.body, self._entry(part.body.forward))]
+        for number, block in enumerate(self.blocks):
+            self.undo.append(surgery.rewire(block, self._block(number, block.forward)))
+
+    def remove(self) -> None:
+        while self.undo:
+            self.undo.pop()()
+
+    def _entry(self, compute: Callable[..., Any]) -> Callable[..., Any]:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            self.keys, self.lengths = ([], []) if args else _keys(kwargs)
+            self.hit = bool(self.keys) and all(key in self.held for key in self.keys)
+            self.frozen = []
+            found = compute(*args, **kwargs)
+            if self.under is None and self.frozen and torch.is_grad_enabled():
+                moving = self.frozen.index(False) if False in self.frozen else len(self.frozen)
+                self.under = moving if self._steady(moving) else 0
+            return found
+
+        return forward
+
+    def _block(self, number: int, compute: Callable[..., Any]) -> Callable[..., Any]:
+        def forward(states: Any, *args: Any, **kwargs: Any) -> Any:
+            last = number + 1 == self.under
+            if self.hit and self.under is not None and number < self.under:
+                given = self._found(states) if last else states
+                return (given,) if self.in_tuple else given
+            found = compute(states, *args, **kwargs)
+            self.in_tuple = isinstance(found, tuple)
+            made: Tensor = found[0] if self.in_tuple else found
+            if self.under is None:
+                self.frozen.append(not made.requires_grad)
+            elif last and torch.is_grad_enabled() and not made.requires_grad:
+                self._keep(made)
+            return found
+
+        return forward
+
+    def _steady(self, count: int) -> bool:
+        """Whether the lower blocks compute the same each time: no dropout, or none at work."""
+        if not any(block.training for block in self.blocks[:count]):
+            return True
+        told = vars(self.part.config)
+        rates = [v for k, v in told.items() if "drop" in k and isinstance(v, int | float)]
+        return not any(rates)
+
+    def _keep(self, states: Tensor) -> None:
+        for key, length, row in zip(self.keys, self.lengths, states.detach(), strict=True):
+            if key not in self.held and self.bytes < KEPT_BYTES:
+                own = self.held[key] = row[:length].clone()
+                self.bytes += own.numel() * own.element_size()
+
+    def _found(self, like: Tensor) -> Tensor:
+        """The states of a batch's rows; zeros where they are padded."""
+        rows = [self.held[key] for key in self.keys]
+        return nn.utils.rnn.pad_sequence(
+            [*rows, rows[0].new_zeros(like.shape[1], like.shape[2])], batch_first=True
+        )[:-1]
+
+
+def _keys(inputs: dict[str, Any]) -> tuple[list[bytes], list[int]]:
+    """What tells a batch's rows apart, and how many positions count of each."""
+    if "pixel_values" in inputs:
+        rows = [row.detach().cpu().contiguous().numpy() for row in inputs["pixel_values"]]
+        return [_digest(row) for row in rows], [2**31] * len(rows)
+    tokens, mask = inputs.get("input_ids"), inputs.get("attention_mask")
+    if tokens is None or mask is None or bool((mask[:, :1] == 0).any()):  # padded on the left
+        return [], []
+    types = inputs.get("token_type_ids", torch.zeros_like(tokens))
+    lengths = mask.sum(1).tolist()
+    both = torch.stack([tokens, types], dim=2).cpu()
+    made = [row[:length] for row, length in zip(both, lengths, strict=True)]
+    return [_digest(row.contiguous().numpy()) for row in made], lengths
+
+
+def _digest(array: Any) -> bytes:
+    return hashlib.blake2b(array.tobytes(), digest_size=16).digest()

@@ -1,0 +1,87 @@
+"""Retrieval across two kinds of things, such as pictures and captions: recall at k, both ways.
+
+Predictions are one vector a pair, the picture's direction and the caption's one after the other;
+targets say which picture a pair is of. A picture is looked for among all, and so is a caption. A
+score that another one equals counts as below it: a model that maps all to one point finds nothing.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import numpy as np
+
+from howfine.text_metrics import Formula
+
+KS = (1, 5, 10)
+# What is found at which rank, by the name of its score.
+NAMES = tuple(f"{way}_r{k}" for way in ("text_to_image", "image_to_text") for k in KS)
+MEAN = "mean_recall"
+# Scores of so many pairs at once: bounds the memory.
+_BLOCK = 2**24
+
+
+def as_objects(vectors: np.ndarray) -> np.ndarray:
+    """(n, d) vectors as (n,) objects, as a metric takes predictions."""
+    found = np.empty(len(vectors), dtype=object)
+    found[:] = list(vectors)
+    return found
+
+
+def statistics(name: str, predictions: np.ndarray, targets: np.ndarray) -> np.ndarray:
+    """(n, 7) of n pairs: the caption's hits at 1, 5, 10, shares of its picture's, and of one.
+
+    They are the same for each score of NAMES. The picture's hits are divided among its captions,
+    so that sums over pairs are sums over pictures; the last column is divided alike.
+    """
+    vectors = np.stack(list(predictions)).astype(np.float32)
+    _, first, owner = np.unique(targets, return_index=True, return_inverse=True)
+    images, texts = np.split(vectors, 2, axis=1)
+    caption, picture = ranks(images[first], texts, owner)
+    share = 1 / np.bincount(owner)[owner]
+    columns = [caption <= k for k in KS] + [(picture[owner] <= k) * share for k in KS]
+    return np.stack([*columns, share], axis=1).astype(np.float64)
+
+
+def ranks(
+    images: np.ndarray, texts: np.ndarray, owner: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """((n,) rank of each text's image, (m,) best rank of a text of each image), from 1.
+
+    `images` (m, d) and `texts` (n, d) are compared by dot products; `owner` (n,) is the image
+    that a text belongs to.
+    """
+    own = np.einsum("nd,nd->n", images[owner], texts)
+    best = np.full(len(images), -np.inf, own.dtype)
+    np.maximum.at(best, owner, own)
+    caption = np.zeros(len(texts), int)
+    above = np.zeros(len(images), int)
+    step = max(1, _BLOCK // len(images))
+    for start in range(0, len(texts), step):
+        rows = slice(start, start + step)
+        scores = texts[rows] @ images.T
+        mine = owner[rows]
+        other = np.arange(len(images)) != mine[:, None]
+        caption[rows] = 1 + ((scores >= own[rows, None]) & other).sum(axis=1)
+        above += ((scores >= best) & other).sum(axis=0)
+    return caption, 1 + above
+
+
+def recall(name: str, found: np.ndarray) -> np.ndarray:
+    """(draws,) a score of NAMES, or the mean of them all, from (draws, n, 7) statistics."""
+    captions = found[..., :3].mean(axis=-2)
+    pictures = found[..., 3:6].sum(axis=-2) / found[..., 6:].sum(axis=-2)
+    shares = np.concatenate([captions, pictures], axis=-1)
+    made: np.ndarray = shares.mean(axis=-1) if name == MEAN else shares[..., NAMES.index(name)]
+    return made
+
+
+def score(name: str, predictions: np.ndarray, targets: np.ndarray) -> float:
+    """A score of NAMES, or their mean, of a whole split."""
+    return float(recall(name, statistics(name, predictions, targets)[None])[0])
+
+
+# The first is the one by which models are compared.
+FORMULAS = {
+    name: Formula(partial(statistics, name), partial(recall, name)) for name in (MEAN, *NAMES)
+}
