@@ -7,20 +7,24 @@ padding that leaks then shows in the outputs.
 
 from __future__ import annotations
 
+import io
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
+from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from howfine.base import Base
+from howfine.base import Base, TwoTowers
 from howfine.change import Change
 from howfine.delta import Delta
+from howfine.images import Picture
 from howfine.method import Gradient, Method
 from howfine.probe import GradientProbe
 from howfine.readout import Head, Readout, Wired, readout
@@ -252,6 +256,31 @@ def tiny_task(pair: bool = False) -> Task:
         examples.append(Example(tuple(" ".join(text) for text in words), label))
     splits = {"train": examples[:16], "dev": examples[16:24], "test": examples[24:]}
     return Task("tiny", splits, LABELS, "accuracy", "drawn at random, seed 0")
+
+
+def png(seed: int, size: int = 8, ending: str = "PNG") -> bytes:
+    """An image file of noise."""
+    noise = np.random.default_rng(seed).integers(0, 256, (size, size, 3), dtype=np.uint8)
+    held = io.BytesIO()
+    Image.fromarray(noise).save(held, ending)
+    return held.getvalue()
+
+
+def tiny_towers(image: str = "vit", text: str = "bert", **changes: Any) -> TwoTowers:
+    """A tiny base of two towers; `changes` to the text tower's config."""
+    return TwoTowers(tiny_base(image), tiny_base(text, **changes))
+
+
+def captioned_task(pictures: int = 12, captions: int = 2) -> Task:
+    """Pictures of noise, each with captions of its own; the same in train, dev and test."""
+    numbers = random.Random(0)
+    examples = [
+        Example((" ".join(numbers.choices(WORDS, k=numbers.randint(3, 9))),), picture=picture)
+        for picture in (Picture(f"noise {n}", png(n)) for n in range(pictures))
+        for _ in range(captions)
+    ]
+    splits = dict.fromkeys(("train", "dev", "test"), examples)
+    return Task("tiny-captions", splits, (), "mean_recall", "drawn at random, seed 0")
 
 
 class TinyProbe:

@@ -16,25 +16,32 @@ from torch import Tensor, nn
 
 from howfine import surgery
 from howfine.base import Base, TwoTowers
-from howfine.change import Undo
 
 # States are kept up to so many bytes; examples that come later are computed each time.
 KEPT_BYTES = 2**31
 
 
-def reuse(base: Base) -> Undo:
-    """Let each tower of a base keep what its frozen lower blocks give; returns the undo.
+class Reuse:
+    """Lets each tower of a base keep what its frozen lower blocks give.
 
-    What lies under a change is seen in the first training step: it is what needs no gradient.
+    Put on before a change, so that what the change does after a block is not part of what is kept;
+    nothing is kept before `start`. What lies under the change is seen in the first training step
+    after that: it is what needs no gradient.
     """
-    parts = base.parts.values() if isinstance(base, TwoTowers) else [base]
-    kept = [_Kept(part) for part in parts if _in_one_row(part)]
 
-    def undo() -> None:
-        for each in reversed(kept):
+    def __init__(self, base: Base, on: bool = True) -> None:
+        parts = base.parts.values() if isinstance(base, TwoTowers) else [base]
+        self.kept = [_Kept(part) for part in parts if on and _in_one_row(part)]
+
+    def start(self) -> None:
+        """From here on, blocks under every change run once for an example."""
+        for each in self.kept:
+            each.started = True
+
+    def remove(self) -> None:
+        """Let all blocks compute as before, and forget what they gave."""
+        for each in reversed(self.kept):
             each.remove()
-
-    return undo
 
 
 def _in_one_row(part: Base) -> bool:
@@ -56,6 +63,7 @@ class _Kept:
         self.hit = self.in_tuple = False
         self.lengths: list[int] = []
         self.frozen: list[bool] = []
+        self.started = False
         self.undo = [surgery.rewire(part.body, self._entry(part.body.forward))]
         for number, block in enumerate(self.blocks):
             self.undo.append(surgery.rewire(block, self._block(number, block.forward)))
@@ -63,22 +71,27 @@ class _Kept:
     def remove(self) -> None:
         while self.undo:
             self.undo.pop()()
+        self.held.clear()
 
     def _entry(self, compute: Callable[..., Any]) -> Callable[..., Any]:
         def forward(*args: Any, **kwargs: Any) -> Any:
+            if not self.started:
+                return compute(*args, **kwargs)
             self.keys, self.lengths = ([], []) if args else _keys(kwargs)
             self.hit = bool(self.keys) and all(key in self.held for key in self.keys)
             self.frozen = []
             found = compute(*args, **kwargs)
             if self.under is None and self.frozen and torch.is_grad_enabled():
                 moving = self.frozen.index(False) if False in self.frozen else len(self.frozen)
-                self.under = moving if self._steady(moving) else 0
+                self.under = self._steady(moving)
             return found
 
         return forward
 
     def _block(self, number: int, compute: Callable[..., Any]) -> Callable[..., Any]:
         def forward(states: Any, *args: Any, **kwargs: Any) -> Any:
+            if not self.started:
+                return compute(states, *args, **kwargs)
             last = number + 1 == self.under
             if self.hit and self.under is not None and number < self.under:
                 given = self._found(states) if last else states
@@ -94,13 +107,12 @@ class _Kept:
 
         return forward
 
-    def _steady(self, count: int) -> bool:
-        """Whether the lower blocks compute the same each time: no dropout, or none at work."""
-        if not any(block.training for block in self.blocks[:count]):
-            return True
+    def _steady(self, count: int) -> int:
+        """Of the lowest blocks those that compute the same each time: without dropout at work."""
         told = vars(self.part.config)
         rates = [v for k, v in told.items() if "drop" in k and isinstance(v, int | float)]
-        return not any(rates)
+        moods = [block.training and any(rates) for block in self.blocks[:count]]
+        return moods.index(True) if True in moods else count
 
     def _keep(self, states: Tensor) -> None:
         for key, length, row in zip(self.keys, self.lengths, states.detach(), strict=True):

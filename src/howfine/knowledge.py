@@ -76,6 +76,7 @@ def linear_probe(
 def states(delta: Delta | str | Path | None, base: Base, items: Sequence[Any]) -> States:
     """(n, d) pooled states of pictures by the image tower, or of texts by the text tower."""
     of_pictures = isinstance(items[0], Picture)
+    different = list(dict.fromkeys(items))  # a batch encodes a picture once
     found: list[States] = []
     with _encoder(delta, base) as encode:
         head: Any = encode.model.head
@@ -84,10 +85,12 @@ def states(delta: Delta | str | Path | None, base: Base, items: Sequence[Any]) -
             lambda _, inputs: found.append(inputs[0].float().cpu().numpy())
         )
         try:
-            (encode.pictures if of_pictures else encode.texts)(items)
+            (encode.pictures if of_pictures else encode.texts)(different)
         finally:
             hook.remove()
-    return np.concatenate(found)
+    numbers = {item: number for number, item in enumerate(different)}
+    made: States = np.concatenate(found)[[numbers[item] for item in items]]
+    return made
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from howfine.delta import Delta
 from howfine.errors import SettingError, TaskError
 from howfine.method import fitting
 from howfine.probe import GradientProbe
-from howfine.readout import Wired
+from howfine.readout import Head, Wired
 from howfine.recipe import Recipe
 from howfine.start import Start
 from howfine.task import Task
@@ -51,9 +51,7 @@ class Fit:
         self.memory = PeakMemory(base.device)
         start = start or Start({})
         _check_start(recipe, start)
-        head = recipe.readout.attach(base, task.labels)
-        if start.head is not None:
-            head.load_state_dict(start.head.state_dict())
+        head = _head(recipe, base, task, start)
         training = recipe.training
         model = Wired(base, recipe.readout, head, dropout=not training.eval_mode)
         rows = task.splits["train"]
@@ -62,12 +60,13 @@ class Fit:
         )
         with ExitStack() as undo:
             undo.callback(base.towers.eval)
+            reuse = features.Reuse(base, on=training.reuse_frozen)
+            undo.callback(reuse.remove)
             change = undo.enter_context(recipe.method.attach(base, probe))
+            reuse.start()
             if training.gradient_checkpointing:
                 _check_checkpointing(recipe)
                 undo.callback(_checkpoint_activations(base))
-            if training.reuse_frozen:
-                undo.callback(features.reuse(base))
             self.trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
             _check_trains(recipe, self.trainable)
             self.parts = Parts(base, task, recipe, model, head, change)
@@ -110,6 +109,14 @@ def _settled(recipe: Recipe, base: Base, task: Task) -> Recipe:
     """With nothing left for base and task to say: what the delta will store."""
     readout = recipe.readout.settled(base, task.labels)
     return replace(recipe, method=fitting(recipe.method, base), readout=readout)
+
+
+def _head(recipe: Recipe, base: Base, task: Task, start: Start) -> Head:
+    """A fresh head, or the one of the phase before."""
+    head = recipe.readout.attach(base, task.labels)
+    if start.head is not None:
+        head.load_state_dict(start.head.state_dict())
+    return head
 
 
 def _check_start(recipe: Recipe, start: Start) -> None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, distributed
-from torch.distributed.nn.functional import all_gather
 
 
 def gathered(*tensors: Tensor) -> tuple[tuple[Tensor, ...], int]:
@@ -16,12 +17,23 @@ def gathered(*tensors: Tensor) -> tuple[tuple[Tensor, ...], int]:
     """
     if not distributed.is_available() or not distributed.is_initialized():
         return tensors, 0
-    made = []
-    for tensor in tensors:
-        if tensor.requires_grad:
-            parts = list(all_gather(tensor.contiguous()))
-        else:
-            parts = [torch.empty_like(tensor) for _ in range(distributed.get_world_size())]
-            distributed.all_gather(parts, tensor.contiguous())
-        made.append(torch.cat(parts))
-    return tuple(made), distributed.get_rank() * len(tensors[0])
+    first = distributed.get_rank() * len(tensors[0])
+    return tuple(_Gathered.apply(tensor) for tensor in tensors), first
+
+
+class _Gathered(torch.autograd.Function):
+    """All processes' rows; each row's gradient is the sum of all processes' ones."""
+
+    @staticmethod
+    def forward(ctx: Any, own: Tensor) -> Tensor:
+        ctx.rows = len(own)
+        parts = [torch.empty_like(own) for _ in range(distributed.get_world_size())]
+        distributed.all_gather(parts, own.contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        whole = gradients[0].contiguous()
+        distributed.all_reduce(whole)
+        first = distributed.get_rank() * ctx.rows
+        return whole[first : first + ctx.rows]

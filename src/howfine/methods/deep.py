@@ -111,7 +111,9 @@ def _blocks(base: Base) -> dict[int, nn.Module]:
     made = {}
     for layer in tops:
         made[layer] = block = copy.deepcopy(base.towers.get_submodule(_path(base, layer)))
-        for module in block.modules():  # where a cache keeps its keys and values
+        for module in block.modules():
+            module.__dict__.pop("forward", None)  # what was put on the original is not copied
+            # Where a cache keeps its keys and values.
             if isinstance(getattr(module, "layer_idx", None), int):
                 module.layer_idx = base.depth  # type: ignore[assignment]
         block.requires_grad_(True)

@@ -20,6 +20,8 @@ from howfine.change import Change, all_or_nothing
 from howfine.errors import DamagedDelta, SettingError
 from howfine.method import Gradient, Method, Probe, Tensors, methods
 
+# Two methods' rates stay in the proportion that their own ones have for so many steps.
+_STEPS = 1000
 # A method by name and its settings; {} for a locked tower.
 Named = dict[str, dict[str, Any]]
 
@@ -104,7 +106,7 @@ class Towers(Method):
 
     def groups(self, change: Change) -> list[dict[str, Any]]:
         parts, made = self.parts(), []
-        rates = {tower: method.learning_rate(1) for tower, method in parts.items()}
+        rates = {tower: method.learning_rate(_STEPS) for tower, method in parts.items()}
         for tower, method in parts.items():
             for group in method.groups(change.parts[tower]):
                 scale = group.get("lr_scale", 1.0) * rates[tower] / max(rates.values())

@@ -6,7 +6,8 @@ learning" (LilT), after Radford et al. 2021: v = P_V h_V + b_V and t = P_T h_T +
 0.07 on, within 0.001 and 0.5.
 
 Another caption of the same picture is no negative here: in the paper's 118,000 pictures a batch
-hardly has two of one. Each tower is pooled as its own folder states.
+hardly has two of one. Each tower is pooled as its own folder states; of a text tower with a pooler
+the first position is read, as in the paper.
 """
 
 from __future__ import annotations
@@ -176,6 +177,8 @@ class Aligned(Head):
         self.settings = settings
         self.paths = {name: part.body_path for name, part in base.parts.items()}
         self.pooling = {name: part.pooling for name, part in base.parts.items()}
+        if self.pooling[TEXT] == "pooler":  # of BERT's next sentences: the paper takes none
+            self.pooling[TEXT] = "cls"
         known = inspect.signature(image.tower.forward).parameters
         # Of ViT and CLIP, whose table of positions is for pictures of one size.
         self.resizes = "interpolate_pos_encoding" in known

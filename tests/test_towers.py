@@ -1,0 +1,384 @@
+"""A base of two towers: every method's laws on it, recipes from end to end, bad input."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from howfine import features
+from howfine.base import Base, TwoTowers
+from howfine.delta import SUFFIX, Delta
+from howfine.errors import DamagedDelta, SettingError, TaskError, WrongBase
+from howfine.evaluate import evaluate, predict
+from howfine.knowledge import drift, linear_probe
+from howfine.method import Method, examples, fitting, method
+from howfine.probe import GradientProbe
+from howfine.readout import Wired, readout
+from howfine.recipe import Recipe
+from howfine.task import Task
+from howfine.training import Training
+from howfine.tune import tune
+from tiny import captioned_task, tiny_base, tiny_towers, tuned_weights
+
+READ = readout("contrastive", width=16, size=8, max_length=16)
+ONE_TOWER = sorted(name for name, each in examples().items() if not each.for_towers)
+TOWERS: dict[str, Method] = {
+    "locked": method("towers"),
+    "lit": method("towers", text={"full": {}}),
+    "two": method(
+        "towers",
+        image={"adapter": {"placement": "layerwise", "width": 3}},
+        text={"mask": {"initial_sparsity": 0.1}},
+    ),
+    "deep": method("towers", image={"deep": {"beside": ["norm"]}}, text={"sparse": {}}),
+}
+# What stands in front of words is for the text tower.
+WORDS = ("prefix", "prompt")
+EVERY = {name: examples()[name] for name in ONE_TOWER if name not in WORDS} | TOWERS
+EVERY |= {name: method("towers", text={name: {"length": 3}}) for name in WORDS}
+
+
+class Put:
+    """A method and the readout on a base of two towers, trained a little."""
+
+    def __init__(self, base: TwoTowers, chosen: Method, steps: int = 3) -> None:
+        torch.manual_seed(0)
+        self.base, self.method = base, fitting(chosen, base)
+        self.head = READ.attach(base, ())
+        self.wired = Wired(base, READ, self.head)
+        rows = captioned_task().splits["train"]
+        start = tuned_weights(base) if self.method.start == "needed" else {}
+        probe = GradientProbe(self.wired, base, rows, 8, start)
+        self.change = self.method.attach(base, probe)
+        groups = [g for g in self.method.groups(self.change) if g["params"]]
+        groups = [{"params": group["params"], "lr": 0.05} for group in groups]
+        optimiser = torch.optim.AdamW([*groups, {"params": list(self.head.parameters())}], lr=0.05)
+        self.wired.train()
+        for step in range(steps):
+            batch = READ.collate(base, rows[8 * step : 8 * step + 8])
+            loss = self.wired(**batch.as_kwargs())["loss"] + self.method.penalty(self.change, 0.5)
+            optimiser.zero_grad()
+            loss.backward()
+            optimiser.step()
+        self.wired.eval()
+
+    def outputs(self) -> Tensor:
+        return outputs(self.wired, self.base)
+
+    def delta(self, store: str = "fp32") -> Delta:
+        return Delta.pack(self.base, self.method, self.change, READ, self.head, (), store)
+
+
+@torch.no_grad()
+def outputs(wired: Wired, base: Base) -> Tensor:
+    batch = wired.readout.collate(base, captioned_task().splits["dev"], labelled=False)
+    found: Tensor = wired(**batch.as_kwargs())["logits"]
+    return found
+
+
+# --- laws ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_a_change_of_two_towers_is_exact_and_comes_off(name: str, tmp_path: Path) -> None:
+    """exact, moves, untouched: from its file the same bits, and the base is what it was."""
+    base = tiny_towers()
+    objects = {path: id(value) for path, value in base.towers.named_parameters()}
+    made = Put(base, EVERY[name])
+    trained = made.outputs()
+    delta = made.delta()
+    made.change.remove()
+    assert base.is_untouched()
+    assert {path: id(value) for path, value in base.towers.named_parameters()} == objects
+    assert not any(value.requires_grad for value in base.towers.parameters())
+    plain = outputs(Wired(base, READ, made.head).eval(), base)
+    assert torch.equal(plain, trained) == (name == "locked" or not delta_has_method(delta))
+    path = tmp_path / f"x{SUFFIX}"
+    delta.save(path)
+    for fresh in (base, tiny_towers()):
+        with Delta.load(path).applied(fresh) as wired:
+            assert torch.equal(outputs(wired, fresh), trained)
+        assert fresh.is_untouched()
+
+
+def delta_has_method(delta: Delta) -> bool:
+    return any(stream.name.startswith("method/") for stream in delta.streams)
+
+
+@pytest.mark.parametrize("name", ["full", "sparse", "adapter", "deep", "mask", "subspace"])
+@pytest.mark.parametrize("store", ["fp16", "int8", "int4"])
+def test_a_file_gives_what_the_last_steps_of_training_computed_with(name: str, store: str) -> None:
+    """`stored` of both towers says what will be read back."""
+    made = Put(tiny_towers(), EVERY[name])
+    stored = made.method.stored(made.change, store)
+    assert stored.keys() <= made.change.trainable.keys()
+    for path, value in stored.items():
+        made.change.trainable[path].data = value
+    # Values on the grid of a file stay where they are, to the scales' own rounding.
+    again = made.method.stored(made.change, store)
+    for path, value in stored.items():
+        assert torch.allclose(again[path], value, atol=2e-2 * float(value.abs().max() + 1e-6))
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_gradients_reach_only_what_was_declared(name: str) -> None:
+    base = tiny_towers()
+    made = Put(base, EVERY[name], steps=0)
+    declared = {id(p) for g in made.method.groups(made.change) for p in g["params"]}
+    declared |= {id(p) for p in made.head.parameters()}
+    made.wired.train()
+    batch = READ.collate(base, captioned_task().splits["train"][:8])
+    made.wired(**batch.as_kwargs())["loss"].backward()
+    moved = {id(p) for p in made.wired.parameters() if p.grad is not None and p.grad.any()}
+    assert moved <= declared
+
+
+@pytest.mark.parametrize("image", ["vit", "dinov2"])
+@pytest.mark.parametrize("text", ["bert", "roberta", "gpt2", "llama", "distilbert", "t5"])
+@pytest.mark.parametrize("name", ["layerwise", "deep"])
+def test_pairs_alone_give_what_a_batch_gives(image: str, text: str, name: str) -> None:
+    """alone: padding and other pictures play no part, whatever the architectures."""
+    base = tiny_towers(image, text)
+    both = {
+        "layerwise": {"adapter": {"placement": "layerwise", "width": 3, "std": 0.3}},
+        "deep": {"deep": {"std": 0.2}},
+    }[name]
+    torch.manual_seed(0)
+    wired = Wired(base, READ, READ.attach(base, ())).eval()
+    plain = outputs(wired, base)
+    with method("towers", image=both, text=both).attach(base):
+        wired.eval()
+        together = outputs(wired, base)
+        rows = captioned_task().splits["dev"]
+        with torch.no_grad():
+            alone = [
+                wired(**READ.collate(base, [row], labelled=False).as_kwargs())["logits"]
+                for row in rows
+            ]
+    assert torch.allclose(torch.cat(alone), together, atol=1e-5)
+    assert (together - plain).abs().max() > 1e-3
+    assert base.is_untouched()
+
+
+def test_a_budget_is_each_towers_own() -> None:
+    """Masks and sparse changes go with two towers, too."""
+    base = tiny_towers()
+    sparse = Put(base, method("sparse", density=0.01))
+    tensors = sparse.method.pack(base, sparse.change)
+    sparse.change.remove()
+    for tower in ("image", "text"):
+        kept = sum(v._nnz() for path, v in tensors.items() if path.startswith(f"{tower}."))
+        part = base.parts[tower]
+        whole = sum(part.parameter(path).numel() for path in part.choose(("matrices",)))
+        assert 0 < kept <= 0.011 * sum(p.numel() for p in part.towers.parameters())
+        assert kept >= 0.009 * whole
+
+
+def test_a_method_has_the_rate_of_its_tower() -> None:
+    base = tiny_towers()
+    chosen = method("towers", image={"mask": {}}, text={"adapter": {}})
+    with chosen.attach(base) as change:
+        rate = chosen.learning_rate(1000)
+        scales = {
+            path.partition(".")[0]: rate * group["lr_scale"]
+            for group in chosen.groups(change)
+            for path, value in change.trainable.items()
+            if any(value is p for p in group["params"])
+        }
+    own = {
+        "image": method("mask").learning_rate(1000),
+        "text": method("adapter").learning_rate(1000),
+    }
+    assert scales == pytest.approx(own)
+
+
+# --- from end to end -----------------------------------------------------------------------------
+
+
+def fit(base: Base, task: Task, folder: Path, chosen: Method, **training: Any) -> tuple[Any, bytes]:
+    settings = {"max_steps": 4, "batch_size": 8, "learning_rate": 0.01, **training}
+    made = Recipe("own", chosen, READ, Training(**settings))
+    done = tune(base, task, made, out=folder / f"x{SUFFIX}", seed=1)
+    return done, done.path.read_bytes()
+
+
+@pytest.mark.parametrize("name", ["lilt", "lilt-deep", "lilt-bitfit", "lit", "align-full"])
+def test_recipes_train_and_their_files_are_scored(name: str, tmp_path: Path) -> None:
+    base, task = tiny_towers(), captioned_task()
+    chosen = Recipe.load(name).override(
+        width=16, size=8, max_length=16, batch_size=8, max_steps=4, learning_rate=0.01
+    )
+    done = tune(base, task, chosen, out=tmp_path / f"x{SUFFIX}")
+    assert base.is_untouched()
+    assert evaluate(done.path, base, task, split="dev").scores == done.score.scores
+    assert done.score.metric == "mean_recall"
+    assert len(done.score.scores) == 7
+    low, high = done.score.interval
+    assert 0 <= low <= done.score.value <= high <= 1
+
+
+def test_two_towers_learn_what_belongs_together(tmp_path: Path) -> None:
+    """Twelve pictures of noise and their captions, learned by heart."""
+    base, task = tiny_towers(hidden_dropout_prob=0.0), captioned_task()
+    training = {"max_steps": 150, "batch_size": 24, "learning_rate": 3e-3}
+    done, _ = fit(base, task, tmp_path, method("full"), **training)
+    assert done.score.value > 0.95
+    before, _ = fit(base, task, tmp_path, method("full"), max_steps=1, learning_rate=0.0)
+    assert before.score.value < 0.75  # twelve pictures: chance is 0.08, 0.42 and 0.83
+
+
+def test_a_seed_gives_the_same_bytes(tmp_path: Path) -> None:
+    made = [fit(tiny_towers(), captioned_task(), tmp_path, TOWERS["two"])[1] for _ in range(2)]
+    assert made[0] == made[1]
+
+
+def test_a_delta_goes_on_from_another_one(tmp_path: Path) -> None:
+    base, task = tiny_towers(), captioned_task()
+    done, _ = fit(base, task, tmp_path, TOWERS["lit"])
+    recipe = Recipe("on", TOWERS["lit"], READ, Training(max_steps=1, learning_rate=0.0))
+    second = tune(base, task, recipe, out=tmp_path / f"y{SUFFIX}")
+    assert second.score.value != done.score.value  # it begins at the base: full asks for no start
+    adapters = method("towers", text={"adapter": {"placement": "layerwise", "width": 3}})
+    first, _ = fit(base, task, tmp_path, adapters)
+    on = Recipe(
+        "on", adapters, READ, Training(max_steps=1, learning_rate=0.0), start=str(first.path)
+    )
+    again = tune(base, task, on, out=tmp_path / f"z{SUFFIX}")
+    assert again.score.scores == first.score.scores
+
+
+@pytest.mark.parametrize("chosen", ["locked", "deep-alone"])
+@pytest.mark.parametrize("image", ["vit", "dinov2"])
+def test_reusing_frozen_blocks_changes_nothing(
+    chosen: str, image: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And what is frozen runs once for each example."""
+    block = {"deep": {}}
+    both = TOWERS["locked"] if chosen == "locked" else method("towers", image=block, text=block)
+    kept: list[tuple[int, int | None]] = []
+    remove = features._Kept.remove
+
+    def looked_at(self: Any) -> None:
+        kept.append((len(self.held), self.under))
+        remove(self)
+
+    monkeypatch.setattr(features._Kept, "remove", looked_at)
+    settings = {"max_steps": 12, "group_by_length": False, "warmup": 0.0}
+    task = captioned_task(captions=1)
+    made = [
+        fit(tiny_towers(image), task, tmp_path, both, reuse_frozen=reuse, **settings)[0]
+        for reuse in (False, True)
+    ]
+    base = tiny_towers(image)
+    one, two = ({**d.delta.tensors(base)[0], **d.delta.tensors(base)[1]} for d in made)
+    assert one.keys() == two.keys()
+    for name, value in one.items():
+        # Softmax takes no notice of a key's bias: its gradient is rounding, which Adam scales up.
+        loose = "k_proj.bias" in name or "key.bias" in name
+        assert torch.allclose(value, two[name], atol=1e-2 if loose else 2e-5), name
+    # A new block trains with the one that it stands on, whose dropout is then at work.
+    assert kept == [(12, 2 - (chosen != "locked")), (12, 2)]
+
+
+def test_nothing_is_reused_above_what_trains(tmp_path: Path) -> None:
+    """A change in the lowest block, or dropout at work, leaves nothing to keep."""
+    base = tiny_towers()
+    read = Put(base, method("select", train=("norm",)), steps=0)
+    reuse = features.Reuse(base)
+    reuse.start()
+    read.wired.train()
+    batch = READ.collate(base, captioned_task().splits["train"][:8])
+    for _ in range(2):
+        read.wired(**batch.as_kwargs())["loss"].backward()
+    assert [each.under for each in reuse.kept] == [0, 0]
+    assert not any(each.held for each in reuse.kept)
+    reuse.remove()
+    read.change.remove()
+    assert base.is_untouched()
+
+
+def test_what_is_kept_of_a_towers_knowledge(tmp_path: Path) -> None:
+    base, task = tiny_towers(), captioned_task()
+    done, _ = fit(base, task, tmp_path, TOWERS["lit"], learning_rate=0.05)
+    rows = task.splits["test"]
+    pictures = [row.picture for row in rows if row.picture]
+    texts = [row.texts[0] for row in rows]
+    found = drift(done.delta, base, pictures=pictures, texts=texts)
+    assert found["image"] == pytest.approx(1.0, abs=1e-6)
+    assert found["text"] < 0.999
+    classes = [n // 2 for n in range(len(pictures))]
+    assert linear_probe(None, base, (pictures, classes), (pictures, classes)) == 1.0
+    assert linear_probe(done.delta, base, (texts, classes), (texts, classes)) == 1.0
+    with pytest.raises(SettingError, match="24 items and 1 classes"):
+        linear_probe(None, base, (pictures, classes), (pictures, [1]))
+
+
+# --- bad input -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", WORDS)
+def test_words_are_not_put_in_front_of_pictures(name: str) -> None:
+    raising(SettingError, "reads no tokens", lambda: examples()[name].attach(tiny_base("vit")))
+
+
+def raising(kind: type[Exception], message: str, run: Callable[[], object]) -> None:
+    with pytest.raises(kind, match=message):
+        run()
+
+
+def test_towers_of_the_wrong_kind_or_number_are_refused(tmp_path: Path) -> None:
+    one, two, task = tiny_base("bert"), tiny_towers(), captioned_task()
+    raising(SettingError, "an encoder of texts", lambda: TwoTowers(one, tiny_base("vit")))
+    for name, count in (("minilm", 1), ("a+b+c", 3), ("minilm+", 2)):
+        told = f"found {count} names"
+        raising(SettingError, told, lambda name=name: Base.load(name, kind="two_towers"))
+    raising(SettingError, "has one", lambda: READ.attach(one, ()))
+    raising(SettingError, "has one", lambda: fitting(TOWERS["lit"], one))
+    raising(SettingError, "this needs one", lambda: readout("classifier").attach(two, ("a", "b")))
+    read = readout("classifier")
+    raising(TaskError, "to be aligned", lambda: fit_with(two, task, tmp_path, read))
+    assert not list(tmp_path.iterdir())
+
+
+def fit_with(base: Base, task: Task, folder: Path, read: Any) -> None:
+    tune(base, task, Recipe("own", method("full"), read), out=folder / f"x{SUFFIX}")
+
+
+def test_settings_of_towers_are_checked() -> None:
+    two = {"full": {}, "mask": {}}
+    raising(SettingError, "full and mask, expected one", lambda: method("towers", image=two))
+    raising(
+        SettingError, "text tower's method 'fulll'", lambda: method("towers", text={"fulll": {}})
+    )
+    inner = {"towers": {}}
+    raising(SettingError, "is for two towers", lambda: method("towers", text=inner))
+    raising(
+        SettingError,
+        "Did you mean 'width'",
+        lambda: method("towers", text={"adapter": {"widt": 3}}),
+    )
+    raising(
+        SettingError, "expected at least 1, 0, 1 and 0", lambda: readout("contrastive", width=0)
+    )
+    many = Training(gradient_accumulation=2)
+    chosen = Recipe("own", method("full"), READ, many)
+    task, base = captioned_task(), tiny_towers()
+    raising(SettingError, "gradient_accumulation", lambda: tune(base, task, chosen, out="x"))
+
+
+def test_a_delta_of_two_towers_meets_other_bases(tmp_path: Path) -> None:
+    done, _ = fit(tiny_towers(), captioned_task(), tmp_path, TOWERS["lit"])
+    other = TwoTowers(tiny_base("vit", seed=1), tiny_base("bert"))
+    raising(WrongBase, "was made on", lambda: evaluate(done.delta, other, captioned_task()))
+    raising(
+        SettingError,
+        "aligns pictures with texts",
+        lambda: predict(done.delta, ["w1"], tiny_towers()),
+    )
+    tensors = {"image:adapter.0.0.up.bias": torch.zeros(3)}
+    raising(DamagedDelta, "of image", lambda: TOWERS["lit"].unpack(tiny_towers(), tensors))
