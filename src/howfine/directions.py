@@ -112,7 +112,7 @@ def classify(
             f"prompts: found {odd(prompts) or 'none'!r}, expected {{}} in each, for a class's name"
         )
     with encoder(delta, base, batch_size=batch_size, progress=progress) as encode:
-        told = [prompt.format(name) for name in names for prompt in prompts]
+        told = [prompt.replace("{}", name) for name in names for prompt in prompts]
         classes = encode.texts(told).reshape(len(names), len(prompts), -1).mean(axis=1)
         classes /= np.linalg.norm(classes, axis=1, keepdims=True)
         shown = encode.pictures(pictures)

@@ -91,10 +91,11 @@ def read(source: str, kind: str, revision: str | None) -> tuple[nn.Module, Any, 
             "its config.json; give one whose config and weights belong together"
         )
     known = dict(model.named_parameters(remove_duplicate=False))
-    computed = anatomy_of(model.config).computed
+    used = _used(model, kind)
+    computed = anatomy_of(used.config).computed
     own = [path for path in info["missing_keys"] if not computed or computed not in path]
     lost = {id(known[path]) for path in own if path in known}
-    model = _used(model, kind)  # whatever the decoder lacks
+    model = used  # whatever the decoder lacks
     missing = [path for path, value in model.named_parameters() if id(value) in lost]
     _zero_pooler(model, missing, source, kind)
     if tokenizer is not None and tokenizer.pad_token is None:
