@@ -553,6 +553,7 @@ def test_texts_and_pairs_do_not_mix(inputs: Inputs) -> None:
 # In a process of its own: what only a fresh interpreter would print.
 
 
+@pytest.mark.slow
 def test_a_process_prints_one_sentence_and_no_traceback(inputs: Inputs, tmp_path: Path) -> None:
     wrong = another(tmp_path, "bert", 1)
     done = howfine("evaluate", inputs.delta, "--base", wrong)

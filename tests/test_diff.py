@@ -478,6 +478,7 @@ def untouched_tensors(structure: str, seed: int) -> int:
         return len(base.paths()) - len(fitted.method.pack(base, fitted.change))
 
 
+@pytest.mark.slow
 def test_gates_over_tensors_leave_more_of_them_untouched() -> None:
     """At least 1.5 times as many as gates of entries alone do, at equal penalty and budget."""
     found = {s: [untouched_tensors(s, seed) for seed in range(3)] for s in ("tensor", "none")}

@@ -124,6 +124,7 @@ def test_the_registry_finds_the_file(plugins: Path) -> None:
     assert "Toy(start=0.5" in found
 
 
+@pytest.mark.slow
 def test_the_toy_obeys_the_laws(plugins: Path) -> None:
     """Every law runs on it unasked."""
     laws = str(TESTS / "test_laws.py")
@@ -133,6 +134,7 @@ def test_the_toy_obeys_the_laws(plugins: Path) -> None:
     assert int(passed.group(1)) >= 60, found
 
 
+@pytest.mark.slow
 def test_the_command_line_lists_it(plugins: Path) -> None:
     """`howfine methods` knows its summary, settings and their help, from the one file."""
     entries = json.loads(run(plugins, "-m", "howfine.cli", "methods", "--json"))
@@ -162,6 +164,7 @@ def test_a_recipe_comes_with_it(plugins: Path) -> None:
     assert lines[2] == "2.0"
 
 
+@pytest.mark.slow
 def test_tune_trains_it_and_its_file_names_it(plugins: Path, tmp_path: Path) -> None:
     """From tune to a file; without the plugin folder, loading says which method is missing."""
     path = tmp_path / "toy.delta.safetensors"
@@ -178,6 +181,7 @@ def test_tune_trains_it_and_its_file_names_it(plugins: Path, tmp_path: Path) -> 
         Delta.load(path)
 
 
+@pytest.mark.slow
 def test_a_file_without_an_example_is_refused(tmp_path: Path) -> None:
     (tmp_path / "methods").mkdir()
     (tmp_path / "methods" / "toy.py").write_text(TOY.replace("EXAMPLE = Toy()", ""))

@@ -459,6 +459,7 @@ def postgresql(tmp_path):
         shutil.rmtree(data, ignore_errors=True)
 
 
+@pytest.mark.slow
 def test_an_unreachable_storage_is_one_sentence(inputs, tmp_path):
     done = howfine(
         "study", "--base", inputs / "bert", "--task", inputs / "task", "--plan",

@@ -361,7 +361,7 @@ def test_a_folder_is_no_place_for_a_delta(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("steps", [16, 64])
+@pytest.mark.parametrize("steps", [16, pytest.param(64, marks=pytest.mark.slow)])
 def test_a_rate_left_to_the_method_flips_some_entries_in_however_many_steps(
     variant: str, steps: int, tmp_path: Path
 ) -> None:
