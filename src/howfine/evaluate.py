@@ -230,10 +230,10 @@ def logits(
     """Outputs of the model, float32 on the CPU, in the examples' order.
 
     With `labelled` those that a loss is made of, where they are others. Examples of similar length
-    share a batch, which saves most of the padding. Raises DeltaError
-    where outputs are NaN or infinite.
+    share a batch, which saves most of the padding; captions of one picture do, which is then
+    encoded once. Raises DeltaError where outputs are NaN or infinite.
     """
-    order = sorted(range(len(examples)), key=lambda i: sum(map(len, examples[i].texts)))
+    order = sorted(range(len(examples)), key=lambda number: _place(examples[number]))
     parts = []
     for rows in tqdm(list(_batches(order, batch_size)), desc="predict", disable=not progress):
         batch = model.readout.collate(base, [examples[i] for i in rows], labelled=labelled)
@@ -250,6 +250,12 @@ def logits(
     back = torch.empty(len(order), dtype=torch.long)
     back[torch.tensor(order)] = torch.arange(len(order))
     return outputs[back]
+
+
+def _place(example: Example) -> tuple[int, int]:
+    """By what examples are put side by side: their picture, then their length."""
+    seen = example.picture.digest if example.picture else 0
+    return seen, sum(map(len, example.texts))
 
 
 def _batches(order: list[int], size: int) -> Iterator[list[int]]:
