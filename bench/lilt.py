@@ -42,11 +42,11 @@ COMMON = {"size": SIZE, "batch_size": BATCH, "augment": False, "epochs": 1}
 CELLS: dict[str, tuple[str, tuple[float, float]]] = {
     "projections": ("lilt-projections", (1e-3, 1e-2)),
     "LayerNorm": ("lilt-layernorm", (1e-3, 3e-3)),
-    "BitFit": ("lilt-bitfit", (1e-3, 3e-3)),
     "layerwise": ("lilt", (3e-4, 1e-3)),
-    "deep": ("lilt-deep", (1e-4, 3e-4)),
-    "LiT": ("lit", (5e-5, 2e-4)),
     "full": ("align-full", (5e-5, 2e-4)),
+    "BitFit": ("lilt-bitfit", (1e-3, 3e-3)),
+    "LiT": ("lit", (5e-5, 2e-4)),
+    "deep": ("lilt-deep", (1e-4, 3e-4)),
 }
 # Pictures of CIFAR-10 that are classified with no training, that a probe learns from, and is
 # tested on.

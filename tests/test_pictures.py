@@ -86,8 +86,32 @@ def test_what_can_be_decoded_has_no_fault(ending: str) -> None:
     torn = Picture("torn.x", whole[: len(whole) // 2])
     if ending != "GIF" or fault(torn):
         assert fault(torn) == "corrupt picture"
-        with pytest.raises(TaskError, match=r"torn\.x can't be decoded"):
+        with pytest.raises(TaskError, match=r"torn\.x can't be used: corrupt"):
             torn.open()
+
+
+def test_a_cameras_picture_of_several_is_one() -> None:
+    first, second = (Image.new("RGB", (9, 9), colour) for colour in ("red", "blue"))
+    both = encoded(first, "MPO", save_all=True, append_images=[second])
+    assert fault(Picture("x", both)) == ""
+    assert Picture("x", both).open().getpixel((4, 4))[0] > 200
+
+
+@pytest.mark.parametrize("ending", ["PNG", "TIFF"])
+def test_sixteen_bits_are_scaled(ending: str) -> None:
+    ramp = Image.fromarray(np.linspace(0, 65_535, 16).reshape(4, 4).astype(np.uint16))
+    shown = np.asarray(Picture("x", encoded(ramp, ending)).open())[..., 0]
+    assert np.array_equal(shown.ravel(), np.linspace(0, 255, 16).astype(np.uint8))
+
+
+def test_damaged_notes_of_a_camera_are_passed_over() -> None:
+    turned = Image.new("RGB", (4, 2), "red")
+    exif = turned.getexif()
+    exif[0x0112] = 6
+    whole = encoded(turned, "WEBP", exif=exif)
+    torn = Picture("x", whole.replace(b"II*", b"xx*").replace(b"MM\0*", b"xxxx"))
+    assert fault(torn) == ""
+    assert torn.open().size in ((4, 2), (2, 4))
 
 
 @pytest.mark.parametrize("content", [b"", b"no picture at all", b"\x89PNG\r\n\x1a\n"])
@@ -195,6 +219,13 @@ def test_a_tar_file_is_read(tmp_path: Path) -> None:
         archive.addfile(tarfile.TarInfo("set/x.png"), io.BytesIO())
     with pytest.raises(TaskError, match=r"set/x has no caption"):
         Task.load(path, image="image", text="text")
+    with tarfile.open(path, "w") as archive:
+        member = tarfile.TarInfo("large.png")
+        member.size = 2**33
+        path_header = member.tobuf()
+    path.write_bytes(path_header + bytes(2048))
+    with pytest.raises(TaskError, match=r"large\.png says that it has 8,589,934,592 bytes"):
+        Task.load(path, image="image", text="text")
     path.write_bytes(b"no tar file")
     with pytest.raises(TaskError, match="can't be read as tar"):
         Task.load(path, image="image", text="text")
@@ -219,6 +250,7 @@ def test_what_is_left_out_is_counted_and_said(tmp_path: Path) -> None:
         ([("", "a")], {}, TaskError, "row 1: column 'file' holds ''"),
         ([("pictures/0.png", "a")], {"image": "fil"}, MissingColumn, "no column 'fil'"),
         ([("pictures/0.png", "a")], {"label": "x"}, SettingError, "image='file' and label='x'"),
+        ([("pictures/0.png", "a")], {"text": "caption,other"}, SettingError, "two columns beside"),
         ([("pictures/0.png", "a")], {"form": "summary"}, SettingError, "names its columns itself"),
         ([(f"pictures/{n}.png", "a") for n in range(4)], {}, BadSplit, "one picture"),
         ([], {}, BadSplit, "has no examples"),
@@ -303,10 +335,14 @@ def test_recall_is_that_of_plain_loops(block: int, monkeypatch: pytest.MonkeyPat
     assert METRICS["mean_recall"].resampled(whole[None])[0] == pytest.approx(mean)
 
 
-def test_one_point_for_all_finds_nothing() -> None:
-    same = retrieval.as_objects(np.ones((12, 8), np.float32))
-    assert METRICS["text_to_image_r10"].function(same, np.arange(12)) == 0.0
-    assert METRICS["mean_recall"].function(same, np.arange(12)) == 0.0
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize(("width", "count"), [(64, 1000), (256, 200), (8, 12)])
+def test_one_point_for_all_finds_nothing(width: int, count: int, seed: int) -> None:
+    """Whatever the rounding of its sums."""
+    point = np.random.default_rng(seed).normal(size=2 * width).astype(np.float32)
+    same = retrieval.as_objects(np.tile(point / 0.07**0.5, (count, 1)))
+    assert METRICS["text_to_image_r10"].function(same, np.arange(count)) == 0.0
+    assert METRICS["mean_recall"].function(same, np.arange(count)) == 0.0
 
 
 # --- an aligned pair in use ----------------------------------------------------------------------
@@ -419,6 +455,7 @@ def test_zero_shot_classes(aligned: Path) -> None:
         (lambda d, p: search(d, ["a"], p), "has no pictures"),
         (lambda d, p: search(d, [" "], d.parent / "pictures", cache=p / "c"), "text 1 is empty"),
         (lambda d, p: search(d, ["a"], d.parent / "pictures", top=0), "top is 0"),
+        (lambda d, p: search(d, [], d.parent / "pictures", cache=p / "c"), "nothing to encode"),
         (lambda d, p: classify(d, [], ["cat"]), "expected two or more"),
         (lambda d, p: classify(d, [], ["cat", "cat"]), "all different"),
         (lambda d, p: classify(d, [], ["cat", ""]), "none of them empty"),

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from torch import Tensor
 
 from howfine import features
@@ -15,15 +16,18 @@ from howfine.base import Base, TwoTowers
 from howfine.delta import SUFFIX, Delta
 from howfine.errors import DamagedDelta, SettingError, TaskError, WrongBase
 from howfine.evaluate import evaluate, predict
-from howfine.knowledge import drift, linear_probe
+from howfine.images import Picture
+from howfine.knowledge import drift, linear_probe, states
 from howfine.method import Method, examples, fitting, method
 from howfine.probe import GradientProbe
 from howfine.readout import Wired, readout
 from howfine.recipe import Recipe
+from howfine.report import report
+from howfine.study import study
 from howfine.task import Task
 from howfine.training import Training
 from howfine.tune import tune
-from tiny import captioned_task, tiny_base, tiny_towers, tuned_weights
+from tiny import captioned_task, png, tiny_base, tiny_towers, tuned_weights
 
 READ = readout("contrastive", width=16, size=8, max_length=16)
 ONE_TOWER = sorted(name for name, each in examples().items() if not each.for_towers)
@@ -316,6 +320,73 @@ def test_what_is_kept_of_a_towers_knowledge(tmp_path: Path) -> None:
     assert linear_probe(done.delta, base, (texts, classes), (texts, classes)) == 1.0
     with pytest.raises(SettingError, match="24 items and 1 classes"):
         linear_probe(None, base, (pictures, classes), (pictures, [1]))
+
+
+@pytest.mark.parametrize("text", ["gpt2", "t5", "deberta-v2", "llama"])
+def test_reuse_is_right_whatever_the_text_tower(text: str, tmp_path: Path) -> None:
+    """Dropout ahead of the blocks is off where nothing trains; blocks that say more are left."""
+    settings = {"max_steps": 9, "batch_size": 12, "group_by_length": False, "warmup": 0.0}
+    task, made = captioned_task(captions=1), []
+    for reuse in (False, True):
+        base = tiny_towers("vit", text)
+        done, _ = fit(base, task, tmp_path, TOWERS["locked"], reuse_frozen=reuse, **settings)
+        made.append(done.delta.tensors(base)[1])
+    for name, value in made[0].items():
+        assert torch.allclose(value, made[1][name], atol=2e-5), name
+
+
+def test_reuse_takes_half_precision_and_a_full_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = tiny_towers()
+    base.towers.to(torch.bfloat16)
+    monkeypatch.setattr(features, "KEPT_BYTES", 20_000)
+    settings = {"max_steps": 6, "group_by_length": False}
+    done, _ = fit(base, captioned_task(), tmp_path, TOWERS["locked"], reuse_frozen=True, **settings)
+    assert done.score.value > 0
+    both = {"gradient_checkpointing": True, "reuse_frozen": True}
+    raising(
+        SettingError,
+        "what reuse_frozen keeps",
+        lambda: fit(base, captioned_task(), tmp_path, TOWERS["locked"], **both),
+    )
+
+
+def test_parameters_of_one_name_are_two(tmp_path: Path) -> None:
+    """Both towers' numbers are rounded in the last steps, and each has its own rate."""
+    made = Put(tiny_towers(), method("sparse", density=0.01), steps=0)
+    assert {name.partition(":")[0] for name in made.change.trainable} == {"image", "text"}
+    assert made.method.stored(made.change, "int8").keys() == made.change.trainable.keys()
+    rates = [
+        part.rate_for(made.change.parts[tower], 50) for tower, part in made.method.parts().items()
+    ]
+    assert made.method.rate_for(made.change, 50) == max(rates)
+
+
+def test_a_study_of_two_towers(tmp_path: Path) -> None:
+    plan = {
+        "ceiling": "align-full",
+        "floor": "lilt-projections",
+        "recipes": ["lit"],
+        "seeds": [0],
+        "margin": 0.5,
+        "settings": {"max_steps": 3, "batch_size": 8, "width": 8, "max_length": 16},
+    }
+    path = tmp_path / "plan.yaml"
+    path.write_text(yaml.safe_dump(plan))
+    base, task = tiny_towers(), captioned_task()
+    study(base, task, path, out=tmp_path / "study")
+    found = report(tmp_path / "study", base=base, task=task)
+    assert "bytes" in found["sentence"] or found["sentence"]
+    assert (tmp_path / "study" / "report.html").is_file()
+
+
+def test_equal_pictures_have_equal_states() -> None:
+    base = tiny_towers()
+    pictures = [Picture("x", png(0)), Picture("y", png(0)), Picture("z", png(1))]
+    found = states(None, base, pictures)
+    assert (found[0] == found[1]).all()
+    assert (found[0] != found[2]).any()
 
 
 # --- bad input -----------------------------------------------------------------------------------

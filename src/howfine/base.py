@@ -297,6 +297,9 @@ class Base:
             for path, value in self.towers.named_parameters()
             if value.requires_grad
         ]
+        if not trained:  # nothing of it is random then
+            self.towers.eval()
+            return
         layers = [layer for layer, part in trained if layer is not None]
         if len(layers) < sum(part != "pooler" for _, part in trained):
             return

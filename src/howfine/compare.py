@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING
@@ -55,22 +56,30 @@ def delta_distance(
 ) -> list[Distance]:
     """Distances from a base to the same base with a delta on. Frozen tensors are at 0.
 
-    Raises SettingError for a change that is not one of weights.
+    Of two towers, paths begin with the tower's name. Raises SettingError for a change that is not
+    one of weights.
     """
+    from howfine.base import TwoTowers
     from howfine.delta import only_weights
 
-    before = dict(base.tower.named_parameters())
+    parts = {"": base}
+    if isinstance(base, TwoTowers):
+        parts = {f"{name}.": part for name, part in base.parts.items()}
+    before = {name: dict(part.tower.named_parameters()) for name, part in parts.items()}
+    rows: list[Distance] = []
     with delta.changed(base):
         only_weights(base, "which are at no distance from anything; measure changes of weights")
-        after = dict(base.tower.named_parameters())
-        return distance(
-            MemorySource(before),
-            MemorySource(after),
-            place=base.anatomy.place,
-            init_std=float(getattr(base.config, "initializer_range", None) or 0.02),
-            seed=seed,
-            references=references,
-        )
+        for name, part in parts.items():
+            found = distance(
+                MemorySource(before[name]),
+                MemorySource(dict(part.tower.named_parameters())),
+                place=part.anatomy.place,
+                init_std=float(getattr(part.config, "initializer_range", None) or 0.02),
+                seed=seed,
+                references=references,
+            )
+            rows += [replace(row, path=name + row.path) for row in found]
+    return rows
 
 
 def _source(name: str | Path) -> Source:

@@ -49,6 +49,8 @@ class Encoder:
 
     @torch.inference_mode()
     def _run(self, examples: Sequence[Example]) -> Directions:
+        if not examples:
+            raise SettingError("found nothing to encode, expected a text or a picture at least")
         starts = range(0, len(examples), self.batch_size)
         found = []
         for start in tqdm(starts, desc="encode", disable=not self.progress):
@@ -111,6 +113,8 @@ def classify(
         raise SettingError(
             f"prompts: found {odd(prompts) or 'none'!r}, expected {{}} in each, for a class's name"
         )
+    if not pictures:
+        return []
     with encoder(delta, base, batch_size=batch_size, progress=progress) as encode:
         told = [prompt.replace("{}", name) for name in names for prompt in prompts]
         classes = encode.texts(told).reshape(len(names), len(prompts), -1).mean(axis=1)

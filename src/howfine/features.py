@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from howfine import surgery
 from howfine.base import Base, TwoTowers
 
-# States are kept up to so many bytes; examples that come later are computed each time.
+# States are kept up to so many bytes, of all towers; examples that come later are computed each
+# time, and so is a batch that one of them is in.
 KEPT_BYTES = 2**31
 
 
@@ -31,7 +32,8 @@ class Reuse:
 
     def __init__(self, base: Base, on: bool = True) -> None:
         parts = base.parts.values() if isinstance(base, TwoTowers) else [base]
-        self.kept = [_Kept(part) for part in parts if on and _in_one_row(part)]
+        chosen = [part for part in parts if on and _in_one_row(part)]
+        self.kept = [_Kept(part, KEPT_BYTES // len(chosen)) for part in chosen]
 
     def start(self) -> None:
         """From here on, blocks under every change run once for an example."""
@@ -53,8 +55,8 @@ def _in_one_row(part: Base) -> bool:
 class _Kept:
     """States of one tower: those that leave its highest block under every change."""
 
-    def __init__(self, part: Base) -> None:
-        self.part, self.held, self.bytes = part, dict[bytes, Tensor](), 0
+    def __init__(self, part: Base, most: int) -> None:
+        self.part, self.held, self.bytes, self.most = part, dict[bytes, Tensor](), 0, most
         prefix, block_path = part.body_prefix, part.anatomy.block_path
         self.blocks = [part.towers.get_submodule(prefix + block_path(n)) for n in range(part.depth)]
         # Blocks under every change, once a training step has told; of a batch, its rows' keys.
@@ -100,7 +102,9 @@ class _Kept:
             self.in_tuple = isinstance(found, tuple)
             made: Tensor = found[0] if self.in_tuple else found
             if self.under is None:
-                self.frozen.append(not made.requires_grad)
+                # Blocks that give more than their states give it to the next one.
+                plain = not self.in_tuple or len(found) == 1
+                self.frozen.append(plain and not made.requires_grad)
             elif last and torch.is_grad_enabled() and not made.requires_grad:
                 self._keep(made)
             return found
@@ -109,6 +113,11 @@ class _Kept:
 
     def _steady(self, count: int) -> int:
         """Of the lowest blocks those that compute the same each time: without dropout at work."""
+        inside = {id(module) for block in self.blocks for module in block.modules()}
+        for module in self.part.body.modules():
+            drops = isinstance(module, nn.Dropout) and module.training and module.p
+            if drops and id(module) not in inside:
+                return 0
         told = vars(self.part.config)
         rates = [v for k, v in told.items() if "drop" in k and isinstance(v, int | float)]
         moods = [block.training and any(rates) for block in self.blocks[:count]]
@@ -116,7 +125,7 @@ class _Kept:
 
     def _keep(self, states: Tensor) -> None:
         for key, length, row in zip(self.keys, self.lengths, states.detach(), strict=True):
-            if key not in self.held and self.bytes < KEPT_BYTES:
+            if key not in self.held and self.bytes < self.most:
                 own = self.held[key] = row[:length].clone()
                 self.bytes += own.numel() * own.element_size()
 
@@ -131,7 +140,7 @@ class _Kept:
 def _keys(inputs: dict[str, Any]) -> tuple[list[bytes], list[int]]:
     """What tells a batch's rows apart, and how many positions count of each."""
     if "pixel_values" in inputs:
-        rows = [row.detach().cpu().contiguous().numpy() for row in inputs["pixel_values"]]
+        rows = inputs["pixel_values"].detach().cpu()
         return [_digest(row) for row in rows], [2**31] * len(rows)
     tokens, mask = inputs.get("input_ids"), inputs.get("attention_mask")
     if tokens is None or mask is None or bool((mask[:, :1] == 0).any()):  # padded on the left
@@ -140,8 +149,9 @@ def _keys(inputs: dict[str, Any]) -> tuple[list[bytes], list[int]]:
     lengths = mask.sum(1).tolist()
     both = torch.stack([tokens, types], dim=2).cpu()
     made = [row[:length] for row, length in zip(both, lengths, strict=True)]
-    return [_digest(row.contiguous().numpy()) for row in made], lengths
+    return [_digest(row) for row in made], lengths
 
 
-def _digest(array: Any) -> bytes:
-    return hashlib.blake2b(array.tobytes(), digest_size=16).digest()
+def _digest(row: Tensor) -> bytes:
+    held = row.contiguous().view(torch.uint8).numpy()
+    return hashlib.blake2b(held.data, digest_size=16).digest()

@@ -55,20 +55,12 @@ class Picture:
 
         Raises TaskError for bytes that Pillow can't decode to the end.
         """
-        pillow = _pillow()
-        try:
-            with pillow.Image.open(io.BytesIO(self.read())) as opened:
-                image = pillow.ImageOps.exif_transpose(opened)
-                if image.has_transparency_data:
-                    image = image.convert("RGBA")
-                    image = pillow.Image.alpha_composite(
-                        pillow.Image.new("RGBA", image.size, "white"), image
-                    )
-                return image.convert("RGB")
-        except (OSError, SyntaxError, ValueError, pillow.Image.DecompressionBombError) as error:
+        image, reason = _opened(self.read())
+        if image is None:
             raise TaskError(
-                f"picture {self.name} can't be decoded: {error}; get another copy, or take it out"
-            ) from error
+                f"picture {self.name} can't be used: {reason}; get another copy, or take it out"
+            )
+        return image
 
 
 def fault(picture: Picture) -> str:
@@ -77,16 +69,42 @@ def fault(picture: Picture) -> str:
     A moving picture has several images, and nothing says which of them its caption is about.
     Raises TaskError where there is no file.
     """
+    return _opened(picture.read(), _GLANCE)[1]
+
+
+def _opened(content: bytes, glance: tuple[int, int] | None = None) -> tuple[Any, str]:
+    """(the picture, "") or (None, why it can't be used); with `glance` at about that size."""
     pillow = _pillow()
     try:
-        with pillow.Image.open(io.BytesIO(picture.read())) as image:
-            if getattr(image, "n_frames", 1) > 1:
-                return "animated picture"
-            image.draft("RGB", _GLANCE)
-            image.load()
-    except (OSError, SyntaxError, ValueError, pillow.Image.DecompressionBombError):
-        return "corrupt picture"
-    return ""
+        with pillow.Image.open(io.BytesIO(content)) as opened:
+            # A camera's MPO is one picture, with others of the same scene for other uses.
+            if opened.format != "MPO" and getattr(opened, "n_frames", 1) > 1:
+                return None, "animated picture"
+            if glance:
+                opened.draft("RGB", glance)
+            opened.load()
+            return _shown(opened), ""
+    except MemoryError:
+        raise
+    except Exception:  # Pillow's readers raise whatever their bytes make them raise
+        return None, "corrupt picture"
+
+
+def _shown(opened: Any) -> Any:
+    """In RGB, upright, on white where it is transparent; of 16 bits the higher eight."""
+    pillow = _pillow()
+    try:
+        image = pillow.ImageOps.exif_transpose(opened)
+    except Exception:  # what a camera noted is damaged, which says nothing of the picture
+        image = opened
+    if image.mode.startswith(("I", "F")):
+        values = np.asarray(image, dtype=np.float64)
+        whole = 65_535.0 if image.mode.startswith("I") else max(1.0, float(values.max()))
+        image = pillow.Image.fromarray((255 * values.clip(0, whole) / whole).astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = pillow.Image.alpha_composite(pillow.Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
 
 
 def _pillow() -> Any:

@@ -76,7 +76,8 @@ def linear_probe(
 def states(delta: Delta | str | Path | None, base: Base, items: Sequence[Any]) -> States:
     """(n, d) pooled states of pictures by the image tower, or of texts by the text tower."""
     of_pictures = isinstance(items[0], Picture)
-    different = list(dict.fromkeys(items))  # a batch encodes a picture once
+    marks = [item.digest if of_pictures else item for item in items]
+    different = list(dict(zip(marks, items, strict=True)).values())  # each is encoded once
     found: list[States] = []
     with _encoder(delta, base) as encode:
         head: Any = encode.model.head
@@ -88,8 +89,8 @@ def states(delta: Delta | str | Path | None, base: Base, items: Sequence[Any]) -
             (encode.pictures if of_pictures else encode.texts)(different)
         finally:
             hook.remove()
-    numbers = {item: number for number, item in enumerate(different)}
-    made: States = np.concatenate(found)[[numbers[item] for item in items]]
+    numbers = {mark: number for number, mark in enumerate(dict.fromkeys(marks))}
+    made: States = np.concatenate(found)[[numbers[mark] for mark in marks]]
     return made
 
 

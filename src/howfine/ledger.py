@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from howfine import container
+from howfine import container, retrieval
 
 Record = dict[str, Any]
 
@@ -49,7 +49,11 @@ class Ledger:
 
 
 def pack_predictions(predictions: np.ndarray) -> str:
-    """Predictions as a short text: int16 indices, float32 scores or texts, deflated, base64."""
+    """As a short text: int16 indices, float32 scores or vectors, or texts; deflated, base64."""
+    if predictions.dtype.kind == "O" and isinstance(predictions[0], np.ndarray):
+        vectors = np.stack(list(predictions)).astype(np.float32)
+        data = zlib.compress(vectors.tobytes(), 9)
+        return f"vectors{vectors.shape[1]}:{base64.b64encode(data).decode()}"
     if predictions.dtype.kind == "O":
         data = zlib.compress(json.dumps(predictions.tolist()).encode(), 9)
         return "text:" + base64.b64encode(data).decode()
@@ -61,6 +65,9 @@ def pack_predictions(predictions: np.ndarray) -> str:
 def unpack_predictions(text: str) -> np.ndarray:
     """The inverse of `pack_predictions`."""
     kind, _, data = text.partition(":")
+    if kind.startswith("vectors"):
+        values = np.frombuffer(zlib.decompress(base64.b64decode(data)), dtype=np.float32)
+        return retrieval.as_objects(values.reshape(-1, int(kind.removeprefix("vectors"))))
     if kind == "text":
         return np.array(json.loads(zlib.decompress(base64.b64decode(data))), dtype=object)
     return np.frombuffer(zlib.decompress(base64.b64decode(data)), dtype=kind)

@@ -139,9 +139,10 @@ def _check_readout(recipe: Recipe, task: Task) -> None:
     """A readout that sees no options would learn to answer by their numbers."""
     if recipe.training.gradient_accumulation > 1 and not recipe.readout.adds_up:
         raise SettingError(
-            f"recipe {recipe.name}: the loss is a mean over tokens, and of batches that are added "
-            "up each would count alike, however many it has; set a larger batch_size without "
-            "gradient_accumulation, or readout_reduction=examples where the readout has that"
+            f"recipe {recipe.name}: the loss of a batch is not the mean of its parts' (it is over "
+            "tokens, or over pairs of one batch), so that gradient_accumulation would train "
+            "something else; set a larger batch_size without it (with a readout's chunk, or "
+            "readout_reduction=examples, where it has that)"
         )
     checks.answerable(task, recipe.readout.gives, f"the readout of recipe {recipe.name}")
     if not recipe.readout.reads_options and any(row.options for row in task.splits["train"]):
@@ -165,6 +166,11 @@ def _check_checkpointing(recipe: Recipe) -> None:
         raise SettingError(
             f"recipe {recipe.name}: gradient_checkpointing has no effect with eval_mode; set one "
             "of them to false"
+        )
+    if recipe.training.reuse_frozen:
+        raise SettingError(
+            f"recipe {recipe.name}: gradient_checkpointing computes again what reuse_frozen keeps; "
+            "set one of them to false"
         )
 
 

@@ -83,7 +83,7 @@ def read(source: str, kind: str, revision: str | None) -> tuple[nn.Module, Any, 
         raise BaseNotFound(
             f"base {source!r} can't be loaded as {KINDS[kind]}: {reason} Expected {EMBEDDED!r}, a "
             "folder with config.json and weights, or a Hugging Face name (which needs the network "
-            "or a filled cache)."
+            f"or a filled cache).{_two_hint(source)}"
         ) from error
     for path, found, expected in sorted(info["mismatched_keys"]):
         raise BaseNotFound(
@@ -115,9 +115,18 @@ def check_device(device: str) -> None:
         ) from error
 
 
+def _two_hint(source: str) -> str:
+    hint = " Two names with a plus are a base for recipes that align them, such as lilt."
+    return hint if "+" in source else ""
+
+
 def two_names(name: str) -> tuple[str, str]:
     """The image and the text encoder of "IMAGE+TEXT". Raises SettingError for anything else."""
     names = name.split("+")
+    splits = [("+".join(names[:at]), "+".join(names[at:])) for at in range(1, len(names))]
+    on_disk = [pair for pair in splits if any("+" in each and Path(each).exists() for each in pair)]
+    if on_disk:  # a folder's name may have a plus of its own
+        return on_disk[0]
     if len(names) != 2 or not all(map(str.strip, names)):
         raise SettingError(
             f"base {name!r}: found {len(names)} names, expected an image and a text encoder with "
@@ -127,14 +136,29 @@ def two_names(name: str) -> tuple[str, str]:
 
 
 def preprocessing(source: str, revision: str | None) -> dict[str, Any]:
-    """What an image model's preprocessor_config.json says; {} where there is none."""
-    from transformers.image_processing_base import ImageProcessingMixin
+    """What an image model's preprocessor_config.json says; {} where there is none.
+
+    Raises BaseNotFound for one that can't be read, or can't be asked for.
+    """
+    from transformers.utils import IMAGE_PROCESSOR_NAME
+    from transformers.utils.hub import cached_file
 
     try:
-        found, _ = ImageProcessingMixin.get_image_processor_dict(source, **_named(source, revision))
-    except OSError:  # transformers' own word for no such file
-        return {}
-    return dict(found)
+        path = cached_file(
+            source,
+            IMAGE_PROCESSOR_NAME,
+            revision=revision,
+            _raise_exceptions_for_missing_entries=False,
+        )
+        found = {} if path is None else json.loads(Path(path).read_text())
+        if not isinstance(found, dict):
+            raise ValueError("it holds no object")
+    except (OSError, ValueError) as error:
+        raise BaseNotFound(
+            f"{IMAGE_PROCESSOR_NAME} of the image base {source!r} can't be read: "
+            f"{str(error).splitlines()[0]}; get a fresh copy, or take it out"
+        ) from error
+    return found
 
 
 def _named(source: str, revision: str | None) -> dict[str, Any]:

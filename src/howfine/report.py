@@ -28,7 +28,7 @@ from typing import Any, TypedDict
 import torch
 
 from howfine import answer, report_page, report_where, stored, wording
-from howfine.base import Base
+from howfine.base import Base, TwoTowers
 from howfine.compare import delta_distance
 from howfine.container import write_atomically
 from howfine.delta import SUFFIX, Delta
@@ -206,7 +206,12 @@ def _cpu() -> str:
 def _ceiling_distances(
     folder: Path, records: Sequence[Record], base: Base
 ) -> list[Distance] | None:
-    """How far the ceiling's best seed on dev moved the base; None where no file was kept."""
+    """How far the ceiling's best seed on dev moved the base; None where no file was kept.
+
+    None of two towers either: the page's map has one matrix for a layer and a part.
+    """
+    if isinstance(base, TwoTowers):
+        return None
     kept = [
         record
         for record in records

@@ -51,19 +51,23 @@ def ranks(
     `images` (m, d) and `texts` (n, d) are compared by dot products; `owner` (n,) is the image
     that a text belongs to.
     """
-    own = np.einsum("nd,nd->n", images[owner], texts)
-    best = np.full(len(images), -np.inf, own.dtype)
-    np.maximum.at(best, owner, own)
-    caption = np.zeros(len(texts), int)
-    above = np.zeros(len(images), int)
     step = max(1, _BLOCK // len(images))
-    for start in range(0, len(texts), step):
-        rows = slice(start, start + step)
-        scores = texts[rows] @ images.T
-        mine = owner[rows]
-        other = np.arange(len(images)) != mine[:, None]
-        caption[rows] = 1 + ((scores >= own[rows, None]) & other).sum(axis=1)
-        above += ((scores >= best) & other).sum(axis=0)
+    blocks = [slice(start, start + step) for start in range(0, len(texts), step)]
+    others = np.arange(len(images))
+    # Sums of the same numbers in another order differ by rounding: what is this near is equal.
+    images, texts = images.astype(np.float64), texts.astype(np.float64)
+    near = 1e-9 * max(1.0, float(np.abs(images).max() * np.abs(texts).max()) * images.shape[1])
+    best = np.full(len(images), -np.inf)
+    for rows in blocks:
+        own = (texts[rows] @ images.T)[np.arange(len(owner[rows])), owner[rows]]
+        np.maximum.at(best, owner[rows], own)
+    caption, above = np.zeros(len(texts), int), np.zeros(len(images), int)
+    for rows in blocks:
+        scores, mine = texts[rows] @ images.T, owner[rows]
+        other = others != mine[:, None]
+        own = scores[np.arange(len(mine)), mine]
+        caption[rows] = 1 + ((scores >= own[:, None] - near) & other).sum(axis=1)
+        above += ((scores >= best - near) & other).sum(axis=0)
     return caption, 1 + above
 
 

@@ -114,7 +114,7 @@ class _Index:
         """Encode what is new, drop what is gone; (pictures encoded, those left out by reason)."""
         known = {path for path, state in self.states.items() if states.get(path) == state}
         pictures = [Picture(path, self.folder / path) for path in states if path not in known]
-        faults = {picture.name: fault(picture) for picture in pictures}
+        faults = {picture.name: _named(picture) or fault(picture) for picture in pictures}
         fresh = [picture for picture in pictures if not faults[picture.name]]
         keep = [number for number, path in enumerate(self.paths) if path in known]
         parts = [self.rows[keep]] if keep else []
@@ -153,6 +153,11 @@ class _Index:
             ]
             for both in zip(rows, scores, strict=True)
         ]
+
+
+def _named(picture: Picture) -> str:
+    """Why a picture's name can't be shown; "" for one that can."""
+    return "" if picture.name.isprintable() else "unprintable name"
 
 
 def _faiss() -> Any:

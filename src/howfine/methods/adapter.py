@@ -133,10 +133,11 @@ class Adapter(Method):
                 found[key] = point
         return found
 
-    def _module(self, base: Base) -> Bottleneck:
+    def _module(self, base: Base, device: Any = None) -> Bottleneck:
         width = self.width or max(1, base.hidden_size // self.reduction)
         normed = self.placement == "block"
-        return Bottleneck(base.hidden_size, width, self.activation, normed).to(base.device)
+        with torch.device(device or base.device):
+            return Bottleneck(base.hidden_size, width, self.activation, normed)
 
     def _insert(self, base: Base, made: Mapping[str, Bottleneck], undo: list[Any]) -> None:
         for key, point in self._points(base).items():
@@ -163,7 +164,8 @@ class Adapter(Method):
         return 1e-4
 
     def unpack(self, base: Base, tensors: Tensors) -> Change:
-        made = {key: self._module(base).requires_grad_(False) for key in self._points(base)}
+        # Without memory until a file's shapes are known to be theirs.
+        made = {key: self._module(base, "meta") for key in self._points(base)}
         own = self._fill(base, made, tensors)
         with all_or_nothing() as undo:
             self._insert(base, made, undo)
@@ -188,8 +190,11 @@ class Adapter(Method):
                 f"{odd[1][:-1]}; the file is damaged, or made for another model"
             )
         with torch.no_grad():
-            for name, value in expected.items():
-                value.copy_(own[name])
+            for key, module in made.items():
+                if next(module.parameters()).is_meta:
+                    module.to_empty(device=base.device).requires_grad_(False)
+                for name, value in module.named_parameters():
+                    value.copy_(own[f"{key}{name}"])
         return own
 
     @classmethod

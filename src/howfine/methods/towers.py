@@ -32,6 +32,7 @@ class Towers(Method):
 
     starts_at_base: ClassVar[bool] = False
     for_towers: ClassVar[bool] = True
+    meaning: ClassVar[tuple[str, ...]] = ("image", "text")
 
     # A method of the image tower, {name: settings}; {} to lock the tower.
     image: Named = field(default_factory=dict)
@@ -106,7 +107,7 @@ class Towers(Method):
 
     def groups(self, change: Change) -> list[dict[str, Any]]:
         parts, made = self.parts(), []
-        rates = {tower: method.learning_rate(_STEPS) for tower, method in parts.items()}
+        rates = {t: method.rate_for(change.parts[t], _STEPS) for t, method in parts.items()}
         for tower, method in parts.items():
             for group in method.groups(change.parts[tower]):
                 scale = group.get("lr_scale", 1.0) * rates[tower] / max(rates.values())
@@ -116,13 +117,18 @@ class Towers(Method):
 
     def stored(self, change: Change, store: str) -> Tensors:
         return {
-            name: value
+            _of(tower, name): value
             for tower, method in self.parts().items()
             for name, value in method.stored(change.parts[tower], store).items()
         }
 
     def learning_rate(self, steps: int) -> float:
         rates = [method.learning_rate(steps) for method in self.parts().values()]
+        return max(rates, default=super().learning_rate(steps))
+
+    def rate_for(self, change: Change, steps: int) -> float:
+        parts = self.parts().items()
+        rates = [method.rate_for(change.parts[tower], steps) for tower, method in parts]
         return max(rates, default=super().learning_rate(steps))
 
 
@@ -137,8 +143,17 @@ def _part(base: Base, tower: str) -> Base:
 
 def _joined(found: Mapping[str, Change]) -> Change:
     """One change of each tower's, which its parts hold by tower."""
-    trainable = {name: value for each in found.values() for name, value in each.trainable.items()}
+    trainable = {
+        _of(tower, name): value
+        for tower, each in found.items()
+        for name, value in each.trainable.items()
+    }
     return Change(trainable, [each.remove for each in found.values()], parts=dict(found))
+
+
+def _of(tower: str, name: str) -> str:
+    """A parameter's name in the change: a path is one already, any other gets its tower's."""
+    return name if name.startswith(f"{tower}.") else f"{tower}:{name}"
 
 
 def _outer(base: Base, tower: str, name: str) -> str:

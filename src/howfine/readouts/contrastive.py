@@ -106,8 +106,17 @@ class Contrastive(Readout):
         targets = torch.tensor([picture.digest for picture in shown]) if labelled else None
         return Batch(inputs=inputs, targets=targets)
 
+    def pack(self, head: Head) -> dict[str, Tensor]:
+        tensors = super().pack(head)
+        tensors["temperature"].clamp_(COLDEST, HOTTEST)  # the last step may have left them
+        return tensors
+
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        image, text = outputs.float().chunk(2, dim=-1)
+        with torch.autocast(outputs.device.type, enabled=False):  # at 0.001 each digit counts
+            return self._loss(outputs.float(), targets)
+
+    def _loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        image, text = outputs.chunk(2, dim=-1)
         images_, texts, owners, first = image, text, targets, 0
         if self.negatives == "gathered":
             (images_, texts, owners), first = gathered(image, text, targets)
@@ -160,9 +169,12 @@ def _stated_size(image: Base) -> int:
 def normalised(image: Base, values: images.Pixels) -> Tensor:
     """(n, 3, H, W) pictures from 0 to 255 as the image tower takes them."""
     stated = image.preprocessing
-    mean, std = stated.get("image_mean", _MEAN), stated.get("image_std", _STD)
-    mean, std = (torch.tensor(each).view(3, 1, 1) for each in (mean, std))
-    return ((torch.from_numpy(values).float() / 255 - mean) / std).float()
+    both = stated.get("image_mean") or _MEAN, stated.get("image_std") or _STD
+    if stated.get("do_normalize") is False:
+        both = (0.0,), (1.0,)
+    scale = float(stated.get("rescale_factor") or 1 / 255)
+    mean, std = (torch.tensor(each, dtype=torch.float32).view(-1, 1, 1) for each in both)
+    return (torch.from_numpy(values).float() * scale - mean) / std
 
 
 class Aligned(Head):

@@ -21,6 +21,8 @@ from howfine.tasks import Found, Row, bad_row, completed
 
 # What a tar file's columns are called, and the endings of captions in it.
 IMAGE, TEXT = "image", "text"
+# No picture has more.
+MOST_BYTES = 2**28
 _CAPTIONS = (".txt", ".caption", ".text")
 
 
@@ -81,7 +83,7 @@ def _picture(row: Row, column: str, cell: Any) -> Picture:
     if isinstance(cell, bytes) and cell:
         return Picture(row.where, cell)
     if isinstance(cell, str) and cell.strip():
-        path = Path(row.source).parent / Path(cell).expanduser()
+        path = Path(row.source).parent / cell
         return Picture(f"{path} ({row.where})", path)
     raise bad_row(row, column, cell, "the path of an image file, or its bytes")
 
@@ -110,9 +112,11 @@ def tarred(path: Path) -> dict[str, list[Any]]:
     Raises ValueError for an example that lacks its picture or its caption.
     """
     examples: dict[str, dict[str, Any]] = {}
-    with tarfile.open(path) as archive:
+    with tarfile.open(path, "r:") as archive:
         for member in archive:
             stem, dot, ending = member.name.rpartition(".")
+            if member.issparse() or member.size > MOST_BYTES:
+                raise ValueError(f"{member.name} says that it has {member.size:,} bytes")
             content = archive.extractfile(member) if member.isfile() and dot else None
             if content is None:
                 continue

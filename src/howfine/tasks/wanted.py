@@ -66,5 +66,10 @@ def wanted(given: Mapping[str, Any], seed: int) -> Wanted:
             f"label={given['label']!r} and target={given['target']!r}: a task has classes, scores "
             "or texts to be written; name one column"
         )
+    if "image" in given and len(names) > 1:
+        raise SettingError(
+            f"text={text!r} names two columns beside pictures; expected the one of their captions, "
+            "whose cells may be lists"
+        )
     label, target, image = (given.get(key, "") for key in ("label", "target", "image"))
     return Wanted(names, label or "label", splits, seed, target, image=image)
