@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 
-from howfine import surgery
+from howfine import surgery, whole
 from howfine.base import Base
-from howfine.change import Undo
-from howfine.errors import SettingError
+from howfine.change import Change, Undo
+from howfine.codec import rounded
+from howfine.errors import DamagedDelta, SettingError
 
 _HELD = "howfine_inserted"
 
@@ -72,3 +74,29 @@ def put(base: Base, point: Point, module: nn.Module) -> Undo:
         released()
 
     return undo
+
+
+def stored(change: Change, store: str) -> dict[str, Tensor]:
+    """What trains, as a file gives it back: new modules' values, and those of weights beside them.
+
+    `change.parts["beside"]` is the change of the weights.
+    """
+    beside: Change = change.parts["beside"]
+    own = {
+        name: rounded(value.detach(), store).to(value.device)
+        for name, value in change.trainable.items()
+        if name not in beside.trainable
+    }
+    return own | whole.stored(beside, store)
+
+
+def check(base: Base, what: str, own: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    """Raises DamagedDelta unless stored tensors have the names and shapes of the modules' own."""
+    found = {n: (*value.shape, value.is_floating_point()) for n, value in own.items()}
+    wanted = {n: (*value.shape, True) for n, value in expected.items()}
+    if found != wanted:
+        odd = sorted(set(found.items()) ^ set(wanted.items()))[0]
+        raise DamagedDelta(
+            f"{what} tensors don't fit the base {base.name}, such as {odd[0]} of shape "
+            f"{odd[1][:-1]}; the file is damaged, or made for another model"
+        )

@@ -29,8 +29,7 @@ from howfine import inserted, whole
 from howfine.base import Base
 from howfine.batch import worn_rows, worn_runs
 from howfine.change import Change, all_or_nothing
-from howfine.codec import rounded
-from howfine.errors import DamagedDelta, SettingError, near
+from howfine.errors import SettingError, near
 from howfine.method import Method, Probe, Tensors
 from howfine.worn import bottlenecks, norms
 
@@ -152,13 +151,7 @@ class Adapter(Method):
         return own | whole.pack(change.parts["beside"])
 
     def stored(self, change: Change, store: str) -> Tensors:
-        beside: Change = change.parts["beside"]
-        own = {
-            name: rounded(value.detach(), store).to(value.device)
-            for name, value in change.trainable.items()
-            if name not in beside.trainable
-        }
-        return own | whole.stored(beside, store)
+        return inserted.stored(change, store)
 
     def learning_rate(self, steps: int) -> float:
         return 1e-4
@@ -181,14 +174,7 @@ class Adapter(Method):
             for key, module in made.items()
             for name, value in module.named_parameters()
         }
-        found = {n: (*value.shape, value.is_floating_point()) for n, value in own.items()}
-        wanted = {n: (*value.shape, True) for n, value in expected.items()}
-        if found != wanted:
-            odd = sorted(set(found.items()) ^ set(wanted.items()))[0]
-            raise DamagedDelta(
-                f"adapter tensors don't fit the base {base.name}, such as {odd[0]} of shape "
-                f"{odd[1][:-1]}; the file is damaged, or made for another model"
-            )
+        inserted.check(base, "adapter", own, expected)
         with torch.no_grad():
             for key, module in made.items():
                 if next(module.parameters()).is_meta:

@@ -16,11 +16,10 @@ import torch
 from torch import nn
 from transformers import Cache
 
-from howfine import surgery, whole
+from howfine import inserted, surgery, whole
 from howfine.base import Base
 from howfine.change import Change, Undo, all_or_nothing
-from howfine.codec import rounded
-from howfine.errors import DamagedDelta, SettingError
+from howfine.errors import SettingError
 from howfine.method import Method, Probe, Tensors
 
 _HELD = "howfine_on_top"
@@ -71,13 +70,7 @@ class Deep(Method):
         return own | whole.pack(change.parts["beside"])
 
     def stored(self, change: Change, store: str) -> Tensors:
-        beside: Change = change.parts["beside"]
-        own = {
-            name: rounded(value.detach(), store).to(value.device)
-            for name, value in change.trainable.items()
-            if name not in beside.trainable
-        }
-        return own | whole.stored(beside, store)
+        return inserted.stored(change, store)
 
     def learning_rate(self, steps: int) -> float:
         return 1e-4
@@ -171,14 +164,7 @@ def _fill(base: Base, made: Mapping[int, nn.Module], tensors: Tensors) -> Tensor
     """Put stored values into blocks; those that are theirs. Raises DamagedDelta."""
     own = {name: value for name, value in tensors.items() if name.startswith("deep.")}
     expected = _named(made)
-    found = {n: (*value.shape, value.is_floating_point()) for n, value in own.items()}
-    wanted = {n: (*value.shape, True) for n, value in expected.items()}
-    if found != wanted:
-        odd = sorted(set(found.items()) ^ set(wanted.items()))[0]
-        raise DamagedDelta(
-            f"the block on top doesn't fit the base {base.name}, such as {odd[0]} of shape "
-            f"{odd[1][:-1]}; the file is damaged, or made for another model"
-        )
+    inserted.check(base, "the new block's", own, expected)
     with torch.no_grad():
         for name, value in expected.items():
             value.copy_(own[name])
