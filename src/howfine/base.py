@@ -297,9 +297,6 @@ class Base:
             for path, value in self.towers.named_parameters()
             if value.requires_grad
         ]
-        if not trained:  # nothing of it is random then
-            self.towers.eval()
-            return
         layers = [layer for layer, part in trained if layer is not None]
         if len(layers) < sum(part != "pooler" for _, part in trained):
             return
@@ -374,9 +371,11 @@ class TwoTowers(Base):
         return self.part_of(path).original(path)
 
     def train(self) -> None:
-        """Each tower as `Base.train` has it: frozen blocks below a change stay as they are."""
+        """Each tower as `Base.train` has it; one that is frozen whole in evaluation mode."""
         for part in self.parts.values():
             part.train()
+            if not any(value.requires_grad for value in part.towers.parameters()):
+                part.towers.eval()
 
     def is_untouched(self) -> bool:
         """Whether all parameters are those that were loaded."""
