@@ -159,7 +159,7 @@ def page(rows: list[Row], date: str) -> str:
 
 Written by `make bench` on {date}: {os.cpu_count()} cores ({platform.machine()}, no GPU),
 Python {platform.python_version()}. Timings on a shared machine are noisy: ratios are medians over
-interleaved rounds, with quartiles.
+interleaved rounds, with quartiles. Each table is of one run; two tables may be of two machines.
 
 ## Step time and memory against full fine-tuning
 
@@ -339,8 +339,8 @@ AdamW, {_threads(aligned)} threads: a step that computes all blocks, against one
 frozen blocks gave (`reuse_frozen`), medians of ratios over {
         _rounds(aligned)
     } interleaved rounds. The
-losses of projections alone are equal to the bit. A deep adapter is one block that trains (three
-times a forward pass) on twelve that do not, so five times is the most that reuse can give here.
+losses of projections alone are equal to the bit. A deep adapter is one block that trains on twelve
+that do not: counting a backward pass as two forward ones, five times is the most to be had here.
 
 {
         table(

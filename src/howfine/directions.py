@@ -44,7 +44,7 @@ class Encoder:
         """The same of pictures. Raises TaskError for one that can't be decoded, or that moves."""
         for picture in pictures:
             if reason := fault(picture):
-                raise TaskError(f"picture {picture.name} is a {reason}; leave it out")
+                raise TaskError(f"picture {picture.name} can't be used: {reason}; leave it out")
         return self._run([Example((), picture=picture) for picture in pictures])
 
     @torch.inference_mode()
