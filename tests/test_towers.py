@@ -352,6 +352,35 @@ def test_reuse_takes_half_precision_and_a_full_memory(
     )
 
 
+@pytest.mark.parametrize("case", ["left", "hole", "four", "embeds", "positions"])
+def test_inputs_that_have_no_key_are_computed_each_time(case: str) -> None:
+    """Left padding, masks of another form, and inputs that say more than tokens."""
+    base = tiny_base("bert")
+    tokens = torch.randint(5, 60, (3, 6), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(tokens)
+    given: dict[str, Tensor] = {"input_ids": tokens, "attention_mask": mask}
+    if case in ("left", "hole"):
+        mask[0, 0 if case == "left" else 2] = 0
+    elif case == "four":
+        given["attention_mask"] = mask[:, None, None, :].expand(3, 1, 6, 6).float() * 0
+    elif case == "embeds":
+        given = {"inputs_embeds": torch.randn(3, 6, 32), "attention_mask": mask}
+    else:
+        given["position_ids"] = torch.arange(6).expand(3, -1).flip(1)
+    expected = base.tower(**given).last_hidden_state
+    reuse = features.Reuse(base)
+    reuse.start()
+    for _ in range(3):
+        assert torch.equal(base.tower(**given).last_hidden_state, expected)
+    assert reuse.kept[0].under == base.depth
+    assert not reuse.kept[0].held
+    plain = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+    for _ in range(2):
+        base.tower(**plain)
+    assert len(reuse.kept[0].held) == 3
+    reuse.remove()
+
+
 def test_parameters_of_one_name_are_two(tmp_path: Path) -> None:
     """Both towers' numbers are rounded in the last steps, and each has its own rate."""
     made = Put(tiny_towers(), method("sparse", density=0.01), steps=0)

@@ -20,6 +20,7 @@ from howfine.base import Base, TwoTowers
 # States are kept up to so many bytes, of all towers; examples that come later are computed each
 # time, and so is a batch that one of them is in.
 KEPT_BYTES = 2**31
+_OF_TEXTS = ("input_ids", "attention_mask", "token_type_ids")
 
 
 class Reuse:
@@ -105,7 +106,7 @@ class _Kept:
                 # Blocks that give more than their states give it to the next one.
                 plain = not self.in_tuple or len(found) == 1
                 self.frozen.append(plain and not made.requires_grad)
-            elif last and torch.is_grad_enabled() and not made.requires_grad:
+            elif last and self.keys and torch.is_grad_enabled() and not made.requires_grad:
                 self._keep(made)
             return found
 
@@ -138,12 +139,19 @@ class _Kept:
 
 
 def _keys(inputs: dict[str, Any]) -> tuple[list[bytes], list[int]]:
-    """What tells a batch's rows apart, and how many positions count of each."""
-    if "pixel_values" in inputs:
+    """What tells a batch's rows apart, and how many positions count of each.
+
+    Nothing for inputs that say more than tokens and where they end, or pictures alone.
+    """
+    told = {name for name, value in inputs.items() if isinstance(value, Tensor)}
+    if told == {"pixel_values"}:
         rows = inputs["pixel_values"].detach().cpu()
         return [_digest(row) for row in rows], [2**31] * len(rows)
-    tokens, mask = inputs.get("input_ids"), inputs.get("attention_mask")
-    if tokens is None or mask is None or bool((mask[:, :1] == 0).any()):  # padded on the left
+    if not {"input_ids", "attention_mask"} <= told <= {*_OF_TEXTS}:
+        return [], []
+    tokens, mask = inputs["input_ids"], inputs["attention_mask"]
+    ends = mask.ndim == 2 and bool((mask.cumprod(1) == mask).all()) and bool(mask[:, 0].all())
+    if not ends:  # padded on the left, or positions see each other by a rule of their own
         return [], []
     types = inputs.get("token_type_ids", torch.zeros_like(tokens))
     lengths = mask.sum(1).tolist()
