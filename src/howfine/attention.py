@@ -138,14 +138,14 @@ def _registered(implementation: str) -> str:
     if name not in ALL_ATTENTION_FUNCTIONS:
 
         def attend(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            return _attend(_own(implementation, module), module, *args, **kwargs)
+            return _attend(own_function(implementation, module), module, *args, **kwargs)
 
         AttentionInterface.register(name, attend)
         AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[implementation])
     return name
 
 
-def _own(implementation: str, module: nn.Module) -> Callable[..., Any]:
+def own_function(implementation: str, module: nn.Module) -> Callable[..., Any]:
     """The function that the module would have called."""
     if implementation in ALL_ATTENTION_FUNCTIONS:
         found: Callable[..., Any] = ALL_ATTENTION_FUNCTIONS[implementation]

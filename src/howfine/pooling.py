@@ -2,8 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
 import torch
 from torch import Tensor
+
+_FIRST_ALONE: ContextVar[bool] = ContextVar("first_alone", default=False)
+
+
+@contextmanager
+def reading(pooling: str) -> Iterator[None]:
+    """Tell what is put on a tower which of its last states are read in the forward pass inside."""
+    token = _FIRST_ALONE.set(pooling == "cls")
+    try:
+        yield
+    finally:
+        _FIRST_ALONE.reset(token)
+
+
+def first_alone() -> bool:
+    """Whether the states of the first position are all that is read of a tower's last block."""
+    return _FIRST_ALONE.get()
 
 
 def pool(state: object, mask: Tensor | None, pooling: str) -> Tensor:

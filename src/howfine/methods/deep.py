@@ -16,11 +16,12 @@ import torch
 from torch import nn
 from transformers import Cache
 
-from howfine import inserted, surgery, whole
+from howfine import first, inserted, surgery, whole
 from howfine.base import Base
 from howfine.change import Change, Undo, all_or_nothing
 from howfine.errors import SettingError
 from howfine.method import Method, Probe, Tensors
+from howfine.pooling import first_alone
 
 _HELD = "howfine_on_top"
 
@@ -110,6 +111,7 @@ def _blocks(base: Base) -> dict[int, nn.Module]:
             if isinstance(getattr(module, "layer_idx", None), int):
                 module.layer_idx = base.depth  # type: ignore[assignment]
         block.requires_grad_(True)
+        first.prepare(block)
     return made
 
 
@@ -138,6 +140,8 @@ def _on_top(compute: Any, block: nn.Module, number: int) -> Any:
         for value in (*args, *kwargs.values()):
             if isinstance(value, Cache):
                 _make_room(value, number)
+        if first_alone():
+            return first.at_first(block, states, *args, **kwargs)
         return block(states, *args, **kwargs)
 
     return forward

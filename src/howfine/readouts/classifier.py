@@ -16,7 +16,7 @@ from torch.nn import functional
 from howfine.base import Base
 from howfine.batch import Batch
 from howfine.errors import SettingError
-from howfine.pooling import pool
+from howfine.pooling import pool, reading
 from howfine.readout import Head, Labels, Readout, class_answer, class_loss
 from howfine.task import Example
 
@@ -116,7 +116,8 @@ class _LinearHead(Head):
         nn.init.zeros_(self.linear.bias)
 
     def forward(self, towers: nn.ModuleDict, batch: Batch) -> Tensor:
-        state = towers.get_submodule(self.body_path)(**batch.inputs)
+        with reading(self.pooling):
+            state = towers.get_submodule(self.body_path)(**batch.inputs)
         pooled = pool(state, batch.inputs.get("attention_mask"), self.pooling)
         outputs = self.linear(self.dropout(pooled.to(self.linear.weight.dtype)))
         return functional.pad(outputs, (1, 0)) if self.reference else outputs

@@ -28,7 +28,7 @@ from howfine.base import IMAGE, TEXT, Base, TwoTowers
 from howfine.batch import Batch
 from howfine.errors import SettingError
 from howfine.metrics import Metric
-from howfine.pooling import pool
+from howfine.pooling import pool, reading
 from howfine.processes import gathered
 from howfine.readout import Head, Labels, Readout
 from howfine.task import Example
@@ -220,7 +220,8 @@ class Aligned(Head):
 
         def encode(pixel_values: Tensor) -> Tensor:
             pixel_values = pixel_values.to(next(tower.parameters()).dtype)
-            state = tower(pixel_values=pixel_values, **options)
+            with reading(self.pooling[IMAGE]):
+                state = tower(pixel_values=pixel_values, **options)
             return pool(state, None, self.pooling[IMAGE])
 
         return self._direction(self.image_projection, self._in_chunks(encode, pixels))
@@ -231,7 +232,9 @@ class Aligned(Head):
 
         def encode(*values: Tensor) -> Tensor:
             given = dict(zip(names, values, strict=True))
-            return pool(tower(**given), given.get("attention_mask"), self.pooling[TEXT])
+            with reading(self.pooling[TEXT]):
+                state = tower(**given)
+            return pool(state, given.get("attention_mask"), self.pooling[TEXT])
 
         return self._direction(self.text_projection, self._in_chunks(encode, *inputs.values()))
 
