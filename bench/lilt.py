@@ -2,9 +2,9 @@
 
     python bench/lilt.py --data DIR --base DINOV2_SMALL+minilm [--minutes 90] [--page]
 
-Each kind of change tries two learning rates with one seed on fewer steps, judged by mean recall on
-dev. After the seeds come what is kept of the towers' own knowledge (CIFAR-10) and captions in other
-languages (Tux Paint's stamps). Runs what bench/ledgers/lilt.jsonl lacks and writes
+Each kind of change tries three learning rates with one seed on fewer steps, judged by mean recall
+on dev. After the seeds come what is kept of the towers' own knowledge (CIFAR-10) and captions in
+other languages (Tux Paint's stamps). Runs what bench/ledgers/lilt.jsonl lacks and writes
 docs/results/lilt.md.
 """
 
@@ -38,15 +38,15 @@ LEDGER = ROOT / "bench" / "ledgers" / "lilt.jsonl"
 PAGE = ROOT / "docs" / "results" / "lilt.md"
 SIZE, STEPS, RATE_STEPS, BATCH, SEEDS = 70, 100, 50, 64, (0, 1)
 COMMON = {"size": SIZE, "batch_size": BATCH, "augment": False, "epochs": 1}
-# Cell -> the recipe, its rates, and a kind of change for those that share a choice of rate.
-CELLS: dict[str, tuple[str, tuple[float, float]]] = {
-    "projections": ("lilt-projections", (1e-3, 1e-2)),
-    "LayerNorm": ("lilt-layernorm", (1e-3, 3e-3)),
-    "layerwise": ("lilt", (3e-4, 1e-3)),
-    "full": ("align-full", (5e-5, 2e-4)),
-    "BitFit": ("lilt-bitfit", (1e-3, 3e-3)),
-    "LiT": ("lit", (5e-5, 2e-4)),
-    "deep": ("lilt-deep", (1e-4, 3e-4)),
+# Cell -> the recipe and its rates; the third one lies on the side of the better of the first two.
+CELLS: dict[str, tuple[str, tuple[float, float, float]]] = {
+    "projections": ("lilt-projections", (1e-3, 1e-2, 3e-2)),
+    "LayerNorm": ("lilt-layernorm", (1e-3, 3e-3, 1e-2)),
+    "layerwise": ("lilt", (3e-4, 1e-3, 3e-3)),
+    "full": ("align-full", (5e-5, 2e-4, 1.5e-5)),
+    "BitFit": ("lilt-bitfit", (1e-3, 3e-3, 1e-2)),
+    "LiT": ("lit", (5e-5, 2e-4, 6e-4)),
+    "deep": ("lilt-deep", (1e-4, 3e-4, 1e-3)),
 }
 # Pictures of CIFAR-10 that are classified with no training, that a probe learns from, and is
 # tested on.
@@ -313,7 +313,7 @@ DINOv2-small (12 × 384, 22.1 M parameters, no text ever seen) and MiniLM (6 × 
 English), pooled as their folders state (first position, mean). Train: 753 pictures of Flickr8k with
 3,765 captions, {STEPS} steps of {BATCH} pairs (1.7 passes), fp32; test: 125 pictures with 625
 captions, the official test pictures among a thousand. Pictures are {SIZE} pixels wide (25 patches;
-the paper's 256), uncropped. Rates: the better of two by mean recall on dev after {RATE_STEPS} steps
+the paper's 256), uncropped. Rates: the best of three by mean recall on dev after {RATE_STEPS} steps
 with one seed. CIFAR-10: {CLASSIFIED:,} test pictures, one prompt, chance 10.0; probe: logistic
 regression on the image tower's states of {PROBED:,} train pictures, scored on {TESTED:,} of test.
 The paper aligns larger towers on 591,000 pairs; what is checked is whether its orderings carry over
