@@ -2,14 +2,17 @@
 
 Predictions are n texts; targets hold, for each of them, a tuple of one or more references, whose
 number may differ. Every score comes from a few numbers of each example, its sufficient statistics:
-sums of them for BLEU, chrF and NIST, means for ROUGE-L, METEOR and CIDEr-D. A bootstrap resamples
-those and counts no n-gram twice. An empty prediction scores as any other does.
+sums of them for BLEU, chrF and NIST, means for the others. A bootstrap resamples those and counts
+no n-gram twice. An empty prediction scores as any other does.
 
 The libraries are imported where they are called: nltk alone takes seconds.
 """
 
 from __future__ import annotations
 
+import re
+import string
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from functools import cache, lru_cache
 from itertools import zip_longest
@@ -20,6 +23,8 @@ import numpy as np
 from howfine import consensus
 from howfine.errors import SettingError, TaskError
 
+# What SQuAD's script takes out of an answer, in lower case, before it compares words.
+_SIGNS, _ARTICLES = str.maketrans("", "", string.punctuation), re.compile(r"\b(a|an|the)\b")
 # Splits whose statistics are kept: a score, its interval and its comparisons ask for the same.
 KEPT_SPLITS = 64
 
@@ -157,6 +162,32 @@ def _tokens(
     return [split(text) for text in predictions], [tuple(map(split, many)) for many in targets]
 
 
+def _answer(text: str) -> list[str]:
+    """The words of an answer, as the scripts of SQuAD and CoQA split it.
+
+    An answer of signs or articles alone, such as the letter A, stays as it is.
+    """
+    return _ARTICLES.sub(" ", text.lower().translate(_SIGNS)).split() or text.lower().split()
+
+
+def _overlap(said: list[str], meant: list[str]) -> float:
+    """F1 of words, counted as often as they stand there."""
+    both = (Counter(said) & Counter(meant)).total()
+    return 2 * both / (len(said) + len(meant)) if both else 0.0
+
+
+def _same(said: list[str], meant: list[str]) -> float:
+    return float(said == meant != [])
+
+
+def _best(alike: Callable[[list[str], list[str]], float]) -> Callable[[Texts, References], Any]:
+    """How far each answer agrees with the reference that is most like it."""
+    return lambda predictions, targets: [
+        max(alike(_answer(text), _answer(each)) for each in several)
+        for text, several in zip(predictions, targets, strict=True)
+    ]
+
+
 # The first is the one by which texts are customarily compared.
 FORMULAS = {
     "bleu": Formula(_sacrebleu_counted("bleu"), _of_sums(_sacrebleu_score("bleu"))),
@@ -165,4 +196,6 @@ FORMULAS = {
     "meteor": Formula(_meteor, _of_means(100.0)),
     "nist": Formula(_nist, _of_sums(consensus.nist)),
     "cider": Formula(_cider, _of_means(1.0)),
+    "token_f1": Formula(_best(_overlap), _of_means(100.0)),
+    "exact_match": Formula(_best(_same), _of_means(100.0)),
 }

@@ -22,6 +22,8 @@ _METRICS = {
     "meteor": "METEOR",
     "nist": "NIST",
     "cider": "CIDEr-D",
+    "token_f1": "F1 of words",
+    "exact_match": "exact match",
 }
 _UNITS = ("bytes", "kB", "MB", "GB", "TB")
 # Where a probability stops settling whether the margin holds, and what is said then.

@@ -119,7 +119,8 @@ def _found(
     whole = completed(rows, wanted.seed)
     if wanted.target or wanted.form:
         whole = written.referenced(whole)
-    return Found(whole, labels, metric=None, provenance=f"{origin}{how}")
+    metric = forms.known(wanted.form).metric if wanted.form else None
+    return Found(whole, labels, metric, provenance=f"{origin}{how}")
 
 
 def _rows(table: Columns, wanted: Wanted, source: str) -> list[Row]:

@@ -36,6 +36,8 @@ class Form:
     target: str
     # Takes what the columns hold, in their order; None for what is left out.
     made: Callable[..., Segments]
+    # By which what is written is customarily scored; None for the metric of all texts.
+    metric: str | None = None
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -96,9 +98,11 @@ def translated(source: str) -> Segments:
 FORMS = {
     "table": Form({"table": TABLE}, "response", _tabled),
     "translation": Form({"source": TEXT}, "target", translated),
-    "summary": Form({"source": TEXT}, "target", translated),
+    "summary": Form({"source": TEXT}, "target", translated, "rouge_l"),
     "dialogue": Form({"persona": SENTENCES, "history": TURNS}, "reply", talk),
-    "qa": Form({"document": TEXT, "history": ROUNDS, "question": TEXT}, "answer", asked),
+    "qa": Form(
+        *({"document": TEXT, "history": ROUNDS, "question": TEXT}, "answer", asked), "token_f1"
+    ),
 }
 
 

@@ -90,7 +90,9 @@ SETS = {
         lambda row: str(row["article"]),
         metric="rouge_l",
     ),
-    "coqa": HubSet("stanfordnlp/coqa", None, _coqa, lambda row: str(row["story"])),
+    "coqa": HubSet(
+        "stanfordnlp/coqa", None, _coqa, lambda row: str(row["story"]), metric="token_f1"
+    ),
     "iwslt-de-en": _iwslt("de", "en"),
     "iwslt-en-de": _iwslt("en", "de"),
 }
