@@ -1047,6 +1047,7 @@ def test_losses_of_two_halves_are_not_that_of_the_whole() -> None:
     assert sum(halves) / 2 < float(whole["loss"]) - 0.1
 
 
+@pytest.mark.slow
 def test_local_negatives_on_two_processes(of_two_processes: dict[str, dict[str, Tensor]]) -> None:
     """The mean of the halves, in loss and in gradients, and not the whole."""
     base, change, model = aligned()
@@ -1060,6 +1061,7 @@ def test_local_negatives_on_two_processes(of_two_processes: dict[str, dict[str, 
     assert loss < backward(model, base, change, examples)[0] - 0.1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["gathered", "gathered-chunks"])
 def test_gathered_negatives_on_two_processes_are_those_of_one(
     kind: str, of_two_processes: dict[str, dict[str, Tensor]]

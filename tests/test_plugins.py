@@ -150,6 +150,7 @@ def test_the_command_line_lists_it(plugins: Path) -> None:
     assert "Did you mean 'toy'?" in wrong
 
 
+@pytest.mark.slow
 def test_a_recipe_comes_with_it(plugins: Path) -> None:
     code = (
         "from howfine.recipe import Recipe, recipes\n"

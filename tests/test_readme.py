@@ -47,9 +47,8 @@ def test_the_python_snippets_run(small, capsys):
     assert all((model.state_dict()[name] == value).all() for name, value in before.items())
 
 
-@pytest.mark.parametrize(
-    "page", ["README.md", pytest.param("docs/combine.md", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("page", ["README.md", "docs/combine.md"])
 def test_several_tasks_run(small, page):
     """Two tasks' files by the names that the page gives them."""
     base, task = howfine.Base.load("minilm"), Task.load("rotten-tomatoes")

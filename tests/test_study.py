@@ -100,6 +100,7 @@ def test_a_lost_delta_is_made_again(finished, tmp_path):
     assert (tmp_path / "copy" / records[0]["file"]).exists()
 
 
+@pytest.mark.slow
 def test_a_lost_delta_is_made_again_though_the_database_has_its_run(finished, tmp_path):
     folder, records = finished
     shutil.copytree(folder, tmp_path / "copy")
@@ -142,6 +143,7 @@ def test_two_workers_free_the_same_dead_trial(tmp_path, monkeypatch):
     assert one.study.get_trials()[taken.number].state == TrialState.FAIL
 
 
+@pytest.mark.slow
 def test_workers_of_two_places_share_what_each_has_made(finished, tmp_path, monkeypatch):
     """Machines without a common folder: the other one has the other's files."""
     shared = f"sqlite:///{tmp_path / 'shared.db'}"
@@ -235,6 +237,7 @@ def give_up(monkeypatch):
     return fail_running
 
 
+@pytest.mark.slow
 def test_a_run_given_up_for_dead_that_fails_is_run_again(tmp_path, monkeypatch, give_up):
     done = []
     real = study_module.run_once
@@ -271,6 +274,7 @@ def test_a_run_whose_worker_died_before_its_first_heartbeat_is_taken_again(tmp_p
     assert len(study(tiny_base("bert"), tiny_task(), SMALL, out=tmp_path)) == len(keys)
 
 
+@pytest.mark.slow
 def test_a_run_given_up_for_dead_that_ends_after_all_is_kept_and_not_repeated(
     finished, tmp_path, monkeypatch, give_up
 ):

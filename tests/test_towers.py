@@ -392,6 +392,7 @@ def test_parameters_of_one_name_are_two(tmp_path: Path) -> None:
     assert made.method.rate_for(made.change, 50) == max(rates)
 
 
+@pytest.mark.slow
 def test_a_study_of_two_towers(tmp_path: Path) -> None:
     plan = {
         "ceiling": "align-full",
