@@ -303,11 +303,18 @@ class TinyProbe:
         of: Gradient = "magnitude",
         at: Mapping[str, Tensor] | None = None,
     ) -> dict[str, Tensor]:
+        return self._probe(base).gradients(base, paths, of, at)
+
+    def sensitivities(
+        self, base: Base, counts: Mapping[str, int], at: Mapping[str, Tensor] | None = None
+    ) -> dict[str, Tensor]:
+        return self._probe(base).sensitivities(base, counts, at)
+
+    def _probe(self, base: Base) -> GradientProbe:
         with torch.random.fork_rng():
             torch.manual_seed(0)
             wired = Wired(base, self.readout, self.readout.attach(base, LABELS))
-        probe = GradientProbe(wired, base, tiny_task().splits["train"], 8)
-        return probe.gradients(base, paths, of, at)
+        return GradientProbe(wired, base, tiny_task().splits["train"], 8)
 
 
 def tuned_weights(base: Base) -> dict[str, Tensor]:

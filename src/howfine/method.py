@@ -64,6 +64,15 @@ class Probe(Protocol):
         """
         ...
 
+    def sensitivities(
+        self, base: Base, counts: Mapping[str, int], at: Mapping[str, Tensor] | None = None
+    ) -> dict[str, Tensor]:
+        """(n,) mean |∂loss/∂ξ| over examples, by path, of n factors ξ on a matrix's inputs.
+
+        Each factor is on as many neighbouring inputs, and ξ = 1. Taken where `gradients` are.
+        """
+        ...
+
 
 class Method(ABC):
     """Puts a trainable Change on a Base, packs it into few tensors, and puts it back exactly.

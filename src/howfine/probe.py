@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -51,36 +52,90 @@ class GradientProbe:
     ) -> dict[str, Tensor]:
         """Of the loss, per entry, over a few batches, dropout off: see `howfine.method.Probe`."""
         with ExitStack() as undo:
-            parameters = {path: base.parameter(path) for path in paths}
-            for path, weight in (at or {}).items():
-                value = as_parameter(weight, base.parameter(path))
-                undo.callback(surgery.replace(base.towers, path, value))
-                if path in parameters:
-                    parameters[path] = value
-            return self._mean(parameters, of)
+            put = _put(base, at or {}, undo)
+            return self._mean({path: put.get(path, base.parameter(path)) for path in paths}, of)
 
     def _mean(self, parameters: dict[str, nn.Parameter], of: Gradient) -> dict[str, Tensor]:
-        base, size = self.base, _SIZES[of]
+        size = _SIZES[of]
         sums = {path: torch.zeros_like(p, dtype=torch.float32) for path, p in parameters.items()}
+        for parameter in parameters.values():
+            parameter.requires_grad_(True)
+        try:
+            for loss, batches in self._losses():
+                found = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
+                for path, gradient in zip(parameters, found, strict=True):
+                    if gradient is not None:  # a pooler that the readout never reads
+                        sums[path] += size(gradient.float()) / batches
+        finally:
+            for parameter in parameters.values():
+                parameter.requires_grad_(False)
+        return sums
+
+    def sensitivities(
+        self, base: Base, counts: Mapping[str, int], at: Mapping[str, Tensor] | None = None
+    ) -> dict[str, Tensor]:
+        """Of each row of a few batches by itself, dropout off: see `howfine.method.Probe`.
+
+        ∂loss/∂ξ is the sum of input times gradient over a row's positions and a factor's inputs,
+        and of all runs of a module that several layers share.
+        """
+        sums = {path: torch.zeros(count, device=base.device) for path, count in counts.items()}
+        seen = 0
+        with ExitStack() as undo:
+            _put(base, at or {}, undo)
+            met: list[tuple[str, Tensor]] = []
+            for path in counts:
+                host = base.towers.get_submodule(path.rpartition(".")[0])
+                undo.callback(host.register_forward_pre_hook(_noting(met, path)).remove)
+            for loss, _ in self._losses():
+                rows: dict[str, Tensor] = {}
+                states = [state for _, state in met]
+                found = torch.autograd.grad(loss, states, allow_unused=True)
+                for (path, state), gradient in zip(met, found, strict=True):
+                    if gradient is not None:
+                        product = (state.detach() * gradient).float()
+                        product = product.unflatten(-1, (counts[path], -1)).sum(-1)
+                        own = product.flatten(1, -2).sum(1) if product.ndim > 2 else product
+                        rows[path] = rows[path] + own if path in rows else own
+                for path, row in rows.items():  # the loss is a mean over rows
+                    sums[path] += (row * len(row)).abs().sum(0)
+                seen += max(map(len, rows.values()), default=0)
+                met.clear()
+        return {path: total / max(1, seen) for path, total in sums.items()}
+
+    def _losses(self) -> Iterator[tuple[Tensor, int]]:
+        """Losses of a few batches, always the same ones, and how many there are."""
         was_training = self.model.training
         self.model.eval()
         generator = torch.Generator().manual_seed(0)
         order = torch.randperm(len(self.examples), generator=generator).tolist()
         rows = [order[i : i + self.batch_size] for i in range(0, len(order), self.batch_size)]
         rows = rows[:PROBE_BATCHES]
-        for parameter in parameters.values():
-            parameter.requires_grad_(True)
         try:
             for chosen in rows:
-                batch = self.model.readout.collate(base, [self.examples[i] for i in chosen])
-                fields = to_device(batch.as_kwargs(), base.device)
-                loss = self.model(**fields)["loss"]
-                found = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
-                for path, gradient in zip(parameters, found, strict=True):
-                    if gradient is not None:  # a pooler that the readout never reads
-                        sums[path] += size(gradient.float()) / len(rows)
+                batch = self.model.readout.collate(self.base, [self.examples[i] for i in chosen])
+                fields = to_device(batch.as_kwargs(), self.base.device)
+                yield self.model(**fields)["loss"], len(rows)
         finally:
-            for parameter in parameters.values():
-                parameter.requires_grad_(False)
             self.model.train(was_training)
-        return sums
+
+
+def _put(base: Base, at: Mapping[str, Tensor], undo: ExitStack) -> dict[str, nn.Parameter]:
+    """Let the base's weights be those of `at` until the stack is left."""
+    values = {path: as_parameter(weight, base.parameter(path)) for path, weight in at.items()}
+    for path, value in values.items():
+        undo.callback(surgery.replace(base.towers, path, value))
+    return values
+
+
+def _noting(met: list[tuple[str, Tensor]], path: str) -> Callable[..., Any]:
+    """A hook that notes what a module is given, as something that has a gradient."""
+
+    def note(module: nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...]:
+        states = given[0]
+        if not states.requires_grad:  # of the lowest such module: nothing beneath it trains
+            states = states.detach().requires_grad_(True)
+        met.append((path, states))
+        return (states, *given[1:])
+
+    return note

@@ -122,6 +122,7 @@ def cases() -> Iterator[tuple[str, Method, str]]:
     two = {"adapter": {"placement": "layerwise", "width": 3}}
     yield "towers", method("towers", image=two, text={"select": {"train": ["norm"]}}), "fp16"
     yield "deep", method("deep"), "int8"
+    yield "prune", method("prune", keep=0.6, by="magnitude", beside=["all@-1"]), "int8"
     yield "prefix", method("prefix", length=3, hidden=0), "fp16"
     yield "prompt", method("prompt", length=4, init="table"), "int8"
 

@@ -192,5 +192,11 @@ class _OneTower:
         """Of the loss of both towers."""
         return self.probe.gradients(self.base, paths, of, at)
 
+    def sensitivities(
+        self, base: Base, counts: Mapping[str, int], at: Mapping[str, Tensor] | None = None
+    ) -> dict[str, Tensor]:
+        """Of the loss of both towers."""
+        return self.probe.sensitivities(self.base, counts, at)
+
 
 EXAMPLE = Towers()
