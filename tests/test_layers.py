@@ -23,6 +23,7 @@ ROOMS = [
         *("plugins", "fingerprint", "anatomy", "architectures", "codec", "codec.*", "checkpoint"),
         *("container", "folded", "metrics", "calibration", "text", "lora", "sources", "spread"),
         *("text_metrics", "consensus", "images", "retrieval", "pooling", "processes"),
+        "widths",
     ),
     ("task", "checks", "tasks", "tasks.*", "base", "pretrained"),
     ("surgery", "change"),
@@ -52,7 +53,7 @@ ROOMS = [
     (
         *("tune", "loop", "trainer", "rates", "rounding", "evaluate", "merge", "attach"),
         *("compose", "extract", "gain", "targets", "zero_shot", "combine", "passes"),
-        *("streaming", "distill", "features", "directions", "search", "knowledge"),
+        *("streaming", "distill", "features", "directions", "search", "knowledge", "slicing"),
     ),
     ("ledger", "answer", "plan", "stored"),
     ("queue", "study"),
@@ -61,8 +62,8 @@ ROOMS = [
         *("figures", "figures_calibration", "figures_distance", "pictures_page"),
     ),
     (
-        *("cli", "cli_align", "cli_compose", "cli_extract", "cli_inspect", "cli_zero_shot"),
-        "options",
+        *("cli", "cli_align", "cli_compose", "cli_extract", "cli_inspect", "cli_models"),
+        *("cli_zero_shot", "options"),
     ),
 ]
 # Files that never import another of their own folder.

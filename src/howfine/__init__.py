@@ -36,6 +36,7 @@ if TYPE_CHECKING:  # the same names as _HOME, for type checkers and editors; a t
     from howfine.recipe import Recipe
     from howfine.report import report
     from howfine.search import search
+    from howfine.slicing import sliced
     from howfine.study import study
     from howfine.task import Task
     from howfine.tune import tune
@@ -71,6 +72,7 @@ __all__ = [
     "readouts",
     "report",
     "search",
+    "sliced",
     "study",
     "tune",
     "zero_shot",
@@ -104,6 +106,7 @@ _HOME = {
     "readouts": "readout",
     "report": "report",
     "search": "search",
+    "sliced": "slicing",
     "study": "study",
     "tune": "tune",
     "zero_shot": "zero_shot",

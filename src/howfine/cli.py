@@ -13,6 +13,7 @@ from howfine import cli_compose, options
 from howfine.cli_align import align, search
 from howfine.cli_extract import extract
 from howfine.cli_inspect import inspect
+from howfine.cli_models import cut, merge
 from howfine.cli_zero_shot import meta_train, zero_shot
 
 app = typer.Typer(
@@ -181,22 +182,8 @@ app.command(context_settings=_OPEN)(align)
 app.command()(search)
 app.command("zero-shot")(zero_shot)
 app.command("meta-train", context_settings=_OPEN)(meta_train)
-
-
-@app.command()
-def merge(
-    delta: options.DeltaFile,
-    out: Annotated[Path, typer.Argument(help="Folder to write.")],
-    base: options.BaseName = None,
-    as_json: options.AsJson = False,
-) -> None:
-    """Write base and delta as a plain Hugging Face checkpoint."""
-    from howfine.delta import Delta
-    from howfine.merge import merge as run
-
-    opened = Delta.load(delta)
-    path = run(opened, out, options.base(base, opened, "cpu", "float32"))
-    options.show(as_json, {"folder": str(path)}, f"{path}: load it with AutoModel.from_pretrained")
+app.command()(merge)
+app.command("slice")(cut)
 
 
 @app.command()

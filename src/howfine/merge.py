@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -36,21 +37,28 @@ def merge(delta: Delta | str | Path, out: str | Path, base: Base | None = None) 
     taken from is not to be had.
     """
     delta, base = opened(delta, base)
-    out = Path(out)
+
+    def write(folder: Path) -> None:
+        with delta.changed(base) as head:
+            only_weights(base, "which no plain checkpoint holds; keep the delta beside its base")
+            save(base, _whole(base), folder)
+            if head is not None:
+                _save_head(delta, head, folder)
+
+    return in_folder(Path(out), write)
+
+
+def in_folder(out: Path, write: Callable[[Path], None]) -> Path:
+    """Let `write` fill a new folder, which is at `out` when it is whole.
+
+    Raises StorageError where `out` exists or can't be written; nothing is left behind.
+    """
     if out.exists():
         raise StorageError(f"{out} exists already; choose another folder or remove it first")
     partial = out.with_name(f".{out.name}.partial")
     try:
-        with delta.changed(base) as head, pretrained.quiet_transformers():
-            only_weights(base, "which no plain checkpoint holds; keep the delta beside its base")
-            whole = _whole(base)
-            whole.save_pretrained(partial, state_dict=_own_tensors(base, whole))
-            if head is not None:
-                _save_head(delta, head, partial)
-        if base.tokenizer is not None:
-            _as_loaded(base.tokenizer).save_pretrained(partial)
-        if base.pooling != base.default_pooling:
-            pretrained.state_pooling(partial, base.pooling, base.hidden_size)
+        with pretrained.quiet_transformers():
+            write(partial)
         partial.rename(out)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
@@ -61,6 +69,15 @@ def merge(delta: Delta | str | Path, out: str | Path, base: Base | None = None) 
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return out
+
+
+def save(base: Base, model: Any, folder: Path) -> None:
+    """A model of the base's kind as a checkpoint, with its tokenizer and how it is pooled."""
+    model.save_pretrained(folder, state_dict=_own_tensors(base, model))
+    if base.tokenizer is not None:
+        _as_loaded(base.tokenizer).save_pretrained(folder)
+    if base.pooling != base.default_pooling:
+        pretrained.state_pooling(folder, base.pooling, base.hidden_size)
 
 
 def _save_head(delta: Delta, head: Head, folder: Path) -> None:
@@ -76,8 +93,7 @@ def _whole(base: Base) -> Any:
 
     Written alone, an encoder has names that `AutoModel` does not look for.
     """
-    whole: Any = transformers.MODEL_MAPPING[type(base.config)]
-    if base.kind != "body" or isinstance(base.tower, whole):
+    if stands_alone(base):
         return base.tower
     try:
         model, info = transformers.AutoModel.from_pretrained(
@@ -98,6 +114,12 @@ def _whole(base: Base) -> Any:
         )
     encoder.load_state_dict(base.tower.state_dict())
     return model
+
+
+def stands_alone(base: Base) -> bool:
+    """Whether the tower is all of a checkpoint, and no encoder-decoder's encoder."""
+    whole: Any = transformers.MODEL_MAPPING[type(base.config)]
+    return base.kind != "body" or isinstance(base.tower, whole)
 
 
 def _own_tensors(base: Base, whole: Any) -> dict[str, Tensor]:

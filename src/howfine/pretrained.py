@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from howfine import fingerprint as fp
+from howfine import widths
 from howfine.architectures import anatomy_of
 from howfine.errors import BaseNotFound, SettingError
 
@@ -70,7 +71,8 @@ def read(source: str, kind: str, revision: str | None) -> tuple[nn.Module, Any, 
     named = dict(options)
     try:
         with quiet_transformers():
-            auto = getattr(transformers, KINDS[kind])
+            config = transformers.AutoConfig.from_pretrained(source, **named)
+            auto = widths.class_for(getattr(transformers, KINDS[kind]), config)
             # Float32 holds every half-precision checkpoint exactly. Other sizes are told below.
             options |= {"dtype": torch.float32, "ignore_mismatched_sizes": True}
             model, info = auto.from_pretrained(source, output_loading_info=True, **options)
@@ -217,7 +219,8 @@ def outline(folder: str, kind: str) -> nn.Module:
     with quiet_transformers():
         config = transformers.AutoConfig.from_pretrained(folder)
         with torch.device("meta"):
-            return _used(getattr(transformers, KINDS[kind]).from_config(config), kind)
+            auto = widths.class_for(getattr(transformers, KINDS[kind]), config)
+            return _used(auto.from_config(config), kind)
 
 
 def _used(model: Any, kind: str) -> Any:

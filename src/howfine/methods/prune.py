@@ -19,7 +19,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from howfine import gates, surgery, whole
+from howfine import gates, surgery, whole, widths
 from howfine.base import Base
 from howfine.change import Change, all_or_nothing
 from howfine.errors import DamagedDelta, SettingError
@@ -185,7 +185,9 @@ def _counts(base: Base, units: str) -> dict[str, int]:
         kind = _kind(base, path)
         if kind == "heads" and units != "neurons":
             layer, _ = base.place(path)
-            found[path] = int(getattr(base.config, base.anatomy.stack_of(layer or 0).heads))
+            heads = int(getattr(base.config, base.anatomy.stack_of(layer or 0).heads))
+            inputs = base.parameter(path).shape[_axis(base, "in")]
+            found[path] = widths.heads_left(base.config, heads, inputs)
         if kind == "neurons" and units != "heads":
             found[path] = base.parameter(path).shape[_axis(base, "in")]
     return found

@@ -1,0 +1,47 @@
+"""howfine merge and howfine slice: models written out. Heavy imports inside the commands."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from howfine import options
+
+
+def merge(
+    delta: options.DeltaFile,
+    out: Annotated[Path, typer.Argument(help="Folder to write.")],
+    base: options.BaseName = None,
+    as_json: options.AsJson = False,
+) -> None:
+    """Write base and delta as a plain Hugging Face checkpoint."""
+    from howfine.delta import Delta
+    from howfine.merge import merge as run
+
+    opened = Delta.load(delta)
+    path = run(opened, out, options.base(base, opened, "cpu", "float32"))
+    options.show(as_json, {"folder": str(path)}, f"{path}: load it with AutoModel.from_pretrained")
+
+
+def cut(
+    delta: options.DeltaFile,
+    out: Annotated[Path, typer.Argument(help="Folder to write.")],
+    base: options.BaseName = None,
+    as_json: options.AsJson = False,
+) -> None:
+    """Write base and delta as a smaller model, without the heads and neurons that are off."""
+    from dataclasses import asdict
+
+    from howfine.delta import Delta
+    from howfine.slicing import sliced as run
+
+    opened = Delta.load(delta)
+    done = run(opened, out, options.base(base, opened, "cpu", "float32"))
+    said = f"{done.folder}: {done.parameters:,} of {done.before:,} parameters; heads "
+    said += f"{', '.join(map(str, done.heads))}; neurons {', '.join(map(str, done.neurons))}. "
+    said += "AutoModel.from_pretrained" if done.plain else "howfine's Base.load"
+    said += " loads it" + (f"; {done.readout} gives its answers" if done.readout else "")
+    facts = {name: str(v) if isinstance(v, Path) else v for name, v in asdict(done).items()}
+    options.show(as_json, facts, said)

@@ -1,0 +1,297 @@
+"""slice: a changed model without the heads and neurons that give nothing: smaller, really faster.
+
+A unit is off where all that leads out of it is exactly 0, whatever change made it so. Its rows and
+columns go; what is left computes the same, but for rounding. Heads are cut where every one has keys
+and values of its own and no table of positions of its own (BERT and its kin, ViT, BART, GPT-2);
+elsewhere they stay, as zeros, and neurons alone are cut.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+
+from howfine import pretrained, widths
+from howfine.base import IMAGE, Base, TwoTowers
+from howfine.delta import SUFFIX, Delta, only_weights
+from howfine.errors import SettingError
+from howfine.evaluate import opened
+from howfine.merge import in_folder, save, stands_alone
+from howfine.method import holding
+
+READOUT_FILE = f"readout{SUFFIX}"
+# Of two outputs, relative to the largest: more is no rounding.
+_ROUNDING = 1e-4
+# Config fields that may state the width of all feed-forward nets, in one architecture or another.
+_INNER = (
+    "intermediate_size",
+    "hidden_dim",
+    "n_inner",
+    "d_ff",
+    "encoder_ffn_dim",
+    "decoder_ffn_dim",
+)
+_INTO = {"D": ("Q", "K", "V", "QKV"), "CD": ("CQ", "CK", "CV"), "O": ("I", "G")}
+
+
+@dataclass(frozen=True)
+class Sliced:
+    """A folder with a smaller model, and what it has left."""
+
+    folder: Path
+    # Whether AutoModel.from_pretrained loads it; else Base.load alone does.
+    plain: bool
+    parameters: int
+    before: int
+    # Kept in each layer, from the bottom up.
+    heads: tuple[int, ...]
+    neurons: tuple[int, ...]
+    # The delta of the answers' head on the smaller model, where there is one.
+    readout: Path | None
+
+
+def sliced(delta: Delta | str | Path, out: str | Path, base: Base | None = None) -> Sliced:
+    """Write the changed base without its units that are off to the folder `out`.
+
+    Beside the model lies a delta of the readout, made on it: `howfine predict` and `evaluate` take
+    that one with `--base OUT`. Raises StorageError where `out` exists or can't be written,
+    SettingError where nothing is off, for a change that is not one of weights, and for a base that
+    is part of a larger model.
+    """
+    delta, base = opened(delta, base)
+    _check_sliceable(base)
+    with delta.changed(base) as head:
+        only_weights(base, "which a smaller model would lose; keep the delta beside its base")
+        model = copy.deepcopy(base.tower)
+        cuts = _cuts(base, model)
+        if not cuts:
+            raise SettingError(
+                "nothing can be cut: what leads out of each head and each neuron is not 0 "
+                "everywhere, or its layer can't be cut; give a delta of a recipe that switches "
+                "whole units off"
+            )
+        for path, cut in cuts.items():
+            widths.put(model, path, cut.applied(model.get_submodule(path), base))
+        _check_same(base, model)
+    plain = _state_widths(base, model)
+
+    def write(folder: Path) -> None:
+        save(base, model, folder)
+        if head is not None:
+            small = Base.load(str(folder), kind=base.kind)
+            _readout_of(delta, small, str(out)).save(folder / READOUT_FILE)
+
+    folder = in_folder(Path(out), write)
+    return Sliced(
+        folder=folder,
+        plain=plain,
+        parameters=sum(p.numel() for p in model.parameters()),
+        before=sum(p.numel() for p in base.tower.parameters()),
+        heads=_left(base, model, "D"),
+        neurons=_left(base, model, "O"),
+        readout=folder / READOUT_FILE if head is not None else None,
+    )
+
+
+def _check_sliceable(base: Base) -> None:
+    if isinstance(base, TwoTowers):
+        raise SettingError(f"{base.name} is two towers; slice a delta that was made on one model")
+    if not stands_alone(base):
+        raise SettingError(
+            f"the base {base.name} is the encoder of an encoder-decoder, which no folder holds "
+            "alone; tune the whole model, with a readout that writes"
+        )
+
+
+@dataclass(frozen=True)
+class _Cut:
+    """Inputs and outputs of a linear module that stay; None for all of them."""
+
+    inputs: Tensor | None = None
+    outputs: Tensor | None = None
+
+    def applied(self, module: nn.Module, base: Base) -> nn.Module:
+        """A smaller module with the values that stay."""
+        axes, held = base.anatomy.linear_axes, dict(module.named_parameters())
+        weight = held["weight"].detach()
+        for which, index in (("in", self.inputs), ("out", self.outputs)):
+            if index is not None:
+                weight = weight.index_select(axes.index(which), index)
+        inputs, outputs = (weight.shape[axes.index(which)] for which in ("in", "out"))
+        made = widths.of_width(module, inputs, outputs)
+        with torch.no_grad():
+            made.get_parameter("weight").copy_(weight)
+            if "bias" in held:
+                bias = held["bias"].detach()
+                made.get_parameter("bias").copy_(
+                    bias if self.outputs is None else bias[self.outputs]
+                )
+        return made
+
+
+def _cuts(base: Base, model: Any) -> dict[str, _Cut]:
+    """What stays of each module that gets smaller, by its path in the tower."""
+    found: dict[str, _Cut] = {}
+    for path in base.choose(("matrices",)):
+        layer, part = base.place(path)
+        feeding = _feeding(base, path) if part in _INTO else []
+        weight = model.get_parameter(_inside(base, path)).detach()
+        inputs = base.anatomy.linear_axes.index("in")
+        if not feeding or (part != "O" and not _heads_may_go(base, feeding, weight)):
+            continue
+        on = (weight != 0).any(1 - inputs)
+        if part != "O":
+            on = on.unflatten(0, (_heads(base, layer or 0, len(on)), -1)).any(1)
+        if on.all():
+            continue
+        on[0] |= not on.any()  # a module without inputs is none
+        size = weight.shape[inputs]
+        stay = on.repeat_interleave(size // len(on)).nonzero().flatten()
+        found[_module(base, path)] = _Cut(inputs=stay)
+        for each in feeding:
+            own = model.get_parameter(_inside(base, each))
+            several = own.shape[1 - inputs] // size  # three where they are fused
+            index = torch.cat([stay + size * at for at in range(several)])
+            found[_module(base, each)] = _Cut(outputs=index)
+    return found
+
+
+def _feeding(base: Base, path: str) -> list[str]:
+    """Matrices of the same layer whose outputs become, unit by unit, another one's inputs."""
+    layer, part = base.place(path)
+    every = base.choose(("matrices",))
+    return [each for each in every if base.place(each) in {(layer, own) for own in _INTO[part]}]
+
+
+def _heads_may_go(base: Base, feeding: list[str], weight: Tensor) -> bool:
+    """Whether each head has its own queries, keys and values, and nothing else is counted by it."""
+    inputs = base.anatomy.linear_axes.index("in")
+    sizes = [base.parameter(path).shape[1 - inputs] for path in feeding]
+    whole = 3 * weight.shape[inputs] == sum(sizes)
+    return base.anatomy.plain_attention and whole and len(sizes) in (1, 3)
+
+
+def _heads(base: Base, layer: int, inputs: int) -> int:
+    field = base.anatomy.stack_of(layer).heads
+    return widths.heads_left(base.config, int(getattr(base.config, field)), inputs)
+
+
+def _inside(base: Base, path: str) -> str:
+    """A parameter's path in the tower."""
+    return path.removeprefix(f"{base.tower_name}.")
+
+
+def _module(base: Base, path: str) -> str:
+    return _inside(base, path).rpartition(".")[0]
+
+
+def _left(base: Base, model: Any, part: str) -> tuple[int, ...]:
+    """How many heads, or neurons, each layer of a model has, from the bottom up."""
+    inputs, found = base.anatomy.linear_axes.index("in"), []
+    for path in base.choose(("matrices",)):
+        layer, own = base.place(path)
+        if own == part:
+            size = model.get_parameter(_inside(base, path)).shape[inputs]
+            before = base.parameter(path).shape[inputs]
+            heads = _heads(base, layer or 0, before)
+            found.append(size if part == "O" else size * heads // before)
+    return tuple(found)
+
+
+@torch.no_grad()
+def _check_same(base: Base, model: Any) -> None:
+    """Raises SettingError unless a smaller model computes what the base does."""
+    was_training, inputs = base.tower.training, _trial(base)
+    base.tower.eval()
+    try:
+        whole = base.tower(**inputs)[0]
+        small = model.eval()(**inputs)[0]
+    finally:
+        base.tower.train(was_training)
+    apart = float((whole - small).abs().max() / whole.abs().max().clamp(min=1e-12))
+    if not apart <= _ROUNDING:
+        raise SettingError(
+            f"a {base.config.model_type} without these units gives other outputs (apart by "
+            f"{apart:.1e} of the largest), so its architecture can't be cut like this; please tell "
+            "its name to howfine's authors"
+        )
+
+
+def _trial(base: Base) -> dict[str, Tensor]:
+    """Inputs of the base, drawn from a seed."""
+    generator = torch.Generator().manual_seed(0)
+    if base.tower_name == IMAGE:
+        size = base.config.image_size
+        sides = (size, size) if isinstance(size, int) else tuple(size)
+        return {"pixel_values": torch.randn(2, 3, *sides, generator=generator).to(base.device)}
+    count = base.tower.get_input_embeddings().num_embeddings
+    ids = torch.randint(count, (2, 8), generator=generator).to(base.device)
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    if base.anatomy.decoder is not None:
+        inputs["decoder_input_ids"] = ids
+    return inputs
+
+
+def _state_widths(base: Base, model: Any) -> bool:
+    """Let the model's config say how wide it is. Whether that is one of its architecture's own."""
+    plain = copy.deepcopy(model.config)
+    if hasattr(plain, widths.KEY):
+        delattr(plain, widths.KEY)
+    auto, stated = getattr(transformers, pretrained.KINDS[base.kind]), _stated(base, model)
+    with pretrained.quiet_transformers(), torch.device("meta"):
+        twin = auto.from_config(plain)
+        for field, value in stated.items():
+            setattr(plain, field, value)
+        try:
+            even = _shapes(auto.from_config(plain)) == _shapes(model)
+        except ValueError:  # numbers that its architecture does not take
+            even = False
+    if even:
+        model.config = plain
+        return True
+    before = _shapes(twin)
+    inputs = base.anatomy.linear_axes.index("in")
+    made = {}
+    for name, shape in _shapes(model).items():
+        if len(shape) == 2 and shape != before[name]:
+            path = name.rpartition(".")[0]
+            made[path] = [shape[inputs], shape[1 - inputs]]
+    setattr(model.config, widths.KEY, made)
+    return False
+
+
+def _stated(base: Base, model: Any) -> dict[str, int]:
+    """Config fields that would say so, where all layers are as wide."""
+    config, found = model.config, dict[str, int]()
+    heads, neurons = set(_left(base, model, "D")), set(_left(base, model, "O"))
+    if len(neurons) == 1:
+        found |= {name: neurons.copy().pop() for name in _INNER if hasattr(config, name)}
+    count = int(getattr(config, base.anatomy.heads))
+    if heads != {count} and len(heads) == 1:
+        found |= {base.anatomy.heads: heads.pop(), "head_dim": config.hidden_size // count}
+        if hasattr(config, "num_key_value_heads"):
+            found["num_key_value_heads"] = found[base.anatomy.heads]
+    return found
+
+
+def _shapes(model: Any) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(value.shape) for name, value in model.named_parameters()}
+
+
+def _readout_of(delta: Delta, small: Base, name: str) -> Delta:
+    """The same head on a smaller model."""
+    return Delta(
+        base_name=name,
+        base_fingerprint=small.fingerprint,
+        method=holding("tensors"),
+        readout=delta.readout,
+        labels=delta.labels,
+        streams=tuple(s for s in delta.streams if s.name.startswith("readout/")),
+        base_kind=delta.base_kind,
+    )

@@ -1,0 +1,242 @@
+"""Sliced models compute what the masked ones do, load again, and say what is left of them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoModel
+
+from console import howfine_here
+from howfine.base import Base
+from howfine.delta import SUFFIX, Delta
+from howfine.errors import BaseNotFound, SettingError, StorageError
+from howfine.evaluate import evaluate, predict
+from howfine.method import method
+from howfine.readout import readout
+from howfine.slicing import Sliced, _trial, sliced
+from howfine.widths import KEY
+from tiny import (
+    LABELS,
+    READOUT,
+    tiny_base,
+    tiny_language_base,
+    tiny_task,
+    tiny_towers,
+    tiny_whole,
+)
+
+# Architectures whose heads can go, and those of which neurons alone are cut.
+HEADED = ("bert", "roberta", "distilbert", "electra", "albert", "gpt2", "vit", "dinov2", "bart")
+NEURONS = ("llama", "qwen3", "mpnet", "deberta-v2", "t5-whole")
+
+
+def base_of(name: str) -> Base:
+    if name in ("vit", "dinov2"):
+        return tiny_towers(name).parts["image"]
+    if name in ("bart", "t5-whole"):
+        return tiny_whole(name.removesuffix("-whole"))
+    return tiny_base(name)
+
+
+def delta_of(base: Base, head: bool = True, **settings: Any) -> Delta:
+    """A change that switches units off, as it would be without training."""
+    torch.manual_seed(0)
+    chosen = method("prune", **{"by": "random", "keep": 0.5, **settings})
+    read = READOUT if head else readout("classifier")
+    with chosen.attach(base) as change:
+        return Delta.pack(base, chosen, change, read, read.attach(base, LABELS), LABELS)
+
+
+@torch.no_grad()
+def outputs(base: Base) -> Tensor:
+    base.tower.eval()
+    found: Tensor = base.tower(**_trial(base))[0]
+    return found
+
+
+def made(base: Base, folder: Path, **settings: Any) -> tuple[Sliced, Tensor]:
+    """The smaller model, and what the larger one gives with its units off."""
+    if base.kind == "body" and base.tokenizer is not None:
+        base.tower.save_pretrained(folder / "whole")
+    delta = delta_of(base, **settings)
+    with delta.changed(base):
+        expected = outputs(base)
+    done = sliced(delta, folder / "small", base)
+    assert base.is_untouched()
+    return done, expected
+
+
+@pytest.mark.parametrize("scope", ["global", "layer"])
+@pytest.mark.parametrize("name", HEADED + NEURONS)
+def test_a_sliced_model_gives_what_the_masked_one_gives(
+    name: str, scope: str, tmp_path: Path
+) -> None:
+    """To 1e-5 in float32, loaded from its folder, of all that can be cut."""
+    base = base_of(name)
+    done, expected = made(base, tmp_path, scope=scope)
+    small = Base.load(str(done.folder), kind=base.kind)
+    assert torch.allclose(outputs(small), expected, atol=1e-5)
+    whole = 4 * len(done.heads)
+    assert sum(done.heads) == (whole // 2 if name in HEADED else whole)
+    assert sum(done.neurons) == pytest.approx(len(done.neurons) * 32, abs=1)
+    assert sum(p.numel() for p in small.tower.parameters()) == done.parameters < done.before
+
+
+@pytest.mark.parametrize("name", ["bert", "gpt2", "llama", "vit", "distilbert", "bart"])
+def test_even_widths_are_the_architectures_own(name: str, tmp_path: Path) -> None:
+    """Neurons alone, as many in each layer: any transformers loads it, without howfine."""
+    base = base_of(name)
+    done, expected = made(base, tmp_path, units="neurons", scope="layer")
+    assert done.plain
+    assert KEY not in json.loads((done.folder / "config.json").read_text())
+    if base.kind == "body":
+        model = AutoModel.from_pretrained(done.folder).eval()
+        with torch.no_grad():
+            assert torch.allclose(model(**_trial(base))[0], expected, atol=1e-5)
+
+
+def test_even_heads_are_where_a_config_can_say_so(tmp_path: Path) -> None:
+    done, expected = made(base_of("vit"), tmp_path, scope="layer")
+    assert done.plain
+    model = AutoModel.from_pretrained(done.folder).eval()
+    with torch.no_grad():
+        assert torch.allclose(model(**_trial(base_of("vit")))[0], expected, atol=1e-5)
+    assert not made(tiny_base("bert"), tmp_path / "b", scope="layer")[0].plain
+
+
+def test_language_models_are_sliced_with_their_heads(tmp_path: Path) -> None:
+    base = tiny_language_base("bert")
+    done, expected = made(base, tmp_path)
+    small = Base.load(str(done.folder), kind="masked_lm")
+    assert torch.allclose(outputs(small), expected, atol=1e-5)
+
+
+def test_answers_stay_the_same(tmp_path: Path) -> None:
+    """The readout's own delta on the smaller model predicts what the pruned one predicts."""
+    base, task = tiny_base("bert"), tiny_task()
+    delta = delta_of(base)
+    done = sliced(delta, tmp_path / "small", base)
+    texts = [row.texts[0] for row in task.splits["dev"]]
+    before = predict(delta, texts, base)
+    after = predict(done.readout, texts)  # its base is the folder that it names
+    for one, two in zip(before, after, strict=True):
+        assert one["label"] == two["label"]
+        assert one["probability"] == pytest.approx(two["probability"], abs=1e-5)
+    assert evaluate(done.readout, None, task, split="dev").scores == (
+        evaluate(delta, base, task, split="dev").scores
+    )
+
+
+def test_a_sliced_model_is_a_base_like_any_other(tmp_path: Path) -> None:
+    """It can be pruned and sliced again, and another change fits no model but this one."""
+    base = tiny_base("bert")
+    first = sliced(delta_of(base, keep=0.75, scope="layer"), tmp_path / "a", base)
+    small = Base.load(str(first.folder))
+    again = sliced(delta_of(small, keep=0.5), tmp_path / "b", small)
+    assert sum(again.heads) == 3 < sum(first.heads) == 6
+    assert sum(again.neurons) == 48 < sum(first.neurons) == 96
+    smaller = Base.load(str(again.folder))
+    assert outputs(smaller).shape == outputs(base).shape
+    assert small.fingerprint != base.fingerprint != smaller.fingerprint
+
+
+def test_whatever_switched_units_off(tmp_path: Path) -> None:
+    """Rows of zeros are enough: a mask over columns of the output matrices."""
+    base = tiny_base("bert")
+    torch.manual_seed(0)
+    chosen = method("mask", where=("O",), granularity="column", initial_sparsity=0.5)
+    with chosen.attach(base) as change:
+        delta = Delta.pack(base, chosen, change, READOUT, READOUT.attach(base, LABELS), LABELS)
+    done = sliced(delta, tmp_path / "small", base)
+    assert done.neurons == (32, 32)
+    assert done.heads == (4, 4)
+
+
+def test_the_command_line(tmp_path: Path) -> None:
+    base = tiny_base("bert")
+    base.tower.save_pretrained(tmp_path / "base")
+    base.tokenizer.save_pretrained(tmp_path / "base")
+    loaded = Base.load(str(tmp_path / "base"))
+    delta_of(loaded).save(tmp_path / f"x{SUFFIX}")
+    told = howfine_here("slice", tmp_path / f"x{SUFFIX}", tmp_path / "small", "--json")
+    assert told.code == 0, told.err
+    said = told.json
+    assert (sum(said["heads"]), sum(said["neurons"])) == (4, 64)
+    assert said["parameters"] < said["before"]
+    answers = howfine_here("predict", said["readout"], "w1 w2", "--json").json
+    assert [answer["label"] in LABELS for answer in answers] == [True]
+
+
+# --- bad input -----------------------------------------------------------------------------------
+
+
+def test_nothing_to_cut_is_one_sentence(tmp_path: Path) -> None:
+    base = tiny_base("bert")
+    for settings in ({"keep": 1.0}, {"units": "heads", "keep": 0.5}):
+        target = base if "units" not in settings else tiny_base("mpnet")
+        with pytest.raises(SettingError, match="nothing can be cut"):
+            sliced(delta_of(target, **settings), tmp_path / "small", target)
+    assert not (tmp_path / "small").exists()
+
+
+def test_changes_beside_the_weights_are_refused(tmp_path: Path) -> None:
+    base, chosen = tiny_base("bert"), method("adapter")
+    with chosen.attach(base) as change:
+        delta = Delta.pack(base, chosen, change, READOUT, READOUT.attach(base, LABELS), LABELS)
+    with pytest.raises(SettingError, match="parameters of its own"):
+        sliced(delta, tmp_path / "small", base)
+
+
+def test_parts_of_larger_models_are_refused(tmp_path: Path) -> None:
+    base = tiny_base("t5")
+    with pytest.raises(SettingError, match="encoder of an encoder-decoder"):
+        sliced(delta_of(base), tmp_path / "small", base)
+
+
+def test_nothing_is_written_over(tmp_path: Path) -> None:
+    base = tiny_base("bert")
+    (tmp_path / "small").mkdir()
+    with pytest.raises(StorageError, match="exists already"):
+        sliced(delta_of(base), tmp_path / "small", base)
+    assert not list((tmp_path / "small").iterdir())
+
+
+@pytest.mark.parametrize(
+    "stated",
+    [
+        {"encoder.layer.0.nothing": [32, 16]},
+        {"encoder.layer.0.attention.self.query": [32, 0]},
+        {"encoder.layer.0.attention.self.query": [32]},
+        {"encoder.layer.0.attention.self.query": "32"},
+        {"encoder.layer.0.attention.self.query": [32, 33]},
+        {"encoder.layer.0.attention.self.query": [2**20, 2**20]},
+        {"encoder.layer.0.attention.output.LayerNorm": [32, 32]},
+        {"encoder.layer.0.attention.self.query": [32, 8]},
+    ],
+)
+def test_a_damaged_config_is_one_sentence(stated: dict[str, Any], tmp_path: Path) -> None:
+    base = tiny_base("bert")
+    done = sliced(delta_of(base), tmp_path / "small", base)
+    path = done.folder / "config.json"
+    config = json.loads(path.read_text())
+    config[KEY] |= stated
+    path.write_text(json.dumps(config))
+    with pytest.raises(BaseNotFound, match=r"can't be loaded|of shape"):
+        Base.load(str(done.folder))
+
+
+def test_weights_of_other_widths_are_refused(tmp_path: Path) -> None:
+    base = tiny_base("bert")
+    done = sliced(delta_of(base), tmp_path / "small", base)
+    held = load_file(done.folder / "model.safetensors")
+    name = "encoder.layer.0.intermediate.dense.weight"
+    held[name] = held[name][:-1].contiguous()
+    save_file(held, done.folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(BaseNotFound, match="belong together"):
+        Base.load(str(done.folder))
