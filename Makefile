@@ -33,5 +33,5 @@ clean:
 $(INSTALLED): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("howfine needs Python 3.11 or newer; name one with `make PYTHON=...`")'
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install -q -c constraints.txt -e ".[demo,serve,peft,gguf,images,postgres,dev]"
+	$(BIN)/python -m pip install -q -c constraints.txt -e ".[demo,serve,peft,gguf,images,onnx,postgres,dev]"
 	touch $@

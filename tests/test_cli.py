@@ -32,7 +32,7 @@ from howfine.recipe import Recipe, recipes
 from tiny import tiny_tower
 
 VERBS = ["tune", "evaluate", "predict", "distance", "inspect", "merge", "study", "report"]
-VERBS += ["methods", "demo", "extract", "slice"]
+VERBS += ["methods", "demo", "extract", "slice", "export"]
 QUICK = ("--max-steps", 2, "--batch-size", 8)
 
 

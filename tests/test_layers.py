@@ -54,6 +54,7 @@ ROOMS = [
         *("tune", "loop", "trainer", "rates", "rounding", "evaluate", "merge", "attach"),
         *("compose", "extract", "gain", "targets", "zero_shot", "combine", "passes"),
         *("streaming", "distill", "features", "directions", "search", "knowledge", "slicing"),
+        "export",
     ),
     ("ledger", "answer", "plan", "stored"),
     ("queue", "study"),

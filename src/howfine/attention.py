@@ -233,7 +233,7 @@ def _seeing(query: Tensor, key: Tensor, mask: Tensor | None, visible: Tensor) ->
 
 
 def _before(front: Tensor, own: Tensor) -> Tensor:
-    return torch.cat([front.to(own.dtype).expand(len(own), -1, -1, -1), own], dim=2)
+    return torch.cat([front.to(own.dtype).expand(own.shape[0], -1, -1, -1), own], dim=2)
 
 
 def _wider(

@@ -13,7 +13,7 @@ from howfine import cli_compose, options
 from howfine.cli_align import align, search
 from howfine.cli_extract import extract
 from howfine.cli_inspect import inspect
-from howfine.cli_models import cut, merge
+from howfine.cli_models import cut, export, merge
 from howfine.cli_zero_shot import meta_train, zero_shot
 
 app = typer.Typer(
@@ -184,6 +184,7 @@ app.command("zero-shot")(zero_shot)
 app.command("meta-train", context_settings=_OPEN)(meta_train)
 app.command()(merge)
 app.command("slice")(cut)
+app.command()(export)
 
 
 @app.command()

@@ -1,4 +1,4 @@
-"""howfine merge and howfine slice: models written out. Heavy imports inside the commands."""
+"""howfine merge, slice and export: models written out. Heavy imports inside the commands."""
 
 from __future__ import annotations
 
@@ -45,3 +45,21 @@ def cut(
     said += " loads it" + (f"; {done.readout} gives its answers" if done.readout else "")
     facts = {name: str(v) if isinstance(v, Path) else v for name, v in asdict(done).items()}
     options.show(as_json, facts, said)
+
+
+def export(
+    delta: options.DeltaFile,
+    out: Annotated[Path, typer.Argument(help="The .onnx file to write.")],
+    base: options.BaseName = None,
+    pair: Annotated[bool, typer.Option("--pair", help="The task's inputs are two texts.")] = False,
+    as_json: options.AsJson = False,
+) -> None:
+    """Write base, delta and head as one ONNX file, and check that ONNX Runtime agrees."""
+    from howfine.delta import Delta
+    from howfine.export import export as run
+
+    opened = Delta.load(delta)
+    path = run(opened, out, options.base(base, opened, "cpu", "float32"), pair=pair)
+    size = path.stat().st_size
+    facts = {"file": str(path), "bytes": size, "labels": list(opened.labels)}
+    options.show(as_json, facts, f"{path}: {size:,} bytes; ONNX Runtime gives the same outputs")

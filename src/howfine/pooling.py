@@ -41,4 +41,5 @@ def pool(state: object, mask: Tensor | None, pooling: str) -> Tensor:
         return (hidden * weights).sum(1) / weights.sum(1).clamp(min=1)
     positions = torch.arange(mask.shape[1], device=mask.device)
     last = (mask * positions).argmax(1)
-    return hidden[torch.arange(len(hidden), device=hidden.device), last]
+    rows = torch.arange(hidden.shape[0], device=hidden.device)  # len() would fix it in a graph
+    return hidden[rows, last]
