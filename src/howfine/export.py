@@ -99,7 +99,11 @@ def _write(wired: Wired, base: Base, delta: Delta, path: Path, pair: bool) -> No
 
     batch = _batch(base, delta, _TEXTS, pair)
     given = _fields(batch)
-    free = {0: "rows", 1: "places"}
+    length = next(iter(batch.inputs.values())).shape[1]
+    free = tuple(
+        {0: "rows", 1: "places"} if value.shape[1:2] == (length,) else {0: "rows"}
+        for value in given.values()
+    )
     try:
         with torch.no_grad():
             program = torch.onnx.export(
@@ -107,7 +111,7 @@ def _write(wired: Wired, base: Base, delta: Delta, path: Path, pair: bool) -> No
                 tuple(given.values()),
                 input_names=list(given),
                 output_names=[OUTPUT],
-                dynamic_shapes={"values": tuple(free for _ in given)},
+                dynamic_shapes={"values": free},
                 dynamo=True,
                 verbose=False,
             )

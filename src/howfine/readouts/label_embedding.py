@@ -169,7 +169,7 @@ class _LabelVectors(Head):
         """(B, M, H): the last hidden states at the masks."""
         state = towers.get_submodule(self.body_path)(**batch.inputs).last_hidden_state
         assert batch.reads is not None
-        rows = torch.arange(len(state), device=state.device).unsqueeze(1)
+        rows = torch.arange(state.shape[0], device=state.device).unsqueeze(1)
         return state[rows, batch.reads].to(self.vectors.dtype)
 
     def forward(self, towers: nn.ModuleDict, batch: Batch) -> Tensor:

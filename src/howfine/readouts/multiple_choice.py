@@ -137,7 +137,7 @@ class _Chooser(Head):
             guessed = self._hide(inputs, starts) if self.training else none
         state = towers.get_submodule(self.body_path)(**inputs).last_hidden_state
         tower = towers[self.tower_name]
-        rows = torch.arange(len(state), device=state.device).unsqueeze(1)
+        rows = torch.arange(state.shape[0], device=state.device).unsqueeze(1)
         there = slots >= 0
         read = self.reading(tower, state[rows, slots.clamp(min=0)])
         decoder = tower.get_output_embeddings()  # type: ignore[operator]

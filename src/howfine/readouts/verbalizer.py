@@ -124,7 +124,7 @@ class _ClassVectors(Head):
     def forward(self, towers: nn.ModuleDict, batch: Batch) -> Tensor:
         state = towers.get_submodule(self.body_path)(**batch.inputs).last_hidden_state
         assert batch.reads is not None
-        read = state[torch.arange(len(state), device=state.device), batch.reads[:, 0]]
+        read = state[torch.arange(state.shape[0], device=state.device), batch.reads[:, 0]]
         if not self.hidden:
             read = self.reading(towers[self.tower_name], read)
         found: Tensor = self.classes(read.to(self.classes.weight.dtype))
