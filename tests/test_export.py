@@ -142,18 +142,19 @@ def test_from_tuning_to_onnx(tmp_path: Path) -> None:
 def test_a_graph_that_differs_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base = tiny_base("bert")
     delta = delta_of(base, method("select", train=("bias",)))
-    write = exporting._write
+    graph = exporting._graph
 
-    def another(wired: Any, *rest: Any) -> None:
+    def another(wired: Any, *rest: Any) -> bytes:
         bias = wired.head.linear.bias
         bias.data += 5
-        write(wired, *rest)
+        made = graph(wired, *rest)
         bias.data -= 5
+        return made
 
-    monkeypatch.setattr(exporting, "_write", another)
+    monkeypatch.setattr(exporting, "_graph", another)
     with pytest.raises(SettingError, match="other outputs than torch"):
         export(delta, tmp_path / "x.onnx", base)
-    monkeypatch.setattr(exporting, "_write", lambda *rest: rest[3].write_bytes(b"no graph"))
+    monkeypatch.setattr(exporting, "_graph", lambda *rest: b"no graph")
     with pytest.raises(SettingError, match="can't run the graph"):
         export(delta, tmp_path / "x.onnx", base)
     assert not list(tmp_path.iterdir())

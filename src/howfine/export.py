@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from howfine import container
 from howfine.base import Base, TwoTowers
 from howfine.batch import Batch
 from howfine.delta import Delta
@@ -67,19 +68,10 @@ def export(
     path = Path(out)
     if path.exists():
         raise StorageError(f"{path} exists already; choose another name or remove it first")
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        with delta.applied(base) as wired, _quiet():
-            _write(wired, base, delta, partial, pair)
-            _check_same(wired, base, delta, partial, pair)
-        partial.rename(path)
-    except OSError as error:
-        raise StorageError(
-            f"{path} can't be written: {error.strerror or error}; nothing was left behind. Free "
-            "some space, or choose another place"
-        ) from error
-    finally:
-        partial.unlink(missing_ok=True)
+    with delta.applied(base) as wired, _quiet():
+        graph = _graph(wired, base, delta, pair)
+        _check_same(graph, wired, base, delta, pair)
+    container.write_atomically(path, graph)
     return path
 
 
@@ -94,7 +86,7 @@ def _check_packages() -> None:
         ) from error
 
 
-def _write(wired: Wired, base: Base, delta: Delta, path: Path, pair: bool) -> None:
+def _graph(wired: Wired, base: Base, delta: Delta, pair: bool) -> bytes:
     import onnx
 
     batch = _batch(base, delta, _TEXTS, pair)
@@ -127,10 +119,10 @@ def _write(wired: Wired, base: Base, delta: Delta, path: Path, pair: bool) -> No
             f"the graph of {base.name} has {model.ByteSize():,} bytes, and one ONNX file holds 2 GB"
         )
     onnx.helper.set_model_props(model, {"labels": "\n".join(map(str, delta.labels))})
-    onnx.save(model, path)
+    return bytes(model.SerializeToString())
 
 
-def _check_same(wired: Wired, base: Base, delta: Delta, path: Path, pair: bool) -> None:
+def _check_same(graph: bytes, wired: Wired, base: Base, delta: Delta, pair: bool) -> None:
     """Raises SettingError unless ONNX Runtime gives the model's own outputs."""
     import onnxruntime
 
@@ -141,7 +133,7 @@ def _check_same(wired: Wired, base: Base, delta: Delta, path: Path, pair: bool) 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4  # what goes wrong is told below
     try:
-        session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        session = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
         wanted = {each.name for each in session.get_inputs()}  # without those that nothing reads
         fields = _fields(batch).items()
         given = {name: value.cpu().numpy() for name, value in fields if name in wanted}
