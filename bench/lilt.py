@@ -309,7 +309,7 @@ def spoken(r: Results) -> list[str]:
 
 SAID = (
     "Mean of the seeds (lowest to highest); seconds of a training, beside other work on the same",
-    "machine. Full training is behind everything else here, at the best of its three rates. So what",
+    "machine. Full training is behind everything else here, at the best of its three rates: what",
     "is measured against it (claims 8, 10 and 11) says little about the paper's own setting.",
 )
 
