@@ -96,3 +96,15 @@ def test_a_block_that_is_computed_again_in_the_backward_pass_is_computed_whole()
         assert first_states(base, inputs, "cls").shape[1] == 7
         base.tower.eval()
         assert first_states(base, inputs, "cls").shape[1] == 1
+
+
+def test_positions_in_front_are_not_the_first() -> None:
+    """Beside a prompt the block computes all positions: some are taken off again after it."""
+    base, inputs = tower("bert")
+    torch.manual_seed(0)
+    with method("prompt", length=2).attach(base), method("deep", std=0.2).attach(base):
+        base.tower.eval()
+        whole = first_states(base, inputs, "mean")
+        alone = first_states(base, inputs, "cls")
+    assert torch.equal(whole, alone)
+    assert base.is_untouched()

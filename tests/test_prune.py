@@ -128,6 +128,21 @@ def test_importance_of_a_batch_is_that_of_its_rows() -> None:
         assert torch.allclose(alone[path], together[path], atol=1e-5, rtol=1e-4)
 
 
+def test_a_mean_over_tokens_is_asked_row_by_row() -> None:
+    """Otherwise a row would weigh as many tokens as it has, and as those beside it leave it."""
+    base, task = tiny_writer("gpt2"), written_task()
+    read = readout("language_model", max_length=16, max_new_tokens=8)
+    wired = Wired(base, read, read.attach(base, ()))
+    units_of = dict.fromkeys(base.choose(("D",)), HEADS)
+    rows = task.splits["train"][:4]
+    one, four = (
+        GradientProbe(wired, base, rows, size).sensitivities(base, units_of) for size in (1, 4)
+    )
+    for path, scores in one.items():
+        assert torch.allclose(scores, four[path], atol=1e-6)
+        assert scores.any()
+
+
 # --- budgets -----------------------------------------------------------------------------------
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from howfine import fingerprint as fp
-from howfine import pretrained
+from howfine import pretrained, widths
 from howfine.anatomy import Anatomy
 from howfine.architectures import anatomy_of
 from howfine.errors import SettingError, near
@@ -230,6 +230,9 @@ class Base:
                 f"or value matrix: select {', '.join(_BY_HEAD[:-1])} or {_BY_HEAD[-1]}"
             )
         heads = int(getattr(self.config, self.anatomy.stack_of(layer).heads))
+        if getattr(self.config, widths.KEY, None):
+            rows = self.parameter(path).shape[self.anatomy.linear_axes.index("out")]
+            return widths.heads_left(self.config, heads, rows)
         if part == "Q":
             return heads
         return int(getattr(self.config, "num_key_value_heads", None) or heads)

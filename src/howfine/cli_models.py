@@ -19,10 +19,13 @@ def merge(
     """Write base and delta as a plain Hugging Face checkpoint."""
     from howfine.delta import Delta
     from howfine.merge import merge as run
+    from howfine.widths import KEY
 
     opened = Delta.load(delta)
-    path = run(opened, out, options.base(base, opened, "cpu", "float32"))
-    options.show(as_json, {"folder": str(path)}, f"{path}: load it with AutoModel.from_pretrained")
+    loaded = options.base(base, opened, "cpu", "float32")
+    path = run(opened, out, loaded)
+    how = "Base.load" if hasattr(loaded.config, KEY) else "AutoModel.from_pretrained"
+    options.show(as_json, {"folder": str(path)}, f"{path}: load it with {how}")
 
 
 def cut(

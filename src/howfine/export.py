@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from howfine import container
 from howfine.base import Base, TwoTowers
-from howfine.batch import Batch
+from howfine.batch import Batch, to_device
 from howfine.delta import Delta
 from howfine.errors import SettingError, StorageError
 from howfine.evaluate import opened
@@ -29,6 +29,7 @@ OUTPUT = "logits"
 # What the outputs of both may differ by, relative to the largest: more is no rounding.
 _ROUNDING = 1e-3
 _HINT = "Change the base's weights alone (merge or slice such a delta), or choose another base"
+_MOST_BYTES = 2**31 - 2**24  # protobuf's limit, less what is no weight
 _TEXTS = ("a fine film", "it takes its time, and then it is over before anyone has noticed")
 
 
@@ -89,6 +90,12 @@ def _check_packages() -> None:
 def _graph(wired: Wired, base: Base, delta: Delta, pair: bool) -> bytes:
     import onnx
 
+    size = sum(value.numel() * value.element_size() for value in wired.parameters())
+    if size >= _MOST_BYTES:
+        raise SettingError(
+            f"{base.name} has {size:,} bytes of weights, and one ONNX file holds less than 2 GB; "
+            "slice it first, or load it in half precision"
+        )
     batch = _batch(base, delta, _TEXTS, pair)
     given = _fields(batch)
     length = next(iter(batch.inputs.values())).shape[1]
@@ -114,10 +121,6 @@ def _graph(wired: Wired, base: Base, delta: Delta, pair: bool) -> bytes:
         ) from error
     assert program is not None  # it writes no file itself
     model = program.model_proto
-    if model.ByteSize() >= 2**31:
-        raise SettingError(
-            f"the graph of {base.name} has {model.ByteSize():,} bytes, and one ONNX file holds 2 GB"
-        )
     onnx.helper.set_model_props(model, {"labels": "\n".join(map(str, delta.labels))})
     return bytes(model.SerializeToString())
 
@@ -152,7 +155,8 @@ def _check_same(graph: bytes, wired: Wired, base: Base, delta: Delta, pair: bool
 
 def _batch(base: Base, delta: Delta, texts: Sequence[str], pair: bool) -> Batch:
     examples = [Example((text, text[::-1]) if pair else (text,)) for text in texts]
-    return delta.readout.collate(base, examples, labelled=False)
+    batch = delta.readout.collate(base, examples, labelled=False)
+    return Batch.from_kwargs(to_device(batch.as_kwargs(), base.device))
 
 
 def _fields(batch: Batch) -> dict[str, Any]:

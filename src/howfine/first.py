@@ -13,6 +13,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -50,7 +51,8 @@ def at_first(block: nn.Module, states: Tensor, *args: Any, **kwargs: Any) -> Any
     """What a prepared block gives: (B, 1, H) at the first position, or (B, S, H) at all of them."""
     told = [value for value in (*args, *kwargs.values()) if value is not None]
     again = block.training and getattr(block, "gradient_checkpointing", False)
-    if again or not all(_has_no_places(value, states.shape[1]) for value in told):
+    traced = torch.compiler.is_compiling() or torch.compiler.is_exporting()  # has no half calls
+    if again or traced or not all(_has_no_places(value, states.shape[1]) for value in told):
         return block(states, *args, **kwargs)
     asked = _Asked()
     token = _ASKED.set(asked)

@@ -14,6 +14,7 @@ import transformers
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from transformers.utils import IMAGE_PROCESSOR_NAME
 
 from howfine import fingerprint, pretrained
 from howfine.base import Base
@@ -76,6 +77,8 @@ def save(base: Base, model: Any, folder: Path) -> None:
     model.save_pretrained(folder, state_dict=_own_tensors(base, model))
     if base.tokenizer is not None:
         _as_loaded(base.tokenizer).save_pretrained(folder)
+    if base.preprocessing:
+        (folder / IMAGE_PROCESSOR_NAME).write_text(json.dumps(base.preprocessing, indent=2) + "\n")
     if base.pooling != base.default_pooling:
         pretrained.state_pooling(folder, base.pooling, base.hidden_size)
 

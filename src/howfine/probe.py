@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -58,17 +58,18 @@ class GradientProbe:
     def _mean(self, parameters: dict[str, nn.Parameter], of: Gradient) -> dict[str, Tensor]:
         size = _SIZES[of]
         sums = {path: torch.zeros_like(p, dtype=torch.float32) for path, p in parameters.items()}
-        for parameter in parameters.values():
-            parameter.requires_grad_(True)
-        try:
-            for loss, batches in self._losses():
-                found = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
-                for path, gradient in zip(parameters, found, strict=True):
-                    if gradient is not None:  # a pooler that the readout never reads
-                        sums[path] += size(gradient.float()) / batches
-        finally:
+        with self._in_use():
             for parameter in parameters.values():
-                parameter.requires_grad_(False)
+                parameter.requires_grad_(True)
+            try:
+                for loss, batches in self._losses():
+                    found = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
+                    for path, gradient in zip(parameters, found, strict=True):
+                        if gradient is not None:  # a pooler that the readout never reads
+                            sums[path] += size(gradient.float()) / batches
+            finally:
+                for parameter in parameters.values():
+                    parameter.requires_grad_(False)
         return sums
 
     def sensitivities(
@@ -82,12 +83,15 @@ class GradientProbe:
         sums = {path: torch.zeros(count, device=base.device) for path, count in counts.items()}
         seen = 0
         with ExitStack() as undo:
+            undo.enter_context(self._in_use())
             _put(base, at or {}, undo)
             met: list[tuple[str, Tensor]] = []
             for path in counts:
                 host = base.towers.get_submodule(path.rpartition(".")[0])
                 undo.callback(host.register_forward_pre_hook(_noting(met, path)).remove)
-            for loss, _ in self._losses():
+            read = self.model.readout
+            # A mean over a batch's tokens has no rows in it; pairs need those of their batch.
+            for loss, _ in self._losses(alone=not read.adds_up and not read.aligns):
                 rows: dict[str, Tensor] = {}
                 states = [state for _, state in met]
                 found = torch.autograd.grad(loss, states, allow_unused=True)
@@ -103,21 +107,30 @@ class GradientProbe:
                 met.clear()
         return {path: total / max(1, seen) for path, total in sums.items()}
 
-    def _losses(self) -> Iterator[tuple[Tensor, int]]:
-        """Losses of a few batches, always the same ones, and how many there are."""
+    @contextmanager
+    def _in_use(self) -> Iterator[None]:
+        """The model in evaluation mode; the mode it had comes back when nothing of it trains."""
         was_training = self.model.training
         self.model.eval()
-        generator = torch.Generator().manual_seed(0)
-        order = torch.randperm(len(self.examples), generator=generator).tolist()
-        rows = [order[i : i + self.batch_size] for i in range(0, len(order), self.batch_size)]
-        rows = rows[:PROBE_BATCHES]
         try:
-            for chosen in rows:
-                batch = self.model.readout.collate(self.base, [self.examples[i] for i in chosen])
-                fields = to_device(batch.as_kwargs(), self.base.device)
-                yield self.model(**fields)["loss"], len(rows)
+            yield
         finally:
             self.model.train(was_training)
+
+    def _losses(self, alone: bool = False) -> Iterator[tuple[Tensor, int]]:
+        """Losses of a few batches, always the same ones, and how many there are.
+
+        Of the rows of those batches one by one, where `alone`.
+        """
+        generator = torch.Generator().manual_seed(0)
+        order = torch.randperm(len(self.examples), generator=generator).tolist()
+        order = order[: PROBE_BATCHES * self.batch_size]
+        size = 1 if alone else self.batch_size
+        rows = [order[i : i + size] for i in range(0, len(order), size)]
+        for chosen in rows:
+            batch = self.model.readout.collate(self.base, [self.examples[i] for i in chosen])
+            fields = to_device(batch.as_kwargs(), self.base.device)
+            yield self.model(**fields)["loss"], len(rows)
 
 
 def _put(base: Base, at: Mapping[str, Tensor], undo: ExitStack) -> dict[str, nn.Parameter]:

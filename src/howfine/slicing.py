@@ -26,8 +26,9 @@ from howfine.merge import in_folder, save, stands_alone
 from howfine.method import holding
 
 READOUT_FILE = f"readout{SUFFIX}"
-# Of two outputs, relative to the largest: more is no rounding.
-_ROUNDING = 1e-4
+# Of two outputs, relative to the largest, in float32 and in steps of other formats: more is no
+# rounding.
+_ROUNDING, _STEPS = 1e-4, 8
 # Config fields that may state the width of all feed-forward nets, in one architecture or another.
 _INNER = (
     "intermediate_size",
@@ -215,7 +216,7 @@ def _check_same(base: Base, model: Any) -> None:
     finally:
         base.tower.train(was_training)
     apart = float((whole - small).abs().max() / whole.abs().max().clamp(min=1e-12))
-    if not apart <= _ROUNDING:
+    if not apart <= max(_ROUNDING, _STEPS * torch.finfo(whole.dtype).eps):
         raise SettingError(
             f"a {base.config.model_type} without these units gives other outputs (apart by "
             f"{apart:.1e} of the largest), so its architecture can't be cut like this; please tell "

@@ -42,8 +42,13 @@ def class_for(auto: Any, config: Any) -> Any:
     That one raises ValueError for a path without a linear module, or widths that are none.
     """
     stated = getattr(config, KEY, None)
-    if not stated:
+    if stated is None:
         return auto
+    if not isinstance(stated, dict):
+        raise ValueError(
+            f"its config.json states {KEY} {stated!r:.40}, expected an object of modules; get a "
+            "fresh copy."
+        )
     with torch.device("meta"):
         model_class = type(auto.from_config(config))
 
@@ -66,14 +71,15 @@ def class_for(auto: Any, config: Any) -> Any:
 
 def _are_widths(both: Any, module: nn.Module | None) -> bool:
     """Whether they are two widths, and no more than those of a linear module."""
-    weight = getattr(module, "weight", None)
-    if not isinstance(weight, torch.Tensor) or weight.ndim != 2:
+    from transformers.pytorch_utils import Conv1D
+
+    if not isinstance(module, nn.Linear | Conv1D):
         return False
     whole = isinstance(both, list) and len(both) == 2
     return (
         whole
-        and all(isinstance(width, int) and width > 0 for width in both)
-        and both[0] * both[1] <= weight.numel()
+        and all(type(width) is int and width > 0 for width in both)
+        and both[0] * both[1] <= module.weight.numel()
     )
 
 

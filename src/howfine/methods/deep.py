@@ -130,17 +130,17 @@ def _insert(base: Base, made: Mapping[int, nn.Module], undo: list[Undo]) -> None
         host = base.towers.get_submodule(_path(base, layer))
         compute = host.forward
         undo.append(surgery.hold(host, _HELD, block))
-        undo.append(surgery.rewire(host, _on_top(compute, block, base.depth)))
+        undo.append(surgery.rewire(host, _on_top(compute, block, base)))
 
 
-def _on_top(compute: Any, block: nn.Module, number: int) -> Any:
+def _on_top(compute: Any, block: nn.Module, base: Base) -> Any:
     def forward(hidden_states: Any, *args: Any, **kwargs: Any) -> Any:
         found = compute(hidden_states, *args, **kwargs)
         states = found[0] if isinstance(found, tuple) else found
         for value in (*args, *kwargs.values()):
             if isinstance(value, Cache):
-                _make_room(value, number)
-        if first_alone():
+                _make_room(value, base.depth)
+        if first_alone() and not base.reserved:  # with positions in front, the first is another
             return first.at_first(block, states, *args, **kwargs)
         return block(states, *args, **kwargs)
 
