@@ -144,6 +144,7 @@ def test_from_tuning_to_onnx(tmp_path: Path) -> None:
 # --- bad input -----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_graph_that_differs_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base = tiny_base("bert")
     delta = delta_of(base, method("select", train=("bias",)))

@@ -38,7 +38,11 @@ BASES = ("bert", "roberta", "gpt2", "llama", "t5")
 # Those of two towers have their laws in test_lilt.
 ONE_TOWER = sorted(name for name, example in examples().items() if not example.for_towers)
 every_method = pytest.mark.parametrize("name", ONE_TOWER)
-every_base = pytest.mark.parametrize("base_name", BASES)
+# The second is nearly the first.
+every_base = pytest.mark.parametrize(
+    "base_name",
+    [pytest.param(n, marks=[pytest.mark.slow] * (n == "roberta")) for n in BASES],
+)
 # Rounding of stored values, relative to the largest of a tensor (fp16: and to the value itself).
 PRECISION = {"fp16": 2**-10, "bf16": 2**-8, "int8": 1 / 127, "int6": 1 / 31}
 # Fewer bits may clip the largest values: there, the error is no larger than the values are.

@@ -112,6 +112,7 @@ def test_without_the_folder_there_is_no_toy() -> None:
     assert "toy" not in methods()
 
 
+@pytest.mark.slow
 def test_the_registry_finds_the_file(plugins: Path) -> None:
     code = (
         "from howfine.method import methods, examples, method\n"

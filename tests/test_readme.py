@@ -62,6 +62,7 @@ def test_several_tasks_run(small, page):
     assert all(0 <= answer["probability"] <= 1 for answer in found["found"])
 
 
+@pytest.mark.slow
 def test_the_commands_run(small):
     lines = [line for line in COMMANDS if line.startswith("howfine")]
     assert len(lines) >= 5

@@ -211,6 +211,7 @@ def test_a_run_that_fails_is_recorded_and_the_others_go_on(tmp_path, monkeypatch
     assert all("score" in record for record in records if record["recipe"] != "bitfit")
 
 
+@pytest.mark.slow
 def test_a_run_that_diverges_at_its_last_step_is_recorded_too(tmp_path):
     plan = Plan(
         **{**vars(SMALL), "settings": {"max_steps": 1, "warmup": 0.0, "learning_rate": 1e30}}
@@ -264,6 +265,7 @@ def test_what_a_run_raises_by_mistake_ends_the_study(tmp_path, monkeypatch):
         study(tiny_base("bert"), tiny_task(), SMALL, out=tmp_path)
 
 
+@pytest.mark.slow
 def test_a_run_whose_worker_died_before_its_first_heartbeat_is_taken_again(tmp_path, monkeypatch):
     monkeypatch.setattr(queue, "GRACE_SECONDS", 1)
     keys = [run.key for run in runs_of(SMALL, tiny_base("bert"), tiny_task())]
