@@ -33,6 +33,7 @@ def small(tmp_path, monkeypatch):
     return tmp_path
 
 
+@pytest.mark.slow
 def test_the_python_snippets_run(small, capsys):
     assert len(SNIPPETS) == 3
     exec(compile(SNIPPETS[0], "README.md", "exec"), {})

@@ -226,6 +226,7 @@ def test_recipes_train_and_their_files_are_scored(name: str, tmp_path: Path) -> 
     assert 0 <= low <= done.score.value <= high <= 1
 
 
+@pytest.mark.slow
 def test_two_towers_learn_what_belongs_together(tmp_path: Path) -> None:
     """Twelve pictures of noise and their captions, learned by heart."""
     base, task = tiny_towers(hidden_dropout_prob=0.0), captioned_task()
