@@ -29,6 +29,7 @@ if TYPE_CHECKING:  # the same names as _HOME, for type checkers and editors; a t
     from howfine.distill import distilled
     from howfine.errors import HowfineError
     from howfine.evaluate import Score, evaluate, predict
+    from howfine.export import export
     from howfine.extract import extract
     from howfine.merge import merge
     from howfine.method import Method, methods
@@ -63,6 +64,7 @@ __all__ = [
     "distilled",
     "encoder",
     "evaluate",
+    "export",
     "extract",
     "inspect",
     "merge",
@@ -97,6 +99,7 @@ _HOME = {
     "distilled": "distill",
     "encoder": "directions",
     "evaluate": "evaluate",
+    "export": "export",
     "extract": "extract",
     "inspect": "cost:parts",
     "merge": "merge",

@@ -29,6 +29,10 @@ from howfine.errors import SettingError, near
 _NORM = re.compile(r"norm|(^|\.)ln_", re.IGNORECASE)
 
 
+# Part whose inputs are a layer's heads or neurons, side by side -> parts whose outputs they are.
+FEEDS = {"D": ("Q", "K", "V", "QKV"), "CD": ("CQ", "CK", "CV"), "O": ("I", "G")}
+
+
 @dataclass(frozen=True)
 class Anatomy:
     """Where an architecture keeps its parts. Paths are relative to the tower's module."""

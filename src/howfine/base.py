@@ -237,6 +237,15 @@ class Base:
             return heads
         return int(getattr(self.config, "num_key_value_heads", None) or heads)
 
+    def units_into(self, path: str) -> int:
+        """Heads, or neurons, that are neighbouring inputs of the matrix at `path` (D, CD or O)."""
+        layer, part = self.place(path)
+        inputs = self.parameter(path).shape[self.anatomy.linear_axes.index("in")]
+        if part == "O":
+            return inputs
+        heads = int(getattr(self.config, self.anatomy.stack_of(layer or 0).heads))
+        return widths.heads_left(self.config, heads, inputs)
+
     @property
     def device(self) -> torch.device:
         """Where the parameters are."""

@@ -18,6 +18,7 @@ import transformers
 from torch import Tensor, nn
 
 from howfine import pretrained, widths
+from howfine.anatomy import FEEDS
 from howfine.base import IMAGE, Base, TwoTowers
 from howfine.delta import SUFFIX, Delta, only_weights
 from howfine.errors import SettingError
@@ -38,7 +39,6 @@ _INNER = (
     "encoder_ffn_dim",
     "decoder_ffn_dim",
 )
-_INTO = {"D": ("Q", "K", "V", "QKV"), "CD": ("CQ", "CK", "CV"), "O": ("I", "G")}
 
 
 @dataclass(frozen=True)
@@ -140,15 +140,13 @@ def _cuts(base: Base, model: Any) -> dict[str, _Cut]:
     """What stays of each module that gets smaller, by its path in the tower."""
     found: dict[str, _Cut] = {}
     for path in base.choose(("matrices",)):
-        layer, part = base.place(path)
-        feeding = _feeding(base, path) if part in _INTO else []
+        part = base.place(path)[1]
+        feeding = _feeding(base, path) if part in FEEDS else []
         weight = model.get_parameter(_inside(base, path)).detach()
         inputs = base.anatomy.linear_axes.index("in")
         if not feeding or (part != "O" and not _heads_may_go(base, feeding, weight)):
             continue
-        on = (weight != 0).any(1 - inputs)
-        if part != "O":
-            on = on.unflatten(0, (_heads(base, layer or 0, len(on)), -1)).any(1)
+        on = (weight != 0).any(1 - inputs).unflatten(0, (base.units_into(path), -1)).any(1)
         if on.all():
             continue
         on[0] |= not on.any()  # a module without inputs is none
@@ -167,7 +165,7 @@ def _feeding(base: Base, path: str) -> list[str]:
     """Matrices of the same layer whose outputs become, unit by unit, another one's inputs."""
     layer, part = base.place(path)
     every = base.choose(("matrices",))
-    return [each for each in every if base.place(each) in {(layer, own) for own in _INTO[part]}]
+    return [each for each in every if base.place(each) in {(layer, own) for own in FEEDS[part]}]
 
 
 def _heads_may_go(base: Base, feeding: list[str], weight: Tensor) -> bool:
@@ -176,11 +174,6 @@ def _heads_may_go(base: Base, feeding: list[str], weight: Tensor) -> bool:
     sizes = [base.parameter(path).shape[1 - inputs] for path in feeding]
     whole = 3 * weight.shape[inputs] == sum(sizes)
     return base.anatomy.plain_attention and whole and len(sizes) in (1, 3)
-
-
-def _heads(base: Base, layer: int, inputs: int) -> int:
-    field = base.anatomy.stack_of(layer).heads
-    return widths.heads_left(base.config, int(getattr(base.config, field)), inputs)
 
 
 def _inside(base: Base, path: str) -> str:
@@ -196,12 +189,10 @@ def _left(base: Base, model: Any, part: str) -> tuple[int, ...]:
     """How many heads, or neurons, each layer of a model has, from the bottom up."""
     inputs, found = base.anatomy.linear_axes.index("in"), []
     for path in base.choose(("matrices",)):
-        layer, own = base.place(path)
-        if own == part:
+        if base.place(path)[1] == part:
             size = model.get_parameter(_inside(base, path)).shape[inputs]
             before = base.parameter(path).shape[inputs]
-            heads = _heads(base, layer or 0, before)
-            found.append(size if part == "O" else size * heads // before)
+            found.append(size * base.units_into(path) // before)
     return tuple(found)
 
 

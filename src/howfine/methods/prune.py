@@ -19,16 +19,15 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from howfine import gates, surgery, whole, widths
+from howfine import gates, surgery, whole
+from howfine.anatomy import FEEDS
 from howfine.base import Base
 from howfine.change import Change, all_or_nothing
 from howfine.errors import DamagedDelta, SettingError
 from howfine.method import Method, Probe, Tensors, as_parameter
 
 _KEPT = "units:"
-# Parts whose inputs are a layer's units, side by side; and those whose outputs are.
-_INTO = {"D": "heads", "CD": "heads", "O": "neurons"}
-_OUT_OF = {"heads": ("Q", "K", "V", "CQ", "CK", "CV"), "neurons": ("I", "G")}
+_KIND = {"D": "heads", "CD": "heads", "O": "neurons"}
 
 
 class _OfUnits(nn.Module):
@@ -180,21 +179,13 @@ class Prune(Method):
 
 def _counts(base: Base, units: str) -> dict[str, int]:
     """How many units lead into a matrix, by its path, of the layers from the bottom up."""
-    found = {}
-    for path in base.choose(("matrices",)):
-        kind = _kind(base, path)
-        if kind == "heads" and units != "neurons":
-            layer, _ = base.place(path)
-            heads = int(getattr(base.config, base.anatomy.stack_of(layer or 0).heads))
-            inputs = base.parameter(path).shape[_axis(base, "in")]
-            found[path] = widths.heads_left(base.config, heads, inputs)
-        if kind == "neurons" and units != "heads":
-            found[path] = base.parameter(path).shape[_axis(base, "in")]
-    return found
+    kinds = {path: _kind(base, path) for path in base.choose(("matrices",))}
+    wanted = ("heads", "neurons") if units == "both" else (units,)
+    return {path: base.units_into(path) for path, kind in kinds.items() if kind in wanted}
 
 
 def _kind(base: Base, path: str) -> str:
-    return _INTO.get(base.place(path)[1], "")
+    return _KIND.get(base.place(path)[1], "")
 
 
 def _axis(base: Base, which: str) -> int:
@@ -212,29 +203,21 @@ def _of_inputs(base: Base, values: Tensor, count: int) -> Tensor:
 
 
 def _units_of(base: Base, path: str, kept: Mapping[str, Tensor]) -> Tensor | None:
-    """Which entries of a matrix belong to units that are on, None where none of it is a unit's."""
-    layer, part = base.place(path)
-    for other, on in kept.items():
-        kind = _kind(base, other)
-        whole_layer = base.place(other)[0] == layer
-        if path == other:
-            along = _along_inputs(base, on)
-        elif whole_layer and part in _OUT_OF[kind] and _matches(base, path, other, on):
-            along = on.unsqueeze(1 - _axis(base, "out"))
-        else:
-            continue
-        return gates.spread(along, tuple(base.parameter(path).shape))
-    return None
+    """Which entries of a matrix belong to units that are on, None where none of it is a unit's.
 
-
-def _matches(base: Base, path: str, other: str, on: Tensor) -> bool:
-    """Whether a matrix's outputs are the units that lead into another one, of the same attention.
-
-    Not so where several heads share their keys and values.
+    Not so where several heads share their keys and values, or projections are fused.
     """
-    crossing = [base.place(each)[1].startswith("C") for each in (path, other)]
-    own = base.parameter(path).shape[_axis(base, "out")]
-    return crossing[0] == crossing[1] and own == base.parameter(other).shape[_axis(base, "in")]
+    layer, part = base.place(path)
+    weight = base.parameter(path)
+    for other, on in kept.items():
+        own, into = base.place(other)
+        inputs = base.parameter(other).shape[_axis(base, "in")]
+        if path == other:
+            return gates.spread(_along_inputs(base, on), tuple(weight.shape))
+        if own == layer and part in FEEDS[into] and weight.shape[_axis(base, "out")] == inputs:
+            along = on.unsqueeze(1 - _axis(base, "out"))
+            return gates.spread(along, tuple(weight.shape))
+    return None
 
 
 EXAMPLE = Prune(by="magnitude", beside=("all@-1",))
