@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -18,11 +19,12 @@ from howfine.errors import DamagedDelta, SettingError, TaskError, WrongBase
 from howfine.evaluate import evaluate, predict
 from howfine.images import Picture
 from howfine.knowledge import drift, linear_probe, states
+from howfine.ledger import Ledger, unpack_predictions
 from howfine.method import Method, examples, fitting, method
 from howfine.probe import GradientProbe
 from howfine.readout import Wired, readout
 from howfine.recipe import Recipe
-from howfine.report import report
+from howfine.report import Report, report
 from howfine.study import study
 from howfine.task import Task
 from howfine.training import Training
@@ -411,7 +413,37 @@ def test_a_study_of_two_towers(tmp_path: Path) -> None:
     assert {row["recipe"] for row in found["runs"]} == {"align-full", "lilt-projections", "lit"}
     assert not any(row.get("error") for row in found["runs"])
     assert found["distance"] is None
-    assert "lilt-projections" in (tmp_path / "study" / "report.html").read_text()
+    page = (tmp_path / "study" / "report.html").read_text()
+    assert "lilt-projections" in page
+    assert "no longer in the study's folder" not in page
+    check_pictures(found, task, tmp_path / "study", page)
+    assert "predict" not in page[page.index("Use it") : page.index("How it was measured")]
+
+
+def check_pictures(found: Report, task: Task, folder: Path, page: str) -> None:
+    """The grid shows what the recommended run was scored by, the missed pictures too."""
+    path = found["recommended"]["key"]
+    records = Ledger(folder / "runs.jsonl").records()
+    rows, examples = found["pictures"], task.splits["test"]
+    assert rows is not None
+    assert len(rows) == 8
+    predictions = np.stack(list(unpack_predictions(records[path]["predictions"])))
+    images, texts = np.split(predictions.astype(np.float64), 2, axis=1)
+    images, texts = (each / np.linalg.norm(each, axis=1)[:, None] for each in (images, texts))
+    different = images[::2]  # two captions each
+    for row in rows:
+        number = next(n for n, each in enumerate(examples) if each.texts[0] == row["caption"])
+        cosines = different @ texts[number]
+        order = np.argsort(-cosines)
+        assert row["own"] == f"noise {number // 2}"
+        assert row["rank"] == 1 + order.tolist().index(number // 2)
+        assert [hit["picture"] for hit in row["hits"]] == [f"noise {n}" for n in order[:5]]
+        assert [hit["similarity"] for hit in row["hits"]] == pytest.approx(
+            cosines[order[:5]], abs=1e-4
+        )
+        assert any(hit["own"] for hit in row["hits"]) == (row["rank"] <= 5)
+        for name in (row["own"], *(hit["picture"] for hit in row["hits"])):
+            assert f'title="{name}" src="data:image/jpeg;base64,' in page
 
 
 def test_equal_pictures_have_equal_states() -> None:

@@ -19,7 +19,7 @@ SHOWN = 224
 def html(queries: Sequence[str], found: Mapping[str, Any], title: str) -> str:
     """A row of pictures for each text, best first. `found` is `howfine.search.Found.as_dict`."""
     rows = [
-        {"query": query, "hits": [{**hit, "data": _thumbnail(hit["path"])} for hit in hits]}
+        {"query": query, "hits": [{**hit, "data": _of_file(hit["path"])} for hit in hits]}
         for query, hits in zip(queries, found["hits"], strict=True)
     ]
     environment = Environment(
@@ -31,8 +31,13 @@ def html(queries: Sequence[str], found: Mapping[str, Any], title: str) -> str:
     return template.render(title=title, rows=rows, found=found)
 
 
-def _thumbnail(path: str) -> str:
-    image = Picture(path, Path(path)).open()
+def _of_file(path: str) -> str:
+    return thumbnail(Picture(path, Path(path)))
+
+
+def thumbnail(picture: Picture) -> str:
+    """A small JPEG of a picture, in base64."""
+    image = picture.open()
     image.thumbnail((SHOWN, SHOWN))
     held = io.BytesIO()
     image.save(held, "JPEG", quality=85)

@@ -27,7 +27,7 @@ from typing import Any, TypedDict
 
 import torch
 
-from howfine import answer, report_page, report_where, stored, wording
+from howfine import answer, report_page, report_pictures, report_where, stored, wording
 from howfine.base import Base, TwoTowers
 from howfine.compare import delta_distance
 from howfine.container import write_atomically
@@ -60,6 +60,7 @@ class Report(TypedDict):
     distance: list[dict[str, Any]] | None  # the blocks' matrices, from base to ceiling
     where: dict[str, list[dict[str, Any]]]  # recipe: layer, part, changed, entries, share
     where_runs: dict[str, str]  # recipe: key of the run whose file was counted in
+    pictures: list[dict[str, Any]] | None  # what the recommended run found for test captions
     machine: dict[str, Any]  # cpu, cores, torch, howfine
     date: str
     command: str
@@ -102,7 +103,8 @@ def report(
     _hand_over(folder, records, result)
     text = json.dumps(result, indent=2, ensure_ascii=False, allow_nan=False)
     write_atomically(folder / "report.md", report_page.markdown(result).encode())
-    write_atomically(folder / "report.html", report_page.html(result).encode())
+    thumbnails = report_pictures.thumbnails(task, result["pictures"])
+    write_atomically(folder / "report.html", report_page.html(result, thumbnails).encode())
     # Last, because it is what the next report learns the file to remove from.
     write_atomically(folder / "report.json", f"{text}\n".encode())
     return result
@@ -144,6 +146,7 @@ def summarise(
         distance=_matrices(distances) if distances else None,
         where={},
         where_runs={},
+        pictures=report_pictures.found(task, records, recommended["key"]),
         machine=_machine(),
         date=datetime.datetime.now(datetime.UTC).date().isoformat(),
         command=command,

@@ -16,6 +16,7 @@ from howfine import (
     figures,
     figures_calibration,
     figures_distance,
+    report_pictures,
     report_tables,
     report_where,
     wording,
@@ -23,11 +24,15 @@ from howfine import (
 from howfine.wording import interval_said, score_said, share_said, significant
 
 _EXAMPLE = "a quiet, moving film"
+_LOOKED_FOR = "a dog in snow"
 _UNITS = r"%|[kMGT]B\b|bytes?\b|seeds?\b|points\b"
 
 
-def html(result: Mapping[str, Any]) -> str:
-    """The whole page. Everything in `result` is escaped; the only scripts are the page's own."""
+def html(result: Mapping[str, Any], thumbnails: Mapping[str, str] | None = None) -> str:
+    """The whole page. Everything in `result` is escaped; the only scripts are the page's own.
+
+    `thumbnails` are the pictures that `result` names, as `report_pictures.thumbnails` makes them.
+    """
     plots = {"score": figures.score_against_bytes(result)}
     if figures_calibration.shown(result):
         plots["reliability"] = figures_calibration.reliability(result)
@@ -44,7 +49,7 @@ def html(result: Mapping[str, Any]) -> str:
     return (
         _environment()
         .get_template("report.html.j2")
-        .render(_view(result), plots=plots, plotly=get_plotlyjs())
+        .render(_view(result), plots=plots, plotly=get_plotlyjs(), thumbnails=thumbnails or {})
     )
 
 
@@ -98,6 +103,7 @@ def _view(result: Mapping[str, Any]) -> dict[str, Any]:
         "scale": report_tables.scale_table(result["distance"]) if result["distance"] else None,
         "moved": _moved(result["distance"]) if result["distance"] else "",
         "where": report_where.view(result),
+        "found": report_pictures.said(result["pictures"]) if result["pictures"] else "",
         "partial": report_tables.layers_table(result),
         "commands": commands(result),
         "seeds": sorted({seed for group in result["groups"] for seed in group["seeds"]}),
@@ -148,6 +154,8 @@ def commands(result: Mapping[str, Any]) -> dict[str, str] | None:
     asked = "$'first text\\tsecond text'" if pair else f'"{_EXAMPLE}"'
     text = '("first text", "second text")' if pair else f'"{_EXAMPLE}"'
     base = result["base"]["name"]
+    if result["pictures"]:
+        return _of_towers(name, file, base)
     shell = [
         f"howfine evaluate {name}",
         f"howfine predict {name} {asked}",
@@ -161,6 +169,20 @@ print(howfine.predict({_quoted(file)}, [{text}], base))
 
 with howfine.Delta.load({_quoted(file)}).applied(base) as model:
     ...  # a torch module: the base with the change on; the base is itself again on leaving"""
+    return {"shell": "\n".join(shell), "python": python}
+
+
+def _of_towers(name: str, file: str, base: str) -> dict[str, str]:
+    """What looks for pictures with the recommended file."""
+    shell = [
+        f"howfine evaluate {name}",
+        f'howfine search "{_LOOKED_FOR}" --delta {name} --images pictures --page found.html',
+        f"howfine inspect {name}",
+    ]
+    python = f"""import howfine
+
+base = howfine.Base.load({_quoted(base)}, kind="two_towers")
+print(howfine.search({_quoted(file)}, ["{_LOOKED_FOR}"], "pictures", base).hits)"""
     return {"shell": "\n".join(shell), "python": python}
 
 
