@@ -27,7 +27,7 @@ ROOMS = [
     ),
     ("task", "checks", "tasks", "tasks.*", "base", "pretrained"),
     ("surgery", "change"),
-    ("method", "readout"),
+    ("method", "readout", "units", "cuts"),
     (
         *("whole", "entries", "overlay", "probe", "language", "template", "tokens", "slots"),
         *(

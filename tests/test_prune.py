@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from howfine import units as units_of_base
 from howfine.base import Base
 from howfine.batch import to_device
 from howfine.delta import SUFFIX, Delta
@@ -61,6 +62,10 @@ def counts(base: Base) -> dict[str, int]:
     return found
 
 
+def importance(probe: GradientProbe, base: Base) -> dict[str, Tensor]:
+    return units_of_base.importance(probe.sensitivities(base, counts(base)), "rows")
+
+
 # --- importance ----------------------------------------------------------------------------------
 
 
@@ -69,7 +74,7 @@ def test_importance_is_what_a_factor_on_a_unit_would_do(name: str) -> None:
     """E_x |∂L/∂ξ|: against finite differences of the loss, one example and one unit at a time."""
     base = tiny_base(name)
     probe, wired = probed(base, rows=3)
-    found = probe.sensitivities(base, counts(base))
+    found = importance(probe, base)
     wired.eval().double()
     examples = probe.examples
     for path, scores in found.items():
@@ -103,7 +108,8 @@ def test_a_units_gradient_is_its_weights_times_theirs() -> None:
     path = D.format(0)
     (gradient,) = probe.gradients(base, [path], "mean").values()
     by_weight = (gradient * base.parameter(path)).unflatten(1, (HEADS, -1)).sum((0, 2)).abs()
-    assert torch.allclose(probe.sensitivities(base, {path: HEADS})[path], by_weight, atol=1e-6)
+    found = probe.sensitivities(base, {path: HEADS})[path].abs().mean(0)
+    assert torch.allclose(found, by_weight, atol=1e-6)
 
 
 def test_importance_leaves_no_trace() -> None:
@@ -123,8 +129,8 @@ def test_importance_leaves_no_trace() -> None:
 
 def test_importance_of_a_batch_is_that_of_its_rows() -> None:
     base = tiny_base("bert")
-    alone = probed(base, rows=4, batch=1)[0].sensitivities(base, counts(base))
-    together = probed(base, rows=4, batch=4)[0].sensitivities(base, counts(base))
+    alone = importance(probed(base, rows=4, batch=1)[0], base)
+    together = importance(probed(base, rows=4, batch=4)[0], base)
     for path in alone:
         assert torch.allclose(alone[path], together[path], atol=1e-5, rtol=1e-4)
 
@@ -181,8 +187,8 @@ def test_smaller_budgets_are_nested() -> None:
 def test_the_least_important_go_off() -> None:
     base = tiny_base("bert")
     probe, _ = probed(base)
-    scores = probe.sensitivities(base, counts(base))
-    with method("prune", keep=0.5, normalised=False).attach(base, probe) as change:
+    scores = importance(probe, base)
+    with method("prune", keep=0.5, scope="raw").attach(base, probe) as change:
         kept = change.parts["kept"]
     for own in ([D.format(n) for n in range(2)], [O.format(n) for n in range(2)]):
         on = torch.cat([scores[path][kept[path]] for path in own])

@@ -306,9 +306,16 @@ class TinyProbe:
         return self._probe(base).gradients(base, paths, of, at)
 
     def sensitivities(
-        self, base: Base, counts: Mapping[str, int], at: Mapping[str, Tensor] | None = None
+        self,
+        base: Base,
+        counts: Mapping[str, int],
+        at: Mapping[str, Tensor] | None = None,
+        *,
+        positions: bool = False,
+        rows: int | None = None,
     ) -> dict[str, Tensor]:
-        return self._probe(base).sensitivities(base, counts, at)
+        probe = self._probe(base)
+        return probe.sensitivities(base, counts, at, positions=positions, rows=rows)
 
     def _probe(self, base: Base) -> GradientProbe:
         with torch.random.fork_rng():

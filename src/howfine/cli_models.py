@@ -32,6 +32,9 @@ def cut(
     delta: options.DeltaFile,
     out: Annotated[Path, typer.Argument(help="Folder to write.")],
     base: options.BaseName = None,
+    keep: Annotated[
+        float | None, typer.Option(help="Share of the units to keep, of a delta of all sizes.")
+    ] = None,
     as_json: options.AsJson = False,
 ) -> None:
     """Write base and delta as a smaller model, without the heads and neurons that are off."""
@@ -41,7 +44,7 @@ def cut(
     from howfine.slicing import sliced as run
 
     opened = Delta.load(delta)
-    done = run(opened, out, options.base(base, opened, "cpu", "float32"))
+    done = run(opened, out, options.base(base, opened, "cpu", "float32"), keep=keep)
     said = f"{done.folder}: {done.parameters:,} of {done.before:,} parameters; heads "
     said += f"{', '.join(map(str, done.heads))}; neurons {', '.join(map(str, done.neurons))}. "
     said += "AutoModel.from_pretrained" if done.plain else "howfine's Base.load"

@@ -21,7 +21,7 @@ from howfine.base import Base
 from howfine.change import Change
 from howfine.codec import PRECISIONS
 from howfine.errors import DamagedDelta, DeltaError, SettingError, WrongBase, near
-from howfine.method import Method, Tensors, methods
+from howfine.method import Method, Tensors, method, methods
 from howfine.readout import Head, Labels, Readout, Wired, readouts
 from howfine.streams import Stream
 
@@ -78,6 +78,21 @@ class Delta:
     def with_score(self, score: dict[str, Any]) -> Delta:
         """The same change with another score in its header."""
         return replace(self, score=score)
+
+    def resized(self, keep: float) -> Delta:
+        """The same change as a smaller model: so large a share of its units on when it is put on.
+
+        Raises SettingError for a change of one size only.
+        """
+        if not self.method.resizable:
+            raise SettingError(
+                "this delta is of one size; give one whose recipe trains all sizes at once, such "
+                f"as {' or '.join(n for n, cls in methods().items() if cls.resizable)}, or one "
+                "that was pruned to the size"
+            )
+        settings = {**plugins.settings_of(self.method), "keep": keep}
+        name = plugins.name_of("methods", Method, self.method)
+        return replace(self, method=method(name, **settings), score={})
 
     def check_base(self, base: Base) -> None:
         """Raises WrongBase unless this delta was made on `base`.

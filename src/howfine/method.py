@@ -8,7 +8,7 @@ the docs check, the study and the cost table find it by being there.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar, Literal, Protocol, Self
 
 import torch
@@ -65,11 +65,18 @@ class Probe(Protocol):
         ...
 
     def sensitivities(
-        self, base: Base, counts: Mapping[str, int], at: Mapping[str, Tensor] | None = None
+        self,
+        base: Base,
+        counts: Mapping[str, int],
+        at: Mapping[str, Tensor] | None = None,
+        *,
+        positions: bool = False,
+        rows: int | None = None,
     ) -> dict[str, Tensor]:
-        """(n,) mean |∂loss/∂ξ| over examples, by path, of n factors ξ on a matrix's inputs.
+        """(rows, n) ∂loss/∂ξ of each example by itself, by path, of n factors ξ = 1.
 
-        Each factor is on as many neighbouring inputs, and ξ = 1. Taken where `gradients` are.
+        They are on a matrix's inputs, each on as many neighbouring ones. With `positions` the sum
+        over positions is one of magnitudes. Taken where `gradients` are, of so many `rows`.
         """
         ...
 
@@ -96,6 +103,8 @@ class Method(ABC):
     neutral: ClassVar[bool] = False
     # Whether it leaves entries alone that a recipe names as `outside` (Probe.outside).
     keeps_out: ClassVar[bool] = False
+    # Whether a file of it can be put on smaller than it was stored, by its setting `keep`.
+    resizable: ClassVar[bool] = False
     # Whether it is made of a method for each tower of a base of two, `of_each` of one for both.
     for_towers: ClassVar[bool] = False
 
@@ -139,6 +148,18 @@ class Method(ABC):
     def takes(self, base: Base, tensors: Tensors) -> int:
         """Positions that a packed change takes away from texts (`Base.reserved`)."""
         return 0
+
+    def passes(self, change: Change, progress: float) -> Iterator[float]:
+        """Set the change up for each forward pass of a step at `progress` (0 to 1) of training.
+
+        Yields, for each, the share of its loss that is how far its outputs are from those of the
+        first (`Readout.imitation`); the rest is the loss itself. A step takes the mean over passes.
+        """
+        yield 0.0
+
+    def finished(self, change: Change) -> bool:
+        """Whether what would be stored now is as small as asked: only then may it be the best."""
+        return True
 
     def penalty(self, change: Change, progress: float) -> Tensor:
         """What the paper adds to the loss at `progress` (0 to 1) of training; 0 without one."""

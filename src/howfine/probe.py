@@ -73,15 +73,20 @@ class GradientProbe:
         return sums
 
     def sensitivities(
-        self, base: Base, counts: Mapping[str, int], at: Mapping[str, Tensor] | None = None
+        self,
+        base: Base,
+        counts: Mapping[str, int],
+        at: Mapping[str, Tensor] | None = None,
+        *,
+        positions: bool = False,
+        rows: int | None = None,
     ) -> dict[str, Tensor]:
         """Of each row of a few batches by itself, dropout off: see `howfine.method.Probe`.
 
         ∂loss/∂ξ is the sum of input times gradient over a row's positions and a factor's inputs,
         and of all runs of a module that several layers share.
         """
-        sums = {path: torch.zeros(count, device=base.device) for path, count in counts.items()}
-        seen = 0
+        found: dict[str, list[Tensor]] = {path: [] for path in counts}
         with ExitStack() as undo:
             undo.enter_context(self._in_use())
             _put(base, at or {}, undo)
@@ -91,21 +96,14 @@ class GradientProbe:
                 undo.callback(host.register_forward_pre_hook(_noting(met, path)).remove)
             read = self.model.readout
             # A mean over a batch's tokens has no rows in it; pairs need those of their batch.
-            for loss, _ in self._losses(alone=not read.adds_up and not read.aligns):
-                rows: dict[str, Tensor] = {}
-                states = [state for _, state in met]
-                found = torch.autograd.grad(loss, states, allow_unused=True)
-                for (path, state), gradient in zip(met, found, strict=True):
-                    if gradient is not None:
-                        product = (state.detach() * gradient).float()
-                        product = product.unflatten(-1, (counts[path], -1)).sum(-1)
-                        own = product.flatten(1, -2).sum(1) if product.ndim > 2 else product
-                        rows[path] = rows[path] + own if path in rows else own
-                for path, row in rows.items():  # the loss is a mean over rows
-                    sums[path] += (row * len(row)).abs().sum(0)
-                seen += max(map(len, rows.values()), default=0)
+            for loss, _ in self._losses(not read.adds_up and not read.aligns, rows):
+                own = _of_rows(loss, met, counts, positions)
+                size = max(map(len, own.values()), default=1)
+                for path, count in counts.items():  # the loss is a mean over rows
+                    none = torch.zeros(size, count, device=base.device)
+                    found[path].append(own.get(path, none) * size)
                 met.clear()
-        return {path: total / max(1, seen) for path, total in sums.items()}
+        return {path: torch.cat(each) for path, each in found.items()}
 
     @contextmanager
     def _in_use(self) -> Iterator[None]:
@@ -117,20 +115,38 @@ class GradientProbe:
         finally:
             self.model.train(was_training)
 
-    def _losses(self, alone: bool = False) -> Iterator[tuple[Tensor, int]]:
+    def _losses(
+        self, alone: bool = False, count: int | None = None
+    ) -> Iterator[tuple[Tensor, int]]:
         """Losses of a few batches, always the same ones, and how many there are.
 
-        Of the rows of those batches one by one, where `alone`.
+        Of `count` rows in batches where given; of rows one by one, where `alone`.
         """
         generator = torch.Generator().manual_seed(0)
         order = torch.randperm(len(self.examples), generator=generator).tolist()
-        order = order[: PROBE_BATCHES * self.batch_size]
+        order = order[: count or PROBE_BATCHES * self.batch_size]
         size = 1 if alone else self.batch_size
         rows = [order[i : i + size] for i in range(0, len(order), size)]
         for chosen in rows:
             batch = self.model.readout.collate(self.base, [self.examples[i] for i in chosen])
             fields = to_device(batch.as_kwargs(), self.base.device)
             yield self.model(**fields)["loss"], len(rows)
+
+
+def _of_rows(
+    loss: Tensor, met: list[tuple[str, Tensor]], counts: Mapping[str, int], positions: bool
+) -> dict[str, Tensor]:
+    """(rows, n) derivatives of a loss by path, of the inputs that were met."""
+    found: dict[str, Tensor] = {}
+    gradients = torch.autograd.grad(loss, [state for _, state in met], allow_unused=True)
+    for (path, state), gradient in zip(met, gradients, strict=True):
+        if gradient is None:
+            continue
+        product = (state.detach() * gradient).float().unflatten(-1, (counts[path], -1)).sum(-1)
+        product = product.abs() if positions else product
+        own = product.flatten(1, -2).sum(1) if product.ndim > 2 else product
+        found[path] = found[path] + own if path in found else own
+    return found
 
 
 def _put(base: Base, at: Mapping[str, Tensor], undo: ExitStack) -> dict[str, nn.Parameter]:

@@ -21,7 +21,7 @@ from howfine import plugins
 from howfine.base import Base
 from howfine.batch import Batch, running
 from howfine.checks import ALIGNMENT, CLASSIFICATION, GENERATION
-from howfine.errors import DamagedDelta
+from howfine.errors import DamagedDelta, SettingError
 from howfine.method import Tensors
 from howfine.metrics import Metric
 from howfine.task import Example, Task
@@ -126,6 +126,23 @@ class Readout(ABC):
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """The training loss, a scalar."""
 
+    def imitation(self, outputs: Tensor, taught: Tensor) -> Tensor:
+        """How far (B, K) outputs are from others that they are to be like, a scalar.
+
+        KL(taught ‖ outputs) of the classes' probabilities, or the mean squared error of scores.
+        Raises SettingError for readouts whose outputs are neither.
+        """
+        if self.writes or self.aligns:
+            raise SettingError(
+                f"{type(self).__name__} has no classes or scores that another one's could be like; "
+                "let nothing of the loss be learned from other outputs (distil=0)"
+            )
+        if outputs.shape[-1] == 1:
+            return functional.mse_loss(outputs.float(), taught.float())
+        log_p, log_q = taught.float().log_softmax(-1), outputs.float().log_softmax(-1)
+        parts = torch.where(log_p.isfinite(), log_p.exp() * (log_p - log_q), 0)
+        return parts.sum(-1).mean()
+
     @abstractmethod
     def predict(self, outputs: Tensor) -> Tensor:
         """(B,) class indices, or scores for regression."""
@@ -225,8 +242,9 @@ class Wired(nn.Module):
     def state_dict(  # type: ignore[override]
         self, *args: Any, prefix: str = "", **kwargs: Any
     ) -> dict[str, Any]:
-        """Trainable parameters alone: a checkpoint of the training loop need not hold the base."""
+        """What trains, and gates' own state: a checkpoint of training need not hold the base."""
         kept = {name for name, value in self.named_parameters() if value.requires_grad}
+        kept |= {name for name, _ in self.named_buffers() if ".parametrizations." in name}
         whole = super().state_dict(*args, prefix=prefix, **kwargs)
         return {name: whole[name] for name in whole if name.removeprefix(prefix) in kept}
 

@@ -15,10 +15,9 @@ from typing import Any
 
 import torch
 import transformers
-from torch import Tensor, nn
+from torch import Tensor
 
-from howfine import pretrained, widths
-from howfine.anatomy import FEEDS
+from howfine import cuts, pretrained, widths
 from howfine.base import IMAGE, Base, TwoTowers
 from howfine.delta import SUFFIX, Delta, only_weights
 from howfine.errors import SettingError
@@ -57,29 +56,27 @@ class Sliced:
     readout: Path | None
 
 
-def sliced(delta: Delta | str | Path, out: str | Path, base: Base | None = None) -> Sliced:
+def sliced(
+    delta: Delta | str | Path,
+    out: str | Path,
+    base: Base | None = None,
+    *,
+    keep: float | None = None,
+) -> Sliced:
     """Write the changed base without its units that are off to the folder `out`.
 
-    Beside the model lies a delta of the readout, made on it: `howfine predict` and `evaluate` take
-    that one with `--base OUT`. Raises StorageError where `out` exists or can't be written,
-    SettingError where nothing is off, for a change that is not one of weights, and for a base that
-    is part of a larger model.
+    With `keep`, of a delta that was trained for all sizes (`Delta.resized`), that share of its
+    units stays. Beside the model lies a delta of the readout, made on it: `howfine predict` and
+    `evaluate` take that one with `--base OUT`. Raises StorageError where `out` exists or can't be
+    written, SettingError where nothing is off, for a change that is not one of weights, and for a
+    base that is part of a larger model.
     """
     delta, base = opened(delta, base)
+    delta = delta if keep is None else delta.resized(keep)
     _check_sliceable(base)
     with delta.changed(base) as head:
         only_weights(base, "which a smaller model would lose; keep the delta beside its base")
-        model = copy.deepcopy(base.tower)
-        cuts = _cuts(base, model)
-        if not cuts:
-            raise SettingError(
-                "nothing can be cut: what leads out of each head and each neuron is not 0 "
-                "everywhere, or its layer can't be cut; give a delta of a recipe that switches "
-                "whole units off"
-            )
-        for path, cut in cuts.items():
-            widths.put(model, path, cut.applied(model.get_submodule(path), base))
-        _check_same(base, model)
+        model = smaller(base)
     plain = _state_widths(base, model)
 
     def write(folder: Path) -> None:
@@ -100,6 +97,24 @@ def sliced(delta: Delta | str | Path, out: str | Path, base: Base | None = None)
     )
 
 
+def smaller(base: Base) -> Any:
+    """The base's tower, with the change that is on it, without what gives nothing; a copy.
+
+    Raises SettingError where that is nothing.
+    """
+    model = copy.deepcopy(base.tower)
+    found = cuts.of(base, model)
+    if not found:
+        raise SettingError(
+            "nothing can be cut: what leads out of each head and each neuron is not 0 everywhere, "
+            "or its layer can't be cut; give a delta of a recipe that switches whole units off"
+        )
+    for path, cut in found.items():
+        widths.put(model, path, cut.applied(model.get_submodule(path), base))
+    _check_same(base, model)
+    return model
+
+
 def _check_sliceable(base: Base) -> None:
     if isinstance(base, TwoTowers):
         raise SettingError(f"{base.name} is two towers; slice a delta that was made on one model")
@@ -110,87 +125,12 @@ def _check_sliceable(base: Base) -> None:
         )
 
 
-@dataclass(frozen=True)
-class _Cut:
-    """Inputs and outputs of a linear module that stay; None for all of them."""
-
-    inputs: Tensor | None = None
-    outputs: Tensor | None = None
-
-    def applied(self, module: nn.Module, base: Base) -> nn.Module:
-        """A smaller module with the values that stay."""
-        axes, held = base.anatomy.linear_axes, dict(module.named_parameters())
-        weight = held["weight"].detach()
-        for which, index in (("in", self.inputs), ("out", self.outputs)):
-            if index is not None:
-                weight = weight.index_select(axes.index(which), index)
-        inputs, outputs = (weight.shape[axes.index(which)] for which in ("in", "out"))
-        made = widths.of_width(module, inputs, outputs)
-        with torch.no_grad():
-            made.get_parameter("weight").copy_(weight)
-            if "bias" in held:
-                bias = held["bias"].detach()
-                made.get_parameter("bias").copy_(
-                    bias if self.outputs is None else bias[self.outputs]
-                )
-        return made
-
-
-def _cuts(base: Base, model: Any) -> dict[str, _Cut]:
-    """What stays of each module that gets smaller, by its path in the tower."""
-    found: dict[str, _Cut] = {}
-    for path in base.choose(("matrices",)):
-        part = base.place(path)[1]
-        feeding = _feeding(base, path) if part in FEEDS else []
-        weight = model.get_parameter(_inside(base, path)).detach()
-        inputs = base.anatomy.linear_axes.index("in")
-        if not feeding or (part != "O" and not _heads_may_go(base, feeding, weight)):
-            continue
-        on = (weight != 0).any(1 - inputs).unflatten(0, (base.units_into(path), -1)).any(1)
-        if on.all():
-            continue
-        on[0] |= not on.any()  # a module without inputs is none
-        size = weight.shape[inputs]
-        stay = on.repeat_interleave(size // len(on)).nonzero().flatten()
-        found[_module(base, path)] = _Cut(inputs=stay)
-        for each in feeding:
-            own = model.get_parameter(_inside(base, each))
-            several = own.shape[1 - inputs] // size  # three where they are fused
-            index = torch.cat([stay + size * at for at in range(several)])
-            found[_module(base, each)] = _Cut(outputs=index)
-    return found
-
-
-def _feeding(base: Base, path: str) -> list[str]:
-    """Matrices of the same layer whose outputs become, unit by unit, another one's inputs."""
-    layer, part = base.place(path)
-    every = base.choose(("matrices",))
-    return [each for each in every if base.place(each) in {(layer, own) for own in FEEDS[part]}]
-
-
-def _heads_may_go(base: Base, feeding: list[str], weight: Tensor) -> bool:
-    """Whether each head has its own queries, keys and values, and nothing else is counted by it."""
-    inputs = base.anatomy.linear_axes.index("in")
-    sizes = [base.parameter(path).shape[1 - inputs] for path in feeding]
-    whole = 3 * weight.shape[inputs] == sum(sizes)
-    return base.anatomy.plain_attention and whole and len(sizes) in (1, 3)
-
-
-def _inside(base: Base, path: str) -> str:
-    """A parameter's path in the tower."""
-    return path.removeprefix(f"{base.tower_name}.")
-
-
-def _module(base: Base, path: str) -> str:
-    return _inside(base, path).rpartition(".")[0]
-
-
 def _left(base: Base, model: Any, part: str) -> tuple[int, ...]:
     """How many heads, or neurons, each layer of a model has, from the bottom up."""
     inputs, found = base.anatomy.linear_axes.index("in"), []
     for path in base.choose(("matrices",)):
         if base.place(path)[1] == part:
-            size = model.get_parameter(_inside(base, path)).shape[inputs]
+            size = model.get_parameter(cuts.inside(base, path)).shape[inputs]
             before = base.parameter(path).shape[inputs]
             found.append(size * base.units_into(path) // before)
     return tuple(found)

@@ -108,7 +108,10 @@ class PartsTrainer(Trainer):
         return self.parts.recipe.readout.collate(self.parts.base, examples).as_kwargs()
 
     def _metrics(self, outcome: Any) -> dict[str, float]:
-        outputs, metric = torch.as_tensor(outcome.predictions), METRICS[self.parts.task.metric]
+        made = self.parts
+        if not made.recipe.method.finished(made.change):
+            return {"score": -math.inf}
+        outputs, metric = torch.as_tensor(outcome.predictions), METRICS[made.task.metric]
         score = self.parts.recipe.readout.progress(outputs, outcome.label_ids, metric)
         return {"score": score}
 
@@ -195,16 +198,25 @@ class PartsTrainer(Trainer):
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """The readout's loss plus the method's penalty. Raises TrainingError unless finite."""
-        outputs = model(**inputs)
-        loss: Tensor = outputs["loss"]
-        if model.training:
-            progress = self.state.global_step / max(1, self.state.max_steps)
-            loss = loss + self.parts.recipe.method.penalty(self.parts.change, progress).to(
-                loss.device
-            )
-            if not torch.isfinite(loss):
-                raise self.diverged(f"the loss became {loss.item()}")
-        return (loss, outputs) if return_outputs else loss
+        if not model.training:
+            outputs = model(**inputs)
+            return (outputs["loss"], outputs) if return_outputs else outputs["loss"]
+        method, change = self.parts.recipe.method, self.parts.change
+        progress = self.state.global_step / max(1, self.state.max_steps)
+        losses, first = [], None
+        for share in method.passes(change, progress):
+            outputs = model(**inputs)
+            first = outputs if first is None else first
+            loss: Tensor = outputs["loss"]
+            if share:
+                read, taught = self.parts.recipe.readout, first["logits"].detach()
+                loss = (1 - share) * loss + share * read.imitation(outputs["logits"], taught)
+            losses.append(loss)
+        loss = losses[0] if len(losses) == 1 else torch.stack(losses).mean()
+        loss = loss + method.penalty(change, progress).to(loss.device)
+        if not torch.isfinite(loss):
+            raise self.diverged(f"the loss became {loss.item()}")
+        return (loss, first) if return_outputs else loss
 
     def diverged(self, what: str) -> TrainingError:
         """The error for `what` is not finite, with the step and the rate."""

@@ -123,6 +123,11 @@ def cases() -> Iterator[tuple[str, Method, str]]:
     yield "towers", method("towers", image=two, text={"select": {"train": ["norm"]}}), "fp16"
     yield "deep", method("deep"), "int8"
     yield "prune", method("prune", keep=0.6, by="magnitude", beside=["all@-1"]), "int8"
+    yield (
+        "dynamic",
+        method("dynamic", keep=0.6, smallest=0.3, by="magnitude", beside=["all@-1"]),
+        "fp16",
+    )
     yield "prefix", method("prefix", length=3, hidden=0), "fp16"
     yield "prompt", method("prompt", length=4, init="table"), "int8"
 

@@ -7,7 +7,8 @@ itself: a budget it has is each tower's.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import itertools
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -101,6 +102,14 @@ class Towers(Method):
                 undo.append(found[tower].remove)
             return _joined(found)
 
+    def passes(self, change: Change, progress: float) -> Iterator[float]:
+        each = [m.passes(change.parts[t], progress) for t, m in self.parts().items()]
+        for shares in itertools.zip_longest(*each, fillvalue=0.0) if each else [(0.0,)]:
+            yield max(shares)
+
+    def finished(self, change: Change) -> bool:
+        return all(method.finished(change.parts[tower]) for tower, method in self.parts().items())
+
     def penalty(self, change: Change, progress: float) -> Tensor:
         each = [m.penalty(change.parts[t], progress) for t, m in self.parts().items()]
         return torch.stack([part.cpu() for part in each]).sum() if each else torch.zeros(())
@@ -193,10 +202,16 @@ class _OneTower:
         return self.probe.gradients(self.base, paths, of, at)
 
     def sensitivities(
-        self, base: Base, counts: Mapping[str, int], at: Mapping[str, Tensor] | None = None
+        self,
+        base: Base,
+        counts: Mapping[str, int],
+        at: Mapping[str, Tensor] | None = None,
+        *,
+        positions: bool = False,
+        rows: int | None = None,
     ) -> dict[str, Tensor]:
         """Of the loss of both towers."""
-        return self.probe.sensitivities(self.base, counts, at)
+        return self.probe.sensitivities(self.base, counts, at, positions=positions, rows=rows)
 
 
 EXAMPLE = Towers()

@@ -1,0 +1,92 @@
+"""Cuts: which rows and columns of a model's matrices go with the units that give nothing.
+
+A unit is off where all that leads out of it is exactly 0, whatever change made it so. Heads are cut
+where every one has keys and values of its own and no table of positions of its own.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from howfine import widths
+from howfine.anatomy import FEEDS
+from howfine.base import Base
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Inputs and outputs of a linear module that stay; None for all of them."""
+
+    inputs: Tensor | None = None
+    outputs: Tensor | None = None
+
+    def applied(self, module: nn.Module, base: Base) -> nn.Module:
+        """A smaller module with the values that stay."""
+        axes, held = base.anatomy.linear_axes, dict(module.named_parameters())
+        weight = held["weight"].detach()
+        for which, index in (("in", self.inputs), ("out", self.outputs)):
+            if index is not None:
+                weight = weight.index_select(axes.index(which), index)
+        inputs, outputs = (weight.shape[axes.index(which)] for which in ("in", "out"))
+        made = widths.of_width(module, inputs, outputs)
+        with torch.no_grad():
+            made.get_parameter("weight").copy_(weight)
+            if "bias" in held:
+                bias = held["bias"].detach()
+                made.get_parameter("bias").copy_(
+                    bias if self.outputs is None else bias[self.outputs]
+                )
+        return made
+
+
+def of(base: Base, model: Any) -> dict[str, Cut]:
+    """What stays of each module that gets smaller, by its path in the tower."""
+    found: dict[str, Cut] = {}
+    for path in base.choose(("matrices",)):
+        part = base.place(path)[1]
+        feeding = _feeding(base, path) if part in FEEDS else []
+        weight = model.get_parameter(inside(base, path)).detach()
+        inputs = base.anatomy.linear_axes.index("in")
+        if not feeding or (part != "O" and not _heads_may_go(base, feeding, weight)):
+            continue
+        on = (weight != 0).any(1 - inputs).unflatten(0, (base.units_into(path), -1)).any(1)
+        if on.all():
+            continue
+        on[0] |= not on.any()  # a module without inputs is none
+        size = weight.shape[inputs]
+        stay = on.repeat_interleave(size // len(on)).nonzero().flatten()
+        found[_module(base, path)] = Cut(inputs=stay)
+        for each in feeding:
+            own = model.get_parameter(inside(base, each))
+            several = own.shape[1 - inputs] // size  # three where they are fused
+            index = torch.cat([stay + size * at for at in range(several)])
+            found[_module(base, each)] = Cut(outputs=index)
+    return found
+
+
+def _feeding(base: Base, path: str) -> list[str]:
+    """Matrices of the same layer whose outputs become, unit by unit, another one's inputs."""
+    layer, part = base.place(path)
+    every = base.choose(("matrices",))
+    return [each for each in every if base.place(each) in {(layer, own) for own in FEEDS[part]}]
+
+
+def _heads_may_go(base: Base, feeding: list[str], weight: Tensor) -> bool:
+    """Whether each head has its own queries, keys and values, and nothing else is counted by it."""
+    inputs = base.anatomy.linear_axes.index("in")
+    sizes = [base.parameter(path).shape[1 - inputs] for path in feeding]
+    whole = 3 * weight.shape[inputs] == sum(sizes)
+    return base.anatomy.plain_attention and whole and len(sizes) in (1, 3)
+
+
+def inside(base: Base, path: str) -> str:
+    """A parameter's path in the tower."""
+    return path.removeprefix(f"{base.tower_name}.")
+
+
+def _module(base: Base, path: str) -> str:
+    return inside(base, path).rpartition(".")[0]
