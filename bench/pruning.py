@@ -4,8 +4,8 @@
 
 Each task and seed is fine-tuned once; what prunes goes on from that file, those that train all for
 as many optimiser steps. Runs what bench/ledgers/pruning.jsonl lacks, seed by seed, and writes
-docs/results/pruning.md. Sparsity s is the share of heads, and of neurons, that go; of `post_training`
-the share of multiplications.
+docs/results/pruning.md. Sparsity s is the share of heads, and of neurons, that go; of
+`post_training` the share of multiplications.
 """
 
 from __future__ import annotations

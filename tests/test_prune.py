@@ -32,6 +32,7 @@ from tiny import (
     tiny_whole,
     tiny_writer,
     weight_at,
+    wire,
     written_task,
 )
 
@@ -213,6 +214,112 @@ def test_all_units_on_is_the_base() -> None:
             read = [torch.equal(weight_at(base, p), base.original(p)) for p in counts(base)]
         assert all(read) is same
         assert any(read) is same
+
+
+# --- rounds --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("by", ["gradient", "position", "batch", "fisher", "magnitude", "random"])
+@pytest.mark.parametrize("scope", ["global", "layer"])
+def test_units_go_off_in_equal_parts_and_stay_off(by: Any, scope: Any) -> None:
+    """1 - (1 - keep)·r/R stay on after round r of R, the last of which comes at 60 % at latest."""
+    base = tiny_base("bert")
+    fitted = wire(base, method("prune", keep=0.4, by=by, scope=scope, rounds=3, beside=("all",)))
+    seen, last = [], dict[str, Tensor]()
+    for step in range(20):
+        (share,) = fitted.method.passes(fitted.change, step / 20)
+        assert share == 0
+        path = O.format(0)
+        kept = fitted.method.pack(base, fitted.change) if step > 12 else None
+        on = {
+            path: gate.on.flatten().clone() for path, gate in fitted.change.parts["gated"].items()
+        }
+        assert all(not (own & ~last.get(p, own)).any() for p, own in on.items())
+        last = on
+        own = [on[O.format(n)] for n in range(LAYERS)]
+        seen.append(sum(int(each.sum()) for each in own) / (LAYERS * INNER))
+        if kept is not None:
+            assert torch.equal(kept[f"units:{path}"], on[path])
+        assert fitted.method.finished(fitted.change) is (step >= 8)
+    expected = [0.8] * 4 + [0.6] * 4 + [0.4] * 12
+    assert seen == pytest.approx(expected, abs=0.01)
+
+
+def test_each_round_ranks_by_what_is_left() -> None:
+    """By the gradient of the pruned, trained model; not by that of the first."""
+    base = tiny_base("bert")
+    chosen = method("prune", keep=0.4, rounds=2, beside=("all",), scope="raw")
+    fitted = wire(base, chosen)
+    with torch.no_grad():
+        for value in fitted.change.trainable.values():
+            value.add_(0.1 * torch.randn(value.shape, generator=torch.Generator().manual_seed(7)))
+    before = {p: on.clone() for p, on in _on(fitted.change).items()}
+    probe = fitted.change.parts["probe"]
+    scores = units_of_base.importance(probe.sensitivities(base, counts(base)), "rows")
+    list(chosen.passes(fitted.change, 0.5))
+    after = _on(fitted.change)
+    for kind in units_of_base.by_kind(base, scores).values():
+        on = torch.cat([scores[path][after[path]] for path in kind])
+        gone = torch.cat([scores[path][before[path] & ~after[path]] for path in kind])
+        firm = {float(scores[path][before[path]].max()) for path in kind}
+        assert all(float(value) >= gone.max() or float(value) in firm for value in on)
+        assert all(float(scores[path][~before[path]].sum()) == 0 for path in kind)
+
+
+def _on(change: Any) -> dict[str, Tensor]:
+    gated = change.parts["gated"]
+    return {path: gated[path].on.flatten() for path in change.parts["kept"]}
+
+
+def test_a_state_in_between_is_never_the_best(tmp_path: Path) -> None:
+    """Whatever it scores: it is larger than asked for."""
+    base, task = tiny_base("bert"), tiny_task()
+    chosen = method("prune", keep=0.3, rounds=4, by="magnitude", beside=("all@-1",))
+    done = fit(base, task, tmp_path, chosen, "x", max_steps=10, evaluations=10, learning_rate=0.5)
+    held = done.delta.tensors(base)[0].values()
+    on = [int(value.sum()) for value in held if value.dtype == torch.bool]
+    whole = [value.numel() for value in held if value.dtype == torch.bool]
+    assert sum(on) == pytest.approx(0.3 * sum(whole), abs=1)
+
+
+def test_a_training_too_short_for_its_rounds_is_told(tmp_path: Path) -> None:
+    base, task = tiny_base("bert"), tiny_task()
+    chosen = method("prune", keep=0.3, rounds=4, by="random", beside=("all",))
+    with pytest.raises(SettingError, match="ended before all of the 4 rounds"):
+        fit(base, task, tmp_path, chosen, "x", max_steps=1)
+    assert not (tmp_path / f"x{SUFFIX}").exists()
+    with pytest.raises(SettingError, match="something beside that trains"):
+        method("prune", rounds=3)
+
+
+# --- importances of other implementations --------------------------------------------------------
+
+
+def test_importances_are_what_they_are_called() -> None:
+    """Of rows, of batches of 32, their squares; and of positions, against the sum over them."""
+    base = tiny_base("bert")
+    task = tiny_task()
+    rows = [row for split in ("train", "dev", "test") for row in task.splits[split]] * 2
+    wired = Wired(base, READOUT, READOUT.attach(base, LABELS))
+    probe = GradientProbe(wired, base, rows, 8)
+    found = probe.sensitivities(base, counts(base))
+    for path, own in found.items():
+        assert own.shape == (64, counts(base)[path])
+        two = torch.stack([own[:32].mean(0), own[32:].mean(0)])
+        expected = {
+            "rows": own.abs().mean(0),
+            "batches": two.abs().mean(0),
+            "squares": two.square().mean(0),
+        }
+        for name, value in expected.items():
+            assert torch.allclose(units_of_base.importance({path: own}, name)[path], value)
+    apart = probe.sensitivities(base, counts(base), positions=True)
+    for path, own in apart.items():
+        assert (own >= found[path].abs() - 1e-6).all()
+        above = (own > found[path].abs() + 1e-6).any()
+        assert above == (".layer.0." in path)  # of the last layer the first position alone is read
+    few = probe.sensitivities(base, counts(base), rows=5)
+    assert {len(own) for own in few.values()} == {5}
 
 
 # --- what is off ---------------------------------------------------------------------------------

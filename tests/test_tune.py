@@ -449,6 +449,9 @@ def killed_at(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
         ("mask", 10, {"evaluations": 5}),  # at 3, 6, 9, 12, 15: resumed in the third epoch
         ("full", 9, {"group_by_length": False}),
         ("full", 7, {"batch_size": 4, "gradient_accumulation": 2}),
+        ("prune", 6, {"start": None, "rounds": 3}),  # units went off at 0, 4 and 7
+        ("prune", 10, {"start": None, "rounds": 3}),
+        ("dynamic", 10, {"start": None, "smallest": 0.25}),
     ],
 )
 def test_a_killed_training_resumes_to_the_same_bytes(
