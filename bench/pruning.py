@@ -11,7 +11,7 @@ docs/results/pruning.md. Sparsity s is the share of heads, and of neurons, that 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -21,7 +21,17 @@ import claims
 import pruning_page
 import torch
 from claims import ROOT, Bench
-from pruning_page import KEEPS, MASKS, SEEDS, TASKS, TRAINED, name_of
+from pruning_page import (
+    FURTHER,
+    KEEPS,
+    SEEDS,
+    SIZES,
+    TASKS,
+    TRAINED,
+    UNTRAINED,
+    Made,
+    name_of,
+)
 
 from howfine.base import Base
 from howfine.delta import SUFFIX, Delta
@@ -43,12 +53,15 @@ MIXED = "paraphrases"
 
 
 def run(bench: Bench) -> None:
-    """Everything, seed by seed, so that a stop leaves whole columns."""
+    """Seed by seed, so that a stop leaves whole columns; what matters less comes last."""
     with tempfile.TemporaryDirectory() as folder:
-        for seed in SEEDS:
-            for name in TASKS:
-                _Runs(bench, name, seed, Path(folder)).all()
-            domains(bench, seed, Path(folder))
+        for algorithms in (TRAINED, FURTHER):
+            for seed in SEEDS:
+                for name in TASKS:
+                    runs = _Runs(bench, name, seed, Path(folder))
+                    runs.whole()
+                    runs.trained(algorithms)
+                domains(bench, seed, Path(folder))
 
 
 class _Runs:
@@ -60,16 +73,18 @@ class _Runs:
         self.base = bench.base("body")
         self.file = folder / f"{name}-{seed}{SUFFIX}"
 
-    def all(self) -> None:
-        """Fine-tuning, sizes from one training, masks alone, then what trains."""
+    def whole(self) -> None:
+        """Fine-tuning, and from it all sizes, trained or only ranked."""
         self.once("full", None, self.tuned)
-        self.sizes()
-        for algorithm in MASKS:
+        for cell, settings in SIZES.items():
+            self.sizes(cell, settings, STILL if cell in UNTRAINED else LATER)
+
+    def trained(self, algorithms: Mapping[str, Made]) -> None:
+        """What trains each size by itself."""
+        for cell, (name, settings) in algorithms.items():
             for keep in KEEPS:
-                self.once(algorithm, keep, lambda a=algorithm, k=keep: self.masked(a, k))
-        for algorithm in TRAINED:
-            for keep in KEEPS:
-                self.once(algorithm, keep, lambda a=algorithm, k=keep: self.trained(a, k))
+                recipe = (name, {**settings, "keep": keep})
+                self.once(cell, keep, lambda r=recipe, c=cell: self._fit(*r, _common(c)))
 
     def once(self, cell: str, keep: float | None, made: Any) -> None:
         facts = {"task": self.name, "cell": name_of(cell, keep), "seed": self.seed}
@@ -85,42 +100,38 @@ class _Runs:
     def tuned(self) -> Record:
         return _scored(Delta.load(self.start()), self.base, self.task)
 
-    def masked(self, algorithm: str, keep: float) -> Record:
-        return self._fit(MASKS[algorithm], {"keep": keep}, STILL)
-
-    def trained(self, algorithm: str, keep: float) -> Record:
-        return self._fit(TRAINED[algorithm], {"keep": keep}, LATER)
-
-    def _fit(self, made: tuple[str, dict[str, Any]], size: dict[str, Any], common: Any) -> Record:
-        name, settings = made
+    def _fit(self, name: str, settings: Mapping[str, Any], common: Mapping[str, Any]) -> Record:
         recipe = Recipe.load(name).override(
-            **{**common, **settings, **size}, start=str(self.start()), beside=["all"]
+            **{**common, **settings}, start=str(self.start()), beside=["all"]
         )
         path = self.file.with_name(f"x{SUFFIX}")
         done = tune(self.base, self.task, recipe, out=path, seed=self.seed)
         facts = {"seconds": round(done.seconds, 1), "steps": done.steps, "bytes": done.bytes}
         return _scored(done.delta, self.base, self.task) | facts
 
-    def sizes(self) -> None:
-        """One training of all sizes, evaluated at each."""
+    def sizes(self, cell: str, settings: Mapping[str, Any], common: Mapping[str, Any]) -> None:
+        """One file of all sizes, evaluated at each."""
         shares = (1.0, *KEEPS)
-        keys = [f"{self.name}/{name_of('dynamic', keep)}/s{self.seed}" for keep in shares]
-        if all(key in self.bench.ledger.records() for key in keys):
-            return
-        path = self.file.with_name(f"sizes-{self.name}-{self.seed}{SUFFIX}")
+        path = self.file.with_name(f"sizes{SUFFIX}")
 
         @cache
-        def trained() -> dict[str, Any]:
-            recipe = Recipe.load("dynamic").override(**LATER, start=str(self.start()))
+        def made() -> dict[str, Any]:
+            recipe = Recipe.load("dynamic").override(
+                **{**common, **settings}, start=str(self.start())
+            )
             done = tune(self.base, self.task, recipe, out=path, seed=self.seed)
             return {"seconds": round(done.seconds, 1), "steps": done.steps, "bytes": done.bytes}
 
         def at(keep: float) -> Record:
-            facts = trained()
+            facts = made()
             return _scored(Delta.load(path).resized(keep), self.base, self.task) | facts
 
         for keep in shares:
-            self.once("dynamic", keep, lambda k=keep: at(k))
+            self.once(cell, keep, lambda k=keep: at(k))
+
+
+def _common(cell: str) -> dict[str, Any]:
+    return STILL if cell in UNTRAINED else LATER
 
 
 def _scored(delta: Delta, base: Base, task: Task) -> Record:
