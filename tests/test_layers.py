@@ -55,6 +55,7 @@ ROOMS = [
         *("compose", "extract", "gain", "targets", "zero_shot", "combine", "passes"),
         *("streaming", "distill", "features", "directions", "search", "knowledge", "slicing"),
         "export",
+        "latency",
     ),
     ("ledger", "answer", "plan", "stored"),
     ("queue", "study"),

@@ -19,7 +19,7 @@ from howfine.errors import BaseNotFound, SettingError, StorageError
 from howfine.evaluate import evaluate, predict
 from howfine.method import method
 from howfine.readout import readout
-from howfine.slicing import Sliced, _trial, sliced
+from howfine.slicing import Sliced, sliced, trial
 from howfine.widths import KEY
 from tiny import (
     LABELS,
@@ -56,7 +56,7 @@ def delta_of(base: Base, head: bool = True, **settings: Any) -> Delta:
 @torch.no_grad()
 def outputs(base: Base) -> Tensor:
     base.tower.eval()
-    found: Tensor = base.tower(**_trial(base))[0]
+    found: Tensor = base.tower(**trial(base, 2, 8))[0]
     return found
 
 
@@ -101,7 +101,7 @@ def test_even_widths_are_the_architectures_own(name: str, tmp_path: Path) -> Non
     if base.kind == "body":
         model = AutoModel.from_pretrained(done.folder).eval()
         with torch.no_grad():
-            assert torch.allclose(model(**_trial(base))[0], expected, atol=1e-5)
+            assert torch.allclose(model(**trial(base, 2, 8))[0], expected, atol=1e-5)
 
 
 def test_even_heads_are_where_a_config_can_say_so(tmp_path: Path) -> None:
@@ -109,7 +109,7 @@ def test_even_heads_are_where_a_config_can_say_so(tmp_path: Path) -> None:
     assert done.plain
     model = AutoModel.from_pretrained(done.folder).eval()
     with torch.no_grad():
-        assert torch.allclose(model(**_trial(base_of("vit")))[0], expected, atol=1e-5)
+        assert torch.allclose(model(**trial(base_of("vit"), 2, 8))[0], expected, atol=1e-5)
     assert not made(tiny_base("bert"), tmp_path / "b", scope="layer")[0].plain
 
 

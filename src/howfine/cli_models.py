@@ -35,21 +35,35 @@ def cut(
     keep: Annotated[
         float | None, typer.Option(help="Share of the units to keep, of a delta of all sizes.")
     ] = None,
+    latency_ms: Annotated[
+        float | None, typer.Option(help="Of a delta of all sizes the largest as fast, in ms here.")
+    ] = None,
+    rows: Annotated[int, typer.Option(help="Inputs at a time, for --latency-ms.")] = 1,
+    tokens: Annotated[int, typer.Option(help="Tokens of an input, for --latency-ms.")] = 64,
     as_json: options.AsJson = False,
 ) -> None:
     """Write base and delta as a smaller model, without the heads and neurons that are off."""
     from dataclasses import asdict
 
     from howfine.delta import Delta
+    from howfine.errors import SettingError
+    from howfine.latency import largest
     from howfine.slicing import sliced as run
 
     opened = Delta.load(delta)
-    done = run(opened, out, options.base(base, opened, "cpu", "float32"), keep=keep)
+    loaded = options.base(base, opened, "cpu", "float32")
+    if latency_ms is not None:
+        if keep is not None:
+            raise SettingError("--keep and --latency-ms both say a size; give one of them")
+        keep = largest(opened, loaded, latency_ms, rows, tokens).keep
+    done = run(opened, out, loaded, keep=keep)
     said = f"{done.folder}: {done.parameters:,} of {done.before:,} parameters; heads "
     said += f"{', '.join(map(str, done.heads))}; neurons {', '.join(map(str, done.neurons))}. "
     said += "AutoModel.from_pretrained" if done.plain else "howfine's Base.load"
     said += " loads it" + (f"; {done.readout} gives its answers" if done.readout else "")
+    said += f"; {keep:g} of the units are kept" if keep is not None else ""
     facts = {name: str(v) if isinstance(v, Path) else v for name, v in asdict(done).items()}
+    facts |= {"keep": keep} if keep is not None else {}
     options.show(as_json, facts, said)
 
 

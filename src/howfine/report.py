@@ -18,7 +18,6 @@ import datetime
 import json
 import math
 import os
-import platform
 from collections.abc import Sequence
 from dataclasses import asdict
 from importlib.metadata import version
@@ -27,7 +26,7 @@ from typing import Any, TypedDict
 
 import torch
 
-from howfine import answer, report_page, report_pictures, report_where, stored, wording
+from howfine import answer, latency, report_page, report_pictures, report_where, stored, wording
 from howfine.base import Base, TwoTowers
 from howfine.compare import delta_distance
 from howfine.container import write_atomically
@@ -191,19 +190,11 @@ def _matrices(distances: Sequence[Distance]) -> list[dict[str, Any]]:
 
 def _machine() -> dict[str, Any]:
     return {
-        "cpu": _cpu(),
+        "cpu": latency.cpu(),
         "cores": os.cpu_count(),
         "torch": torch.__version__,
         "howfine": version("howfine"),
     }
-
-
-def _cpu() -> str:
-    """The processor's name as Linux tells it, or the architecture."""
-    path = Path("/proc/cpuinfo")
-    lines = path.read_text().splitlines() if path.is_file() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 def _ceiling_distances(

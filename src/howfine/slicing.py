@@ -139,7 +139,7 @@ def _left(base: Base, model: Any, part: str) -> tuple[int, ...]:
 @torch.no_grad()
 def _check_same(base: Base, model: Any) -> None:
     """Raises SettingError unless a smaller model computes what the base does."""
-    was_training, inputs = base.tower.training, _trial(base)
+    was_training, inputs = base.tower.training, trial(base, 2, 8)
     base.tower.eval()
     try:
         whole = base.tower(**inputs)[0]
@@ -155,15 +155,15 @@ def _check_same(base: Base, model: Any) -> None:
         )
 
 
-def _trial(base: Base) -> dict[str, Tensor]:
+def trial(base: Base, rows: int, tokens: int) -> dict[str, Tensor]:
     """Inputs of the base, drawn from a seed."""
     generator = torch.Generator().manual_seed(0)
     if base.tower_name == IMAGE:
         size = base.config.image_size
         sides = (size, size) if isinstance(size, int) else tuple(size)
-        return {"pixel_values": torch.randn(2, 3, *sides, generator=generator).to(base.device)}
+        return {"pixel_values": torch.randn(rows, 3, *sides, generator=generator).to(base.device)}
     count = base.tower.get_input_embeddings().num_embeddings
-    ids = torch.randint(count, (2, 8), generator=generator).to(base.device)
+    ids = torch.randint(count, (rows, tokens), generator=generator).to(base.device)
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     if base.anatomy.decoder is not None:
         inputs["decoder_input_ids"] = ids

@@ -1,0 +1,136 @@
+"""Latency: how long a changed model takes for a batch, without the units that are off.
+
+It is that of the tower alone, without tokenizer and head, in this process and with its number of
+threads. A table of the sizes of a delta of all sizes is measured once and kept in the user's cache.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from howfine import cuts, fingerprint, units
+from howfine.base import Base
+from howfine.container import write_atomically
+from howfine.delta import Delta
+from howfine.errors import SettingError
+from howfine.slicing import smaller, trial
+
+ROWS, TOKENS = 1, 64
+SIZES = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1)
+# Runs that a median is taken of, after a few that warm up.
+_RUNS, _WARM = 25, 3
+
+
+@dataclass(frozen=True)
+class Timed:
+    """A model's latency in milliseconds, a median, and its parameters; at a size where asked."""
+
+    milliseconds: float
+    parameters: int
+    keep: float | None = None
+
+
+def of_delta(delta: Delta, base: Base, rows: int = ROWS, tokens: int = TOKENS) -> Timed:
+    """The latency of a base with a delta on, cut where that can be."""
+    with delta.changed(base):
+        model = smaller(base) if cuts.of(base, base.tower) else base.tower
+        return _timed(base, model, rows, tokens)
+
+
+def of_sizes(
+    delta: Delta,
+    base: Base,
+    rows: int = ROWS,
+    tokens: int = TOKENS,
+    sizes: Sequence[float] = SIZES,
+    *,
+    cache: str | Path | None = None,
+) -> list[Timed]:
+    """The latency at each of the sizes that a delta of all sizes has, the largest first.
+
+    Kept under `cache` (by default the user's) for this machine and number of threads. Raises
+    SettingError for a delta of one size.
+    """
+    path = Path(cache or fingerprint.cache_folder() / "latency")
+    path /= f"{_key(delta, base, rows, tokens, sizes)}.json"
+    try:
+        return [Timed(**row) for row in json.loads(path.read_text())]
+    except (OSError, ValueError, TypeError):  # not measured yet, or a torn file
+        pass
+    found: list[Timed] = []
+    for keep in sorted(sizes, reverse=True):
+        try:
+            timed = of_delta(delta.resized(keep), base, rows, tokens)
+        except SettingError:
+            if not found:  # no size at all, not one that is too small
+                raise
+            break
+        found.append(Timed(timed.milliseconds, timed.parameters, keep))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, json.dumps([asdict(row) for row in found]).encode())
+    return found
+
+
+def largest(
+    delta: Delta,
+    base: Base,
+    milliseconds: float,
+    rows: int = ROWS,
+    tokens: int = TOKENS,
+    *,
+    cache: str | Path | None = None,
+) -> Timed:
+    """The largest of the sizes that is as fast. Raises SettingError, with the nearest, for none."""
+    table = of_sizes(delta, base, rows, tokens, cache=cache)
+    fits = [row for row in table if row.milliseconds <= milliseconds]
+    if not fits:
+        nearest = min(table, key=lambda row: row.milliseconds)
+        raise SettingError(
+            f"no size of this delta takes {milliseconds:g} ms for {rows} x {tokens} tokens here: "
+            f"the fastest, with {nearest.keep:g} of the units, takes {nearest.milliseconds:.2f} "
+            "ms; ask for that, for shorter inputs, or prune a smaller base"
+        )
+    return fits[0]
+
+
+@torch.inference_mode()
+def _timed(base: Base, model: Any, rows: int, tokens: int) -> Timed:
+    inputs, spent = trial(base, rows, tokens), []
+    model.eval()
+    for number in range(_WARM + _RUNS):
+        start = time.perf_counter()
+        model(**inputs)
+        if base.device.type == "cuda":
+            torch.cuda.synchronize(base.device)
+        if number >= _WARM:
+            spent.append(time.perf_counter() - start)
+    return Timed(1e3 * statistics.median(spent), sum(p.numel() for p in model.parameters()))
+
+
+def _key(delta: Delta, base: Base, rows: int, tokens: int, sizes: Sequence[float]) -> str:
+    """What a table hangs on: which units there are at each size, and the machine."""
+    ranked = [
+        [stream.name, stream.coded.payload.hex()]
+        for stream in delta.streams
+        if stream.name.startswith(f"method/{units.KEPT}")
+    ]
+    machine = [cpu(), str(base.device), torch.get_num_threads(), torch.__version__]
+    told = [base.fingerprint, str(base.dtype), ranked, rows, tokens, list(sizes), machine]
+    return fingerprint.of_text(json.dumps(told))[:32]
+
+
+def cpu() -> str:
+    """The processor's name as Linux tells it, or the architecture."""
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()

@@ -1,0 +1,93 @@
+"""The size that fits a time: tables, what they hang on, and the nearest where none fits."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from howfine import latency
+from howfine.base import Base
+from howfine.delta import Delta
+from howfine.errors import SettingError
+from howfine.latency import Timed
+from howfine.method import method
+from tiny import fit_a_little, tiny_base
+
+
+def made(base: Base, by: str = "magnitude") -> Delta:
+    fitted = fit_a_little(base, method("dynamic", smallest=0.25, by=by))
+    delta = fitted.delta()
+    fitted.change.remove()
+    return delta
+
+
+@pytest.fixture
+def timed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """A clock by which a model takes a millisecond for each thousand parameters."""
+    calls: list[int] = []
+
+    def took(base: Base, model: torch.nn.Module, rows: int, tokens: int) -> Timed:
+        count = sum(p.numel() for p in model.parameters())
+        calls.append(count)
+        return Timed(count * rows * tokens / 64_000, count)
+
+    monkeypatch.setattr(latency, "_timed", took)
+    return calls
+
+
+def test_the_largest_size_that_is_as_fast(tmp_path: Path, timed: list[int]) -> None:
+    base = tiny_base("bert")
+    delta = made(base)
+    table = latency.of_sizes(delta, base, cache=tmp_path)
+    assert [row.keep for row in table] == [1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2]
+    assert [row.parameters for row in table] == sorted(timed, reverse=True)
+    assert table[0].parameters == sum(p.numel() for p in base.tower.parameters())
+    for row in table:
+        assert latency.largest(delta, base, row.milliseconds, cache=tmp_path) == row
+    between = (table[2].milliseconds + table[3].milliseconds) / 2
+    assert latency.largest(delta, base, between, cache=tmp_path).keep == 0.7
+    with pytest.raises(SettingError, match=r"the fastest, with 0\.2 of the units, takes"):
+        latency.largest(delta, base, table[-1].milliseconds / 2, cache=tmp_path)
+    assert base.is_untouched()
+
+
+def test_a_table_is_measured_once_for_what_it_hangs_on(tmp_path: Path, timed: list[int]) -> None:
+    base = tiny_base("bert")
+    delta = made(base)
+    first = latency.of_sizes(delta, base, cache=tmp_path)
+    count = len(timed)
+    assert latency.of_sizes(delta, base, cache=tmp_path) == first
+    assert len(timed) == count
+    for other in ({"rows": 2}, {"tokens": 8}, {"sizes": (0.5,)}):
+        latency.of_sizes(delta, base, cache=tmp_path, **other)
+        assert len(timed) > count
+        count = len(timed)
+    torch.manual_seed(3)
+    latency.of_sizes(made(base, "random"), base, cache=tmp_path)
+    assert len(timed) > count
+    for file in tmp_path.glob("*.json"):
+        file.write_text("[torn")
+    assert latency.of_sizes(delta, base, cache=tmp_path) == first
+
+
+def test_a_real_clock_gives_more_than_nothing(tmp_path: Path) -> None:
+    base = tiny_base("bert")
+    found = latency.of_delta(made(base).resized(0.5), base, rows=2, tokens=8)
+    assert found.milliseconds > 0
+    assert found.parameters < sum(p.numel() for p in base.tower.parameters())
+    assert base.is_untouched()
+
+
+def test_a_delta_of_one_size_has_no_table(tmp_path: Path) -> None:
+    base = tiny_base("bert")
+    fitted = fit_a_little(base, method("full"))
+    delta = fitted.delta()
+    fitted.change.remove()
+    with pytest.raises(SettingError, match="of one size"):
+        latency.of_sizes(delta, base, cache=tmp_path)
+    assert not list(tmp_path.iterdir())
+    assert latency.of_delta(delta, base, tokens=8).parameters == sum(
+        p.numel() for p in base.tower.parameters()
+    )
