@@ -6,14 +6,18 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from howfine import latency
 from howfine.base import Base
 from howfine.delta import Delta
 from howfine.errors import SettingError
+from howfine.evaluate import evaluate
 from howfine.latency import Timed
 from howfine.method import method
-from tiny import fit_a_little, tiny_base
+from howfine.report import report
+from howfine.study import study
+from tiny import fit_a_little, tiny_base, tiny_task
 
 
 def made(base: Base, by: str = "magnitude") -> Delta:
@@ -91,3 +95,45 @@ def test_a_delta_of_one_size_has_no_table(tmp_path: Path) -> None:
     assert latency.of_delta(delta, base, tokens=8).parameters == sum(
         p.numel() for p in base.tower.parameters()
     )
+
+
+def test_the_report_shows_scores_against_latency(tmp_path: Path, timed: list[int]) -> None:
+    """Of the whole model, of pruned files, and of one file at every size it has."""
+    common = {"max_steps": 3, "batch_size": 8, "max_length": 32}
+    plan = {
+        "ceiling": "full",
+        "floor": "head-only",
+        "recipes": ["prune", "dynamic", "bitfit"],
+        "seeds": [0],
+        "margin": 0.9,
+        "settings": common,
+        "knobs": {"prune": {"keep": [0.5, 0.25]}, "dynamic": {"smallest": [0.25]}},
+    }
+    path, folder = tmp_path / "plan.yaml", tmp_path / "study"
+    path.write_text(yaml.safe_dump(plan))
+    base, task = tiny_base("bert"), tiny_task()
+    study(base, task, path, out=folder)
+    found = report(folder, base=base, task=task)
+    rows = found["latency"]
+    assert rows is not None
+    shown = [(row["recipe"], row["keep"]) for row in rows]
+    assert shown == [
+        *[("full", None), ("prune", None), ("prune", None)],
+        *[("dynamic", keep) for keep in (1.0, 0.7, 0.5, 0.3)],
+    ]
+    assert rows[0]["parameters"] == sum(p.numel() for p in base.tower.parameters())
+    assert [row["parameters"] for row in rows[3:]] == sorted(
+        {row["parameters"] for row in rows[3:]}, reverse=True
+    )
+    (run,) = [row for row in found["runs"] if row["recipe"] == "dynamic"]
+    assert rows[3]["score"] == run["score"]
+    delta = Delta.load(folder / run["file"])
+    expected = evaluate(delta.resized(0.3), base, task, split="test")
+    assert (rows[-1]["score"], rows[-1]["interval"]) == (expected.value, list(expected.interval))
+    page = (folder / "report.html").read_text()
+    assert "Score against latency" in page
+    assert "30 % of the units" in page
+    counted = len(timed)
+    assert report(folder, base=base, task=task)["latency"] == rows
+    assert len(timed) == counted  # nothing is measured twice
+    assert base.is_untouched()

@@ -63,6 +63,8 @@ ROOMS = [
         *("report", "report_page", "report_tables", "report_where", "wording", "catalogue"),
         *("figures", "figures_calibration", "figures_distance", "pictures_page"),
         "report_pictures",
+        "report_latency",
+        "figures_latency",
     ),
     (
         *("cli", "cli_align", "cli_compose", "cli_extract", "cli_inspect", "cli_models"),

@@ -99,7 +99,8 @@ class Tags(HTMLParser):
 def test_report_json_has_the_keys_that_were_promised(result: Report) -> None:
     assert set(result) == {
         "sentence", "caveats", "base", "task", "margin", "full", "floor", "recommended", "groups",
-        "runs", "distance", "where", "where_runs", "pictures", "machine", "date", "command",
+        "runs", "distance", "where", "where_runs", "pictures", "latency", "machine", "date",
+        "command",
     }  # fmt: skip
     assert set(result["task"]) == {"name", "metric", "provenance", "labels", "sizes", "texts"}
     assert result["task"]["sizes"] == {"train": 2, "dev": 2, "test": 400}

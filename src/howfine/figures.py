@@ -26,9 +26,9 @@ from howfine.wording import (
 
 Figure = dict[str, Any]
 
-_SYMBOLS = ("circle", "square", "diamond", "triangle-up", "triangle-down", "pentagon", "hexagon")
+SYMBOLS = ("circle", "square", "diamond", "triangle-up", "triangle-down", "pentagon", "hexagon")
 # As many as the page defines: --c1 … --c8.
-_COLOURS = 8
+COLOURS = 8
 
 
 def score_against_bytes(result: Mapping[str, Any]) -> Figure:
@@ -192,7 +192,7 @@ def _points(
     rows: Sequence[Mapping[str, Any]], number: int, metric: str, scale: int, margin: float
 ) -> dict[str, Any]:
     """One recipe's groups, with their intervals."""
-    colour = f"var(--c{number % _COLOURS + 1})"
+    colour = f"var(--c{number % COLOURS + 1})"
     means = [group["score"] for group in rows]
     lows, highs = zip(*(group["interval"] for group in rows), strict=True)
     return {
@@ -213,7 +213,7 @@ def _points(
         "marker": {
             "color": colour,
             "size": 10,
-            "symbol": _SYMBOLS[number % len(_SYMBOLS)],
+            "symbol": SYMBOLS[number % len(SYMBOLS)],
             "line": {"color": "var(--paper)", "width": 1},
         },
         "hovertext": [_hover(group, metric, margin) for group in rows],

@@ -46,6 +46,11 @@ def of_delta(delta: Delta, base: Base, rows: int = ROWS, tokens: int = TOKENS) -
         return _timed(base, model, rows, tokens)
 
 
+def of_base(base: Base, rows: int = ROWS, tokens: int = TOKENS) -> Timed:
+    """The latency of a base as it is."""
+    return _timed(base, base.tower, rows, tokens)
+
+
 def of_sizes(
     delta: Delta,
     base: Base,
@@ -123,9 +128,14 @@ def _key(delta: Delta, base: Base, rows: int, tokens: int, sizes: Sequence[float
         for stream in delta.streams
         if stream.name.startswith(f"method/{units.KEPT}")
     ]
-    machine = [cpu(), str(base.device), torch.get_num_threads(), torch.__version__]
-    told = [base.fingerprint, str(base.dtype), ranked, rows, tokens, list(sizes), machine]
+    told = [base.fingerprint, str(base.dtype), ranked, rows, tokens, list(sizes), machine(base)]
     return fingerprint.of_text(json.dumps(told))[:32]
+
+
+def machine(base: Base) -> str:
+    """What a latency was measured on, in words."""
+    threads = torch.get_num_threads()
+    return f"{cpu()}, {base.device}, {threads} threads, torch {torch.__version__}"
 
 
 def cpu() -> str:

@@ -26,7 +26,16 @@ from typing import Any, TypedDict
 
 import torch
 
-from howfine import answer, latency, report_page, report_pictures, report_where, stored, wording
+from howfine import (
+    answer,
+    latency,
+    report_latency,
+    report_page,
+    report_pictures,
+    report_where,
+    stored,
+    wording,
+)
 from howfine.base import Base, TwoTowers
 from howfine.compare import delta_distance
 from howfine.container import write_atomically
@@ -60,6 +69,7 @@ class Report(TypedDict):
     where: dict[str, list[dict[str, Any]]]  # recipe: layer, part, changed, entries, share
     where_runs: dict[str, str]  # recipe: key of the run whose file was counted in
     pictures: list[dict[str, Any]] | None  # what the recommended run found for test captions
+    latency: list[dict[str, Any]] | None  # rows of report_latency; None where all are as fast
     machine: dict[str, Any]  # cpu, cores, torch, howfine
     date: str
     command: str
@@ -99,6 +109,7 @@ def report(
     result["where"], result["where_runs"] = report_where.measure(
         folder, records, result["groups"], result["recommended"], base
     )
+    result["latency"] = report_latency.measure(folder, records, result["groups"], base, task)
     _hand_over(folder, records, result)
     text = json.dumps(result, indent=2, ensure_ascii=False, allow_nan=False)
     write_atomically(folder / "report.md", report_page.markdown(result).encode())
@@ -146,6 +157,7 @@ def summarise(
         where={},
         where_runs={},
         pictures=report_pictures.found(task, records, recommended["key"]),
+        latency=None,
         machine=_machine(),
         date=datetime.datetime.now(datetime.UTC).date().isoformat(),
         command=command,

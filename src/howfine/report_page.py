@@ -16,6 +16,8 @@ from howfine import (
     figures,
     figures_calibration,
     figures_distance,
+    figures_latency,
+    report_latency,
     report_pictures,
     report_tables,
     report_where,
@@ -36,6 +38,8 @@ def html(result: Mapping[str, Any], thumbnails: Mapping[str, str] | None = None)
     plots = {"score": figures.score_against_bytes(result)}
     if figures_calibration.shown(result):
         plots["reliability"] = figures_calibration.reliability(result)
+    if result["latency"]:
+        plots["latency"] = figures_latency.score_against_latency(result)
     if rows := result["distance"]:
         plots |= {
             "relative": figures_distance.heatmap(rows, "relative"),
@@ -104,6 +108,9 @@ def _view(result: Mapping[str, Any]) -> dict[str, Any]:
         "moved": _moved(result["distance"]) if result["distance"] else "",
         "where": report_where.view(result),
         "found": report_pictures.said(result["pictures"]) if result["pictures"] else "",
+        "speed": report_latency.table(result["latency"], result["task"]["metric"])
+        if result["latency"]
+        else None,
         "partial": report_tables.layers_table(result),
         "commands": commands(result),
         "seeds": sorted({seed for group in result["groups"] for seed in group["seeds"]}),

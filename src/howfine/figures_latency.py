@@ -1,0 +1,85 @@
+"""The plot of scores against latency."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from howfine.figures import COLOURS, SYMBOLS, Figure, plain, plot
+from howfine.report_latency import size_said
+from howfine.wording import in_percent, interval_said, metric_said, score_said
+
+
+def score_against_latency(result: Mapping[str, Any]) -> Figure:
+    """Test score and interval over milliseconds; sizes of one file are joined by a line."""
+    rows, metric = result["latency"], result["task"]["metric"]
+    scale = 100 if in_percent(metric) else 1
+    low = min(scale * row["interval"][0] for row in rows)
+    high = max(scale * row["interval"][1] for row in rows)
+    room = 0.05 * ((high - low) or 1)
+    recipes = list(dict.fromkeys(row["recipe"] for row in rows))
+    keys = dict.fromkeys((row["recipe"], row["key"] if row["keep"] else None) for row in rows)
+    traces = []
+    for recipe, key in keys:
+        own = [
+            r for r in rows if r["recipe"] == recipe and (r["key"] if r["keep"] else None) == key
+        ]
+        traces.append(_trace(own, recipes.index(recipe), metric, scale))
+    figure = plot(
+        traces,
+        420,
+        xaxis={"title": {"text": "milliseconds for one input of 64 tokens"}, "rangemode": "tozero"},
+        yaxis={
+            "range": [low - room, high + room],
+            "title": {"text": f"{metric_said(metric)} on test", "standoff": 14},
+            "ticksuffix": " %" if scale == 100 else "",
+        },
+    )
+    figure["layout"]["legend"] = {
+        "orientation": "h",
+        "yref": "container",
+        "y": 0,
+        "yanchor": "bottom",
+    }
+    return figure
+
+
+def _trace(
+    rows: Sequence[Mapping[str, Any]], number: int, metric: str, scale: int
+) -> dict[str, Any]:
+    rows = sorted(rows, key=lambda row: row["milliseconds"])
+    colour, scores = f"var(--c{number % COLOURS + 1})", [scale * row["score"] for row in rows]
+    sizes = all(row["keep"] for row in rows)
+    ends = [[scale * end for end in row["interval"]] for row in rows]
+    return {
+        "type": "scatter",
+        "mode": "lines+markers" if sizes else "markers",
+        "name": plain(rows[0]["recipe"]),
+        "x": [row["milliseconds"] for row in rows],
+        "y": scores,
+        "line": {"color": colour, "width": 1.3},
+        "error_y": {
+            "type": "data",
+            "symmetric": False,
+            "array": [high - score for (_, high), score in zip(ends, scores, strict=True)],
+            "arrayminus": [score - low for (low, _), score in zip(ends, scores, strict=True)],
+            "color": colour,
+            "thickness": 1.2,
+            "width": 3,
+        },
+        "marker": {
+            "color": colour,
+            "size": 10,
+            "symbol": SYMBOLS[number % len(SYMBOLS)],
+            "line": {"color": "var(--paper)", "width": 1},
+        },
+        "hovertext": [_hover(row, metric) for row in rows],
+        "hoverinfo": "text",
+    }
+
+
+def _hover(row: Mapping[str, Any], metric: str) -> str:
+    scored = f"{score_said(metric, row['score'])} {interval_said(metric, row['interval'])}"
+    lines = [f"<b>{plain(row['recipe'])}</b>", plain(size_said(row))]
+    lines += [f"{metric_said(metric)} {scored}", f"{row['milliseconds']:.2f} ms"]
+    return "<br>".join([*lines, f"{row['parameters']:,} parameters"])
