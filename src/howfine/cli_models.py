@@ -35,18 +35,32 @@ def cut(
     keep: Annotated[
         float | None, typer.Option(help="Share of the units to keep, of a delta of all sizes.")
     ] = None,
+    vocabulary: Annotated[
+        str | None,
+        typer.Option(metavar="TEXTS", help="Keep the tokens of these: a .txt file, or a task."),
+    ] = None,
+    least: Annotated[
+        int, typer.Option(help="Of --vocabulary: how often a token has to be there.")
+    ] = 1,
+    data: options.DataDir = None,
     as_json: options.AsJson = False,
 ) -> None:
-    """Write base and delta as a smaller model, without the heads and neurons that are off."""
+    """Write base and delta as a smaller model, without the heads and neurons that are off.
+
+    With --vocabulary also without the tokens that some texts don't use; then no unit need be off.
+    """
     from dataclasses import asdict
 
     from howfine.delta import Delta
     from howfine.slicing import sliced as run
 
     opened = Delta.load(delta)
-    done = run(opened, out, options.base(base, opened, "cpu", "float32"), keep=keep)
+    texts = options.texts(vocabulary, data) if vocabulary is not None else None
+    loaded = options.base(base, opened, "cpu", "float32")
+    done = run(opened, out, loaded, keep=keep, texts=texts, least=least)
     said = f"{done.folder}: {done.parameters:,} of {done.before:,} parameters; heads "
-    said += f"{', '.join(map(str, done.heads))}; neurons {', '.join(map(str, done.neurons))}. "
+    said += f"{', '.join(map(str, done.heads))}; neurons {', '.join(map(str, done.neurons))}"
+    said += f"; {done.tokens:,} tokens. " if done.tokens else ". "
     said += "AutoModel.from_pretrained" if done.plain else "howfine's Base.load"
     said += " loads it" + (f"; {done.readout} gives its answers" if done.readout else "")
     facts = {name: str(v) if isinstance(v, Path) else v for name, v in asdict(done).items()}
