@@ -78,15 +78,7 @@ def sliced(
     written, SettingError where nothing is off, for a change that is not one of weights, and for a
     base that is part of a larger model.
     """
-    if delta is not None:
-        delta, base = opened(delta, base)
-        delta = delta if keep is None else delta.resized(keep)
-    elif base is None or texts is None or keep is not None:
-        raise SettingError(
-            "without a delta no unit is off, and the vocabulary alone can be cut: give a base and "
-            "texts, and no keep; or a delta"
-        )
-    _check_sliceable(base)
+    delta, base = _opened(delta, base, keep, texts is not None)
     words = () if delta is None else vocabulary.words_of(delta)
     fewer = None if texts is None else vocabulary.used(base, texts, least, words)
     with _changed(delta, base) as head:
@@ -113,6 +105,28 @@ def sliced(
         readout=folder / READOUT_FILE if head is not None else None,
         tokens=None if fewer is None else len(fewer.kept),
     )
+
+
+def _opened(
+    delta: Delta | str | Path | None, base: Base | None, keep: float | None, fewer: bool
+) -> tuple[Delta | None, Base]:
+    """What is sliced. Raises SettingError for what can't be."""
+    if delta is not None:
+        delta, base = opened(delta, base)
+        delta = delta if keep is None else delta.resized(keep)
+    elif base is None or not fewer or keep is not None:
+        raise SettingError(
+            "without a delta no unit is off, and the vocabulary alone can be cut: give a base and "
+            "texts, and no keep; or a delta"
+        )
+    if isinstance(base, TwoTowers):
+        raise SettingError(f"{base.name} is two towers; slice a delta that was made on one model")
+    if not stands_alone(base):
+        raise SettingError(
+            f"the base {base.name} is the encoder of an encoder-decoder, which no folder holds "
+            "alone; tune the whole model, with a readout that writes"
+        )
+    return delta, base
 
 
 @contextmanager
@@ -143,16 +157,6 @@ def smaller(base: Base, *, or_same: bool = False) -> Any:
         widths.put(model, path, cut.applied(model.get_submodule(path), base))
     _check_same(base, model)
     return model
-
-
-def _check_sliceable(base: Base) -> None:
-    if isinstance(base, TwoTowers):
-        raise SettingError(f"{base.name} is two towers; slice a delta that was made on one model")
-    if not stands_alone(base):
-        raise SettingError(
-            f"the base {base.name} is the encoder of an encoder-decoder, which no folder holds "
-            "alone; tune the whole model, with a readout that writes"
-        )
 
 
 def _left(base: Base, model: Any, part: str) -> tuple[int, ...]:

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer
-from torch import Tensor
+from torch import Tensor, nn
 
 from howfine import cuts, plugins, subwords
 from howfine.base import IMAGE, Base, TwoTowers
@@ -115,7 +115,7 @@ def cut(base: Base, model: Any, vocabulary: Vocabulary) -> None:
     whole = _outputs(base, model, kept[trial])
     if model.get_output_embeddings() is not None:
         whole = whole[..., kept]
-    for held in _by_token(model):
+    for held in _by_token(model, rows):
         # In its place, so that what is tied stays tied, and nothing else is.
         tokens = [size == rows for size in held.shape].index(True)
         held.data = held.data.index_select(tokens, kept)
@@ -179,8 +179,8 @@ def _flat(value: Any) -> list[Any]:
     return value if isinstance(value, list) else [value]
 
 
-def _by_token(model: Any) -> list[Tensor]:
-    """Tensors of a model that hold something of each token, each once."""
+def _by_token(model: Any, rows: int) -> list[Tensor]:
+    """Tensors of a model that hold something of each of so many tokens, each once."""
     head, held = model.get_output_embeddings(), dict[str, Tensor](model.named_buffers())
     found = [model.get_input_embeddings().weight]
     if head is not None:
@@ -189,7 +189,8 @@ def _by_token(model: Any) -> list[Tensor]:
         around = model.get_submodule(owner.rpartition(".")[0])
         found += [head.weight, getattr(head, "bias", None), getattr(around, "bias", None)]
         found += [value for name, value in held.items() if name == "final_logits_bias"]  # BART's
-    return list({id(value): value for value in found if value is not None}.values())
+    own = {id(value): value for value in found if isinstance(value, Tensor) and rows in value.shape}
+    return list(own.values())
 
 
 def _shrink(model: Any, before: int, kept: tuple[int, ...]) -> None:
@@ -200,10 +201,12 @@ def _shrink(model: Any, before: int, kept: tuple[int, ...]) -> None:
         for name in _COUNTS:
             if getattr(said, name, None) == before:
                 setattr(said, name, len(kept))
-    table, head = model.get_input_embeddings(), model.get_output_embeddings()
-    table.num_embeddings, table.padding_idx = len(kept), number.get(table.padding_idx)
-    if head is not None:
-        head.out_features = len(kept)
+        if isinstance(said, nn.Embedding) and len(said.weight) != said.num_embeddings:
+            said.num_embeddings = len(kept)
+            padding = said.padding_idx
+            said.padding_idx = None if padding is None else number.get(padding)
+        if isinstance(said, nn.Linear) and len(said.weight) != said.out_features:
+            said.out_features = len(kept)
     for said in configs:
         _renumber(said, number)
 
