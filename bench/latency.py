@@ -1,6 +1,6 @@
 """Latency against size: what cutting units does, and what cutting the vocabulary does.
 
-    python bench/latency.py [--rounds 15] [--threads 2]
+    python bench/latency.py [--rounds 9] [--threads 2]
 
 XLM-R base's shape with random weights (V = 250,002, d = 768, 12 layers of 12 heads and 3,072
 neurons), fp32, on the CPU. Of it: half, and two thirds, of the heads and neurons of every layer,
@@ -105,7 +105,7 @@ def timed(towers: Mapping[str, Any], rounds: int) -> dict[str, dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {name: {} for name in towers}
     for rows, tokens in BATCHES:
         given, spent = inputs(rows, tokens), dict[str, list[float]]()
-        for number in range(rounds + 2):  # the first ones warm up
+        for number in range(rounds + 1):  # the first one warms up
             names = list(towers)
             # Each in every place, so that none has always the same one before it.
             for name in names[number % len(names) :] + names[: number % len(names)]:
@@ -113,9 +113,9 @@ def timed(towers: Mapping[str, Any], rounds: int) -> dict[str, dict[str, Any]]:
                 towers[name](**given)
                 spent.setdefault(name, []).append(time.perf_counter() - start)
         for name, each in spent.items():
-            ratios = [one / two for one, two in zip(spent[WHOLE], each, strict=True)][2:]
+            ratios = [one / two for one, two in zip(spent[WHOLE], each, strict=True)][1:]
             found[name] |= {
-                f"ms_{rows}x{tokens}": round(1000 * statistics.median(each[2:]), 2),
+                f"ms_{rows}x{tokens}": round(1000 * statistics.median(each[1:]), 2),
                 f"speed_{rows}x{tokens}": round(statistics.median(ratios), 3),
                 f"quartiles_{rows}x{tokens}": [
                     round(q, 3) for q in statistics.quantiles(ratios, n=4)[::2]
@@ -151,6 +151,8 @@ def rows(threads: int, rounds: int) -> list[dict[str, Any]]:
         "rounds": rounds,
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "torch": torch.__version__,
+        # More than the threads of this run is others' work, which blurs the times.
+        "load": round(os.getloadavg()[0], 1),
     }
     return [{"key": name, **sizes(towers[name]), **spent[name], **facts} for name in towers]
 
@@ -184,7 +186,8 @@ def lines(path: Path = LEDGER) -> list[str]:
     heads = [f"ms, {rows} × {tokens} | times as fast" for rows, tokens in BATCHES]
     said = [
         f"{first['machine']}, {first['cores']} cores, {first['threads']} threads, torch "
-        f"{first['torch']}, {first['date']}; medians of {first['rounds']} rounds, fp32.",
+        f"{first['torch']}, {first['date']}, load {first['load']}; medians of {first['rounds']} "
+        "rounds, fp32.",
         "",
         f"| model | parameters | MB | of the whole | encoder MB | {' | '.join(heads)} |",
         "|---|" + "---:|" * (4 + 2 * len(heads)),
@@ -207,7 +210,7 @@ def lines(path: Path = LEDGER) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
     found = rows(options.threads, options.rounds)
