@@ -97,6 +97,7 @@ def test_a_delta_of_one_size_has_no_table(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.slow
 def test_the_report_shows_scores_against_latency(tmp_path: Path, timed: list[int]) -> None:
     """Of the whole model, of pruned files, and of one file at every size it has."""
     common = {"max_steps": 3, "batch_size": 8, "max_length": 32}

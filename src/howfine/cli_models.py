@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from howfine import options
+
+if TYPE_CHECKING:
+    from howfine.slicing import Sliced
 
 
 def merge(
@@ -40,9 +43,20 @@ def cut(
     ] = None,
     rows: Annotated[int, typer.Option(help="Inputs at a time, for --latency-ms.")] = 1,
     tokens: Annotated[int, typer.Option(help="Tokens of an input, for --latency-ms.")] = 64,
+    vocabulary: Annotated[
+        str | None,
+        typer.Option(metavar="TEXTS", help="Keep the tokens of these: a .txt file, or a task."),
+    ] = None,
+    least: Annotated[
+        int, typer.Option(help="Of --vocabulary: how often a token has to be there.")
+    ] = 1,
+    data: options.DataDir = None,
     as_json: options.AsJson = False,
 ) -> None:
-    """Write base and delta as a smaller model, without the heads and neurons that are off."""
+    """Write base and delta as a smaller model, without the heads and neurons that are off.
+
+    With --vocabulary also without the tokens that some texts don't use; then no unit need be off.
+    """
     from dataclasses import asdict
 
     from howfine.delta import Delta
@@ -51,20 +65,24 @@ def cut(
     from howfine.slicing import sliced as run
 
     opened = Delta.load(delta)
+    texts = options.texts(vocabulary, data) if vocabulary is not None else None
     loaded = options.base(base, opened, "cpu", "float32")
     if latency_ms is not None:
         if keep is not None:
             raise SettingError("--keep and --latency-ms both say a size; give one of them")
         keep = largest(opened, loaded, latency_ms, rows, tokens).keep
-    done = run(opened, out, loaded, keep=keep)
+    done = run(opened, out, loaded, keep=keep, texts=texts, least=least)
+    facts = {name: str(v) if isinstance(v, Path) else v for name, v in asdict(done).items()}
+    options.show(as_json, facts | ({} if keep is None else {"keep": keep}), _told(done, keep))
+
+
+def _told(done: Sliced, keep: float | None) -> str:
     said = f"{done.folder}: {done.parameters:,} of {done.before:,} parameters; heads "
-    said += f"{', '.join(map(str, done.heads))}; neurons {', '.join(map(str, done.neurons))}. "
+    said += f"{', '.join(map(str, done.heads))}; neurons {', '.join(map(str, done.neurons))}"
+    said += f"; {done.tokens:,} tokens. " if done.tokens else ". "
     said += "AutoModel.from_pretrained" if done.plain else "howfine's Base.load"
     said += " loads it" + (f"; {done.readout} gives its answers" if done.readout else "")
-    said += f"; {keep:g} of the units are kept" if keep is not None else ""
-    facts = {name: str(v) if isinstance(v, Path) else v for name, v in asdict(done).items()}
-    facts |= {"keep": keep} if keep is not None else {}
-    options.show(as_json, facts, said)
+    return said + (f"; {keep:g} of the units are kept" if keep is not None else "")
 
 
 def export(

@@ -15,6 +15,11 @@ from torch import Tensor, nn
 from howfine import widths
 from howfine.anatomy import FEEDS
 from howfine.base import Base
+from howfine.errors import SettingError
+
+# Of two outputs, relative to the largest, in float32 and in steps of other formats: more is no
+# rounding.
+_ROUNDING, _STEPS = 1e-4, 8
 
 
 @dataclass(frozen=True)
@@ -90,3 +95,14 @@ def inside(base: Base, path: str) -> str:
 
 def _module(base: Base, path: str) -> str:
     return inside(base, path).rpartition(".")[0]
+
+
+def check_same(base: Base, whole: Tensor, small: Tensor, what: str) -> None:
+    """Raises SettingError unless outputs of a model are those of the smaller one without `what`."""
+    apart = float((whole - small).abs().max() / whole.abs().max().clamp(min=1e-12))
+    if not apart <= max(_ROUNDING, _STEPS * torch.finfo(whole.dtype).eps):
+        raise SettingError(
+            f"a {base.config.model_type} without {what} gives other outputs (apart by "
+            f"{apart:.1e} of the largest), so its architecture can't be cut like this; please tell "
+            "its name to howfine's authors"
+        )

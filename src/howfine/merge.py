@@ -72,11 +72,15 @@ def in_folder(out: Path, write: Callable[[Path], None]) -> Path:
     return out
 
 
-def save(base: Base, model: Any, folder: Path) -> None:
-    """A model of the base's kind as a checkpoint, with its tokenizer and how it is pooled."""
+def save(base: Base, model: Any, folder: Path, tokenizer: Any = None) -> None:
+    """A model of the base's kind as a checkpoint, with how it is pooled.
+
+    With the tokenizer given, or else the base's own.
+    """
     model.save_pretrained(folder, state_dict=_own_tensors(base, model))
-    if base.tokenizer is not None:
-        _as_loaded(base.tokenizer).save_pretrained(folder)
+    tokenizer = base.tokenizer if tokenizer is None else tokenizer
+    if tokenizer is not None:
+        _as_loaded(tokenizer).save_pretrained(folder)
     if base.preprocessing:
         (folder / IMAGE_PROCESSOR_NAME).write_text(json.dumps(base.preprocessing, indent=2) + "\n")
     if base.pooling != base.default_pooling:

@@ -107,6 +107,22 @@ def load_task(stated: dict[str, Any]) -> Any:
     return Task.load(**options).subset(**stated.get("subset", {}))
 
 
+def texts(name: str, data: Path | None) -> Any:
+    """The lines of a .txt file, or else what a task's examples say; read as they are asked for."""
+    from howfine.errors import SettingError
+    from howfine.vocabulary import texts_of
+
+    if not name.endswith(".txt"):
+        return texts_of(load_task(stated_task(name, data)))
+    try:
+        return Path(name).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise SettingError(
+            f"texts {name} can't be read: {error}; give a file in UTF-8 with one text a line, or "
+            "a task's name"
+        ) from error
+
+
 def base(name: str | None, delta: Any, device: str, dtype: str) -> Any:
     """The base named, or else the delta's own."""
     from howfine.base import Base

@@ -3,12 +3,15 @@
 A unit is off where all that leads out of it is exactly 0, whatever change made it so. Its rows and
 columns go; what is left computes the same, but for rounding. Heads are cut where every one has keys
 and values of its own and no table of positions of its own (BERT and its kin, ViT, BART, GPT-2);
-elsewhere they stay, as zeros, and neurons alone are cut.
+elsewhere they stay, as zeros, and neurons alone are cut. Of the vocabulary, tokens go that given
+texts don't use (`howfine.vocabulary`).
 """
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,18 +20,16 @@ import torch
 import transformers
 from torch import Tensor
 
-from howfine import cuts, pretrained, widths
+from howfine import cuts, pretrained, vocabulary, widths
 from howfine.base import IMAGE, Base, TwoTowers
 from howfine.delta import SUFFIX, Delta, only_weights
 from howfine.errors import SettingError
 from howfine.evaluate import opened
 from howfine.merge import in_folder, save, stands_alone
 from howfine.method import holding
+from howfine.readout import Head
 
 READOUT_FILE = f"readout{SUFFIX}"
-# Of two outputs, relative to the largest, in float32 and in steps of other formats: more is no
-# rounding.
-_ROUNDING, _STEPS = 1e-4, 8
 # Config fields that may state the width of all feed-forward nets, in one architecture or another.
 _INNER = (
     "intermediate_size",
@@ -54,34 +55,42 @@ class Sliced:
     neurons: tuple[int, ...]
     # The delta of the answers' head on the smaller model, where there is one.
     readout: Path | None
+    # Tokens that its tokenizer has left; None where the vocabulary is the base's.
+    tokens: int | None = None
 
 
 def sliced(
-    delta: Delta | str | Path,
+    delta: Delta | str | Path | None,
     out: str | Path,
     base: Base | None = None,
     *,
     keep: float | None = None,
+    texts: Iterable[str] | None = None,
+    least: int = 1,
 ) -> Sliced:
     """Write the changed base without its units that are off to the folder `out`.
 
     With `keep`, of a delta that was trained for all sizes (`Delta.resized`), that share of its
-    units stays. Beside the model lies a delta of the readout, made on it: `howfine predict` and
+    units stays. With `texts`, of the vocabulary the tokens that are in them `least` times stay, and
+    those that `vocabulary.used` names; no unit need be off then, and the base may stand alone, with
+    no delta (None). Beside the model lies a delta of the readout, made on it: `howfine predict` and
     `evaluate` take that one with `--base OUT`. Raises StorageError where `out` exists or can't be
     written, SettingError where nothing is off, for a change that is not one of weights, and for a
     base that is part of a larger model.
     """
-    delta, base = opened(delta, base)
-    delta = delta if keep is None else delta.resized(keep)
-    _check_sliceable(base)
-    with delta.changed(base) as head:
+    delta, base = _opened(delta, base, keep, texts is not None)
+    words = () if delta is None else vocabulary.words_of(delta)
+    fewer = None if texts is None else vocabulary.used(base, texts, least, words)
+    with _changed(delta, base) as head:
         only_weights(base, "which a smaller model would lose; keep the delta beside its base")
-        model = smaller(base)
+        model = smaller(base, or_same=fewer is not None)
+        if fewer is not None:
+            vocabulary.cut(base, model, fewer)
     plain = _state_widths(base, model)
 
     def write(folder: Path) -> None:
-        save(base, model, folder)
-        if head is not None:
+        save(base, model, folder, None if fewer is None else fewer.tokenizer)
+        if delta is not None and head is not None:
             small = Base.load(str(folder), kind=base.kind)
             _readout_of(delta, small, str(out)).save(folder / READOUT_FILE)
 
@@ -94,16 +103,51 @@ def sliced(
         heads=_left(base, model, "D"),
         neurons=_left(base, model, "O"),
         readout=folder / READOUT_FILE if head is not None else None,
+        tokens=None if fewer is None else len(fewer.kept),
     )
 
 
-def smaller(base: Base) -> Any:
+def _opened(
+    delta: Delta | str | Path | None, base: Base | None, keep: float | None, fewer: bool
+) -> tuple[Delta | None, Base]:
+    """What is sliced. Raises SettingError for what can't be."""
+    if delta is not None:
+        delta, base = opened(delta, base)
+        delta = delta if keep is None else delta.resized(keep)
+    elif base is None or not fewer or keep is not None:
+        raise SettingError(
+            "without a delta no unit is off, and the vocabulary alone can be cut: give a base and "
+            "texts, and no keep; or a delta"
+        )
+    if isinstance(base, TwoTowers):
+        raise SettingError(f"{base.name} is two towers; slice a delta that was made on one model")
+    if not stands_alone(base):
+        raise SettingError(
+            f"the base {base.name} is the encoder of an encoder-decoder, which no folder holds "
+            "alone; tune the whole model, with a readout that writes"
+        )
+    return delta, base
+
+
+@contextmanager
+def _changed(delta: Delta | None, base: Base) -> Iterator[Head | None]:
+    """The base with the change on, if there is one, and its head."""
+    if delta is None:
+        yield None
+        return
+    with delta.changed(base) as head:
+        yield head
+
+
+def smaller(base: Base, *, or_same: bool = False) -> Any:
     """The base's tower, with the change that is on it, without what gives nothing; a copy.
 
-    Raises SettingError where that is nothing.
+    Raises SettingError where that is nothing, unless it may be the same.
     """
     model = copy.deepcopy(base.tower)
     found = cuts.of(base, model)
+    if not found and or_same:
+        return model
     if not found:
         raise SettingError(
             "nothing can be cut: what leads out of each head and each neuron is not 0 everywhere, "
@@ -113,16 +157,6 @@ def smaller(base: Base) -> Any:
         widths.put(model, path, cut.applied(model.get_submodule(path), base))
     _check_same(base, model)
     return model
-
-
-def _check_sliceable(base: Base) -> None:
-    if isinstance(base, TwoTowers):
-        raise SettingError(f"{base.name} is two towers; slice a delta that was made on one model")
-    if not stands_alone(base):
-        raise SettingError(
-            f"the base {base.name} is the encoder of an encoder-decoder, which no folder holds "
-            "alone; tune the whole model, with a readout that writes"
-        )
 
 
 def _left(base: Base, model: Any, part: str) -> tuple[int, ...]:
@@ -146,13 +180,7 @@ def _check_same(base: Base, model: Any) -> None:
         small = model.eval()(**inputs)[0]
     finally:
         base.tower.train(was_training)
-    apart = float((whole - small).abs().max() / whole.abs().max().clamp(min=1e-12))
-    if not apart <= max(_ROUNDING, _STEPS * torch.finfo(whole.dtype).eps):
-        raise SettingError(
-            f"a {base.config.model_type} without these units gives other outputs (apart by "
-            f"{apart:.1e} of the largest), so its architecture can't be cut like this; please tell "
-            "its name to howfine's authors"
-        )
+    cuts.check_same(base, whole, small, "these units")
 
 
 def trial(base: Base, rows: int, tokens: int) -> dict[str, Tensor]:
