@@ -40,7 +40,7 @@ ROOMS = [
             "mixed",
             "reparametrisation",
         ),
-        *("vectors", "writing", "segmented", "first"),
+        *("vectors", "writing", "segmented", "first", "unit_gates"),
     ),
     ("methods", "methods.*", "readouts", "readouts.*"),
     ("streams", "recode"),

@@ -349,6 +349,20 @@ def test_damaged_values_are_refused_or_are_values(seed: int) -> None:
         assert back.shape == (found,)
 
 
+def test_steps_of_any_sparsity_come_back() -> None:
+    """With a tenth of them nonzero the law that fits best is number 0, alone: a zero byte."""
+    laws = set()
+    for nonzero in range(100, 500, 4):
+        found = np.zeros(3000, np.int8)
+        found[:nonzero:2], found[1:nonzero:2] = 1, -1
+        stored = steps_module.encode_steps(found, 3000)
+        assert stored is not None
+        back = steps_module.decode_steps(Coded("steps", (1.0,), stored), stored, len(found))
+        assert (back == found).all()
+        laws.add(stored[1])
+    assert 0 in laws
+
+
 HOSTILE = [
     (Coded("steps", (1.0,), b""), 5, "no largest step"),
     (Coded("steps", (1.0,), b"\0"), 0, "found 1 bytes, expected 0"),

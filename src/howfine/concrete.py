@@ -46,12 +46,37 @@ def hard_concrete_settled(log_alpha: Tensor, stretch: tuple[float, float] = (-0.
     return (torch.sigmoid(log_alpha) * (high - low) + low).clamp(0, 1)
 
 
+def chances(
+    log_alpha: Tensor, temperature: float = 2 / 3, stretch: tuple[float, float] = (-0.1, 1.1)
+) -> Tensor:
+    """P(gate ≠ 0) = σ(log α - τ log(-l/r)) of each (Louizos et al. 2018, eq. 12). Any shape."""
+    low, high = stretch
+    return torch.sigmoid(log_alpha - temperature * math.log(-low / high))
+
+
 def expected_l0(
     log_alpha: Tensor, temperature: float = 2 / 3, stretch: tuple[float, float] = (-0.1, 1.1)
 ) -> Tensor:
-    """Σ P(gate ≠ 0) = Σ σ(log α - τ log(-l/r)) (Louizos et al. 2018, eq. 12). A scalar."""
-    low, high = stretch
-    return torch.sigmoid(log_alpha - temperature * math.log(-low / high)).sum()
+    """How many gates are not 0, on average: Σ `chances`. A scalar."""
+    return chances(log_alpha, temperature, stretch).sum()
+
+
+def ascended(value: Tensor) -> Tensor:
+    """`value`, whose gradient comes back with the other sign: a step that descends then ascends.
+
+    For multipliers of a constraint, which are maximised while all else is minimised.
+    """
+    return _Ascended.apply(value)
+
+
+class _Ascended(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, value: Tensor) -> Tensor:
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return -gradient
 
 
 def diff_gate(log_alpha: Tensor, noise: Tensor) -> Tensor:

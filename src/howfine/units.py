@@ -207,6 +207,29 @@ class OfUnits(nn.Module):
         return torch.where(gates.spread(self.on, tuple(weight.shape)), weight, self.instead)
 
 
+def costs(base: Base, counted: Mapping[str, int]) -> dict[str, int]:
+    """Parameters of one unit, by the path of the matrix that it leads into.
+
+    Its inputs of that matrix, and its outputs, with their biases, of those that make them: 4·d·d_h
+    + 3·d_h of a head of BERT's, 2·d + 1 of a neuron. What several units share is no one's.
+    """
+    found = {}
+    for path, count in counted.items():
+        layer, into = base.place(path)
+        weight = base.parameter(path)
+        size, total = weight.shape[axis(base, "in")], weight.numel()
+        for other in base.choose(("matrices",)):
+            if base.place(other) not in {(layer, part) for part in FEEDS[into]}:
+                continue
+            made = base.parameter(other)
+            if made.shape[axis(base, "out")] % size == 0:  # a multiple where several are fused
+                bias = f"{other.rpartition('.')[0]}.bias"
+                total += made.numel()
+                total += base.parameter(bias).numel() if bias in base.paths() else 0
+        found[path] = total // count
+    return found
+
+
 # --- in files ------------------------------------------------------------------------------------
 
 

@@ -128,6 +128,7 @@ def cases() -> Iterator[tuple[str, Method, str]]:
         method("dynamic", keep=0.6, smallest=0.3, by="magnitude", beside=["all@-1"]),
         "fp16",
     )
+    yield "l0", method("l0", keep=0.6, layers=True, beside=["all@-1"]), "fp16"
     yield "prefix", method("prefix", length=3, hidden=0), "fp16"
     yield "prompt", method("prompt", length=4, init="table"), "int8"
 

@@ -58,7 +58,7 @@ def decode_steps(coded: Coded, stored: bytes, count: int) -> Array:
             raise damaged(coded, f"{len(stored)} bytes for zeros", "1")
         return np.zeros(count, np.int8)
     law = stored[1 : 2 + _entries(stored[1], most)] if len(stored) > 1 else b""
-    if not law or len(law) != 1 + _entries(law[0], most) or not any(law):
+    if not law or len(law) != 1 + _entries(law[0], most):
         raise damaged(coded, "a law that is none", "its number and as many bytes as it has entries")
     weights = _weights(law, most)
     if not weights.any():

@@ -1,0 +1,191 @@
+"""Heads and neurons behind hard-concrete gates, with a Lagrangian that holds a size.
+
+Xia, Zhong & Chen 2022, "Structured pruning learns compact and accurate models" (CoFi), section 3,
+without its gates on the hidden width and its distillation; gates and Lagrangian after Wang,
+Wohlwend & Lei 2020, "Structured pruning of large language models" (FLOP), section 3: the loss plus
+λ1·(ŝ - t) + λ2·(ŝ - t)², which the weights and the gates minimise and λ1, λ2 maximise. ŝ is the
+share of the units' parameters that is expected to be off, t what is asked, from 0 up in the first
+part of a training.
+
+A gate z is drawn anew at each step; what is evaluated and stored has no chance in it, and no more
+parameters than asked: see
+`howfine.unit_gates.Settling`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from howfine import concrete, gates, surgery, unit_gates, units, whole
+from howfine.base import Base
+from howfine.change import Change, all_or_nothing
+from howfine.errors import DamagedDelta, SettingError
+from howfine.method import Method, Probe, Tensors
+
+# What the two of them are called, among what trains.
+MULTIPLIERS = "multipliers"
+
+
+@dataclass(frozen=True)
+class L0(Method):
+    """How much of the heads and neurons stays on, and how hard the gates are driven there."""
+
+    starts_at_base: ClassVar[bool] = False
+    start: ClassVar[Any] = "optional"
+
+    # Share of the parameters of all heads and neurons together that stays on, at most.
+    keep: float = 0.5
+    # A gate for each layer's whole attention and whole feed-forward net, too.
+    layers: bool = False
+    # AdamW's rate for the gates' log α and the multipliers, constant: the paper's 0.01 is for many
+    # thousand steps.
+    rate: float = 0.2
+    # Share of the training, its first part, in which the share that is asked off rises from 0.
+    warm: float = 0.5
+    # Parameters of the base that train, too, as selectors: those of the start among them.
+    beside: tuple[str, ...] = ("all",)
+
+    def __post_init__(self) -> None:
+        if not 0 < self.keep <= 1:
+            raise SettingError(
+                f"l0 keep {self.keep}: expected a share of the units' parameters, above 0 and at "
+                "most 1"
+            )
+        if not 0 <= self.warm <= 1:
+            raise SettingError(f"l0 warm {self.warm}: expected a share of the training, 0 to 1")
+        if not 0 < self.rate < math.inf:
+            raise SettingError(f"l0 rate {self.rate}: expected a finite number above 0")
+
+    def attach(self, base: Base, probe: Probe | None = None) -> Change:
+        start: Tensors = dict(probe.start) if probe is not None else {}
+        training = base.choose(self.beside) if self.beside else []
+        if left := sorted(start.keys() - set(training)):
+            raise SettingError(
+                f"l0 goes on from a change of {left[0]} and {len(left) - 1} others that would be "
+                "left out of the file; name them in beside, such as beside=all, or leave the start "
+                "out"
+            )
+        settling = self._settling(base)
+        with all_or_nothing() as undo:
+            beside = whole.attach(base, training)
+            undo.append(beside.remove)
+            with torch.no_grad():
+                for path, value in start.items():
+                    beside.trainable[path].copy_(value)
+            folded: dict[str, Any] = dict(settling.gates)
+            for path, gate in settling.gates.items():
+                undo.append(surgery.reweight(base.towers, path, gate))
+            for path in sorted(beside.trainable.keys() - folded.keys()):
+                if (made := _fed(base, path, settling.gates)) is not None:
+                    outputs = units.axis(base, "out")
+                    folded[path] = unit_gates.Feeding(made, base.original(path), outputs)
+                    undo.append(surgery.reweight(base.towers, path, folded[path]))
+            trainable = beside.trainable | _trainable(settling)
+            parts = {"settling": settling, "beside": beside, "folded": folded}
+            return Change(trainable, undo, parts)
+
+    def _settling(self, base: Base) -> unit_gates.Settling:
+        """A gate for every unit, open. Raises SettingError for a size below one unit a layer."""
+        counts, inputs = units.counts(base), units.axis(base, "in")
+        made = {
+            path: unit_gates.Gate(base.original(path), count, inputs, self.layers)
+            for path, count in counts.items()
+        }
+        kinds = {path: base.place(path)[1] for path in counts}
+        costs = units.costs(base, counts)
+        settling = unit_gates.Settling(made, kinds, costs, self.keep)
+        least = min(costs.values()) if self.layers else sum(costs.values())
+        if settling.budget < least:
+            raise SettingError(
+                f"l0 keep {self.keep}: {settling.budget} of {settling.prunable} parameters would "
+                f"stay on, fewer than a head and a neuron of every layer have; the nearest keep is "
+                f"{math.ceil(1000 * least / settling.prunable) / 1000}, or let whole sub-layers go "
+                "off with layers=true"
+            )
+        next(iter(made.values())).multipliers = nn.Parameter(torch.zeros(2, device=base.device))
+        return settling
+
+    def passes(self, change: Change, progress: float) -> Iterator[float]:
+        for gate in change.parts["settling"].gates.values():
+            gate.clamp()
+            gate.draw()
+        yield 0.0
+
+    def penalty(self, change: Change, progress: float) -> Tensor:
+        ramp = min(1.0, progress / self.warm) if self.warm else 1.0
+        apart = change.parts["settling"].expected() - ramp * (1 - self.keep)
+        first, second = concrete.ascended(change.trainable[MULTIPLIERS])
+        return first * apart + second * apart.square()
+
+    def groups(self, change: Change) -> list[dict[str, Any]]:
+        beside = change.parts["beside"].trainable
+        own = {name: p for name, p in change.trainable.items() if name not in beside}
+        multipliers = [own.pop(MULTIPLIERS)]
+        held = {"lr": self.rate, "weight_decay": 0.0, "constant": True}
+        return [
+            {"params": list(beside.values())},
+            {"params": list(own.values()), "clip": "gates", **held},
+            {"params": multipliers, "clip": MULTIPLIERS, **held},
+        ]
+
+    def pack(self, base: Base, change: Change) -> Tensors:
+        found = whole.pack(change.parts["beside"])
+        settling: unit_gates.Settling = change.parts["settling"]
+        kept = settling.kept()
+        for path, module in change.parts["folded"].items():
+            value = module.folded(found.get(path, base.original(path)))
+            on = units.entries(base, path, kept)
+            assert on is not None
+            # What belongs to a unit that is off has no say, and so it is the base's.
+            mine = gates.spread(on, tuple(value.shape))
+            value = torch.where(mine, value, base.original(path))
+            if path in found or not torch.equal(value, base.original(path)):
+                found[path] = value.detach()
+        return found | units.named(kept)
+
+    def stored(self, change: Change, store: str) -> Tensors:
+        # Matrices that factors are folded into are stored with them.
+        folded = change.parts["settling"].gates
+        values = whole.stored(change.parts["beside"], store)
+        return {path: value for path, value in values.items() if path not in folded}
+
+    def unpack(self, base: Base, tensors: Tensors) -> Change:
+        kept, values = units.parted(base, tensors)
+        for path, on in kept.items():
+            if on.ndim != 1:
+                raise DamagedDelta(
+                    f"delta switches units of {path!r} with shape {tuple(on.shape)}, which does "
+                    f"not fit the base {base.name}; the file is damaged, or made for another model"
+                )
+            value: Tensor = values.get(path, base.original(path).to(on.device))
+            values[path] = units.without(base, path, value, on)
+        return whole.unpack(base, values)
+
+
+def _fed(base: Base, path: str, made: Mapping[str, unit_gates.Gate]) -> unit_gates.Gate | None:
+    """The gate on the units that a matrix makes; None where it makes none, or shared ones."""
+    for into, gate in made.items():
+        on = torch.ones(len(gate.log_alpha), dtype=torch.bool)
+        if path != into and units.entries(base, path, {into: on}) is not None:
+            return gate
+    return None
+
+
+def _trainable(settling: unit_gates.Settling) -> dict[str, nn.Parameter]:
+    """What trains of the gates, by path and name, and the multipliers."""
+    found = {
+        f"{path}:{name}": value
+        for path, gate in settling.gates.items()
+        for name, value in gate.named_parameters()
+    }
+    (held,) = (name for name in found if name.endswith(f":{MULTIPLIERS}"))
+    return found | {MULTIPLIERS: found.pop(held)}
+
+
+EXAMPLE = L0(keep=0.4, beside=("all@-1",))

@@ -1,0 +1,215 @@
+"""Units behind hard-concrete gates: drawn in training, settled at a size in evaluation.
+
+Gates after Louizos, Welling & Kingma 2018 (see `howfine.concrete`); constants, and how many of a
+layer are on without chance, after Xia, Zhong & Chen 2022 (CoFi) and its authors' code.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from howfine import concrete, gates
+
+Tensors = dict[str, Tensor]
+
+TEMPERATURE = 2 / 3
+# log α is kept within these. CoFi draws it around 10 to begin with, which this makes the upper one.
+LEAST, MOST = math.log(0.01), math.log(100)
+# Noise is kept this far from 0 and 1.
+EDGE = 1e-6
+# Of gates without chance, CoFi's factor on log α/β.
+SHARPNESS = 0.8 / TEMPERATURE
+
+
+class Gate(nn.Module):
+    """Factors on the units that lead into a matrix: drawn in training, settled in evaluation.
+
+    `axis` is that of the matrix's inputs; with `layers` all units share one more gate.
+    """
+
+    noise: Tensor
+    # Of this gate and those it shares a size with.
+    settling: Settling
+
+    def __init__(self, like: Tensor, count: int, axis: int, layers: bool) -> None:
+        super().__init__()
+        self.axis = axis
+        self.log_alpha = nn.Parameter(torch.full((count,), MOST, device=like.device))
+        # Of the whole sub-layer.
+        self.whole = nn.Parameter(torch.full((1,), MOST, device=like.device)) if layers else None
+        noise = torch.empty(count + layers, device=like.device)
+        self.register_buffer("noise", noise, persistent=False)
+        self.draw()
+
+    @torch.no_grad()
+    def clamp(self) -> None:
+        """Keep log α where a gate can still close, and open, within a few steps."""
+        for value in (self.log_alpha, self.whole):
+            if value is not None:
+                value.clamp_(LEAST, MOST)
+
+    def draw(self) -> None:
+        """New noise for the next forward passes: a matrix that is read twice has one draw."""
+        # As a new tensor: autograd may still need the one before.
+        self.noise = torch.empty_like(self.noise).uniform_(EDGE, 1 - EDGE)
+
+    def forward(self, weight: Tensor) -> Tensor:
+        if not self.training:
+            return self.folded(weight)
+        self.settling.forget()
+        return weight * self._along(self._drawn(), weight).to(weight.dtype)
+
+    def _drawn(self) -> Tensor:
+        """(units,) factors by the noise of this step."""
+        count = len(self.log_alpha)
+        own = concrete.hard_concrete(self.log_alpha, self.noise[:count], TEMPERATURE)
+        if self.whole is None:
+            return own
+        return own * concrete.hard_concrete(self.whole, self.noise[count:], TEMPERATURE)
+
+    def folded(self, weight: Tensor) -> Tensor:
+        """The matrix as it is stored: times the settled factors, 0 where units are off."""
+        factors = self.settling.factors(self)
+        scaled = weight * self._along(factors, weight).to(weight.dtype)
+        return gates.drop(scaled, (factors != 0).unsqueeze(1 - self.axis))
+
+    def _along(self, factors: Tensor, weight: Tensor) -> Tensor:
+        return gates.spread(factors.unsqueeze(1 - self.axis), tuple(weight.shape))
+
+    def chances(self) -> Tensor:
+        """(units,) P(z ≠ 0), of unit and sub-layer together."""
+        found = concrete.chances(self.log_alpha, TEMPERATURE)
+        return found if self.whole is None else found * concrete.chances(self.whole, TEMPERATURE)
+
+    def settled(self) -> Tensor:
+        """(units,) factors without chance, of those that are on: CoFi's, not stretched."""
+        found = torch.sigmoid(self.log_alpha * SHARPNESS)
+        return found if self.whole is None else found * torch.sigmoid(self.whole * SHARPNESS)
+
+
+class Feeding(nn.Module):
+    """A matrix that makes units: its rows for those that are off are the base's, once settled."""
+
+    instead: Tensor
+
+    def __init__(self, gate: Gate, instead: Tensor, axis: int) -> None:
+        super().__init__()
+        self._gate = (gate,)  # in a tuple: it is no part of this module
+        self._axis = axis
+        self.register_buffer("instead", instead, persistent=False)
+
+    def forward(self, weight: Tensor) -> Tensor:
+        (gate,) = self._gate
+        # Not by this module's own mode: without a parameter, it may be in evaluation throughout.
+        return weight if gate.training else self.folded(weight)
+
+    def folded(self, weight: Tensor) -> Tensor:
+        """The matrix as it is stored."""
+        (gate,) = self._gate
+        on = (gate.settling.factors(gate) != 0).unsqueeze(1 - self._axis)
+        return torch.where(gates.spread(on, tuple(weight.shape)), weight, self.instead)
+
+
+class Settling:
+    """Which units are on without chance, and by what factor, once for each state of the gates.
+
+    As in CoFi's code, of each layer's heads, and neurons, as many are likely as are on on average,
+    those with the highest log α; with gates of sub-layers, as many of those of one kind. Likely
+    units come first, others after, units of sub-layers that are off last; each by its chance to be
+    on. From the first on, so many stay that their parameters are no more than asked, the most
+    likely of every layer among them.
+
+    `kinds` says, by path, which sub-layers are counted together, `costs` parameters of one unit.
+    """
+
+    def __init__(
+        self,
+        by_path: Mapping[str, Gate],
+        kinds: Mapping[str, str],
+        costs: Mapping[str, int],
+        keep: float,
+    ) -> None:
+        self.gates, self.kinds, self.costs = dict(by_path), dict(kinds), dict(costs)
+        self.units = {path: len(gate.log_alpha) for path, gate in self.gates.items()}
+        self.prunable = sum(costs[path] * count for path, count in self.units.items())
+        self.budget = math.floor(keep * self.prunable)
+        self._watched = [
+            value
+            for gate in self.gates.values()
+            for value in (gate.log_alpha, gate.whole)
+            if value is not None
+        ]
+        # Parameters' versions, which loading counts up; fused optimisers don't: see `forget`.
+        self._state: tuple[int, ...] | None = None
+        self._found: dict[Gate, Tensor] = {}
+        for gate in self.gates.values():
+            gate.settling = self
+
+    def forget(self) -> None:
+        """Training goes on: what was computed is out of date."""
+        self._state = None
+
+    def factors(self, gate: Gate) -> Tensor:
+        """(units,) of a gate's: 0 for those that are off."""
+        state = tuple(parameter._version for parameter in self._watched)
+        if state != self._state:
+            self._found, self._state = self._settled(), state
+        return self._found[gate]
+
+    def kept(self) -> Tensors:
+        """(units,) which are on, by path."""
+        return {path: self.factors(gate) != 0 for path, gate in self.gates.items()}
+
+    def expected(self) -> Tensor:
+        """ŝ: the share of the units' parameters that is off on average. A scalar, with gradients.
+
+        Wang et al. 2020, eq. 9; Xia et al. 2022, eq. 2 and 3, without the hidden width.
+        """
+        sizes = [self.costs[path] * gate.chances().sum() for path, gate in self.gates.items()]
+        return 1 - torch.stack(sizes).sum() / self.prunable
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def _settled(self) -> dict[Gate, Tensor]:
+        order = torch.argsort(torch.cat(self._places()), stable=True, descending=True)
+        sizes = [torch.full((count,), self.costs[path]) for path, count in self.units.items()]
+        on = torch.zeros(len(order), dtype=torch.bool)
+        on[order] = torch.cat(sizes)[order].cumsum(0) <= self.budget
+        parts = on.split(list(self.units.values()))
+        return {
+            gate: gate.settled() * part.to(gate.log_alpha.device)
+            for gate, part in zip(self.gates.values(), parts, strict=True)
+        }
+
+    def _places(self) -> list[Tensor]:
+        """(units,) of each path: the higher, the earlier a unit is let stay."""
+        closed, found = self._closed(), []
+        for path, gate in self.gates.items():
+            own = concrete.chances(gate.log_alpha, TEMPERATURE).cpu()
+            place = gate.chances().cpu()
+            if path in closed:
+                place -= 1
+            else:
+                place += gates.settle_top_k(own, round(float(own.sum())))
+                place[own.argmax()] += 2  # so that no layer is left without
+            found.append(place)
+        return found
+
+    def _closed(self) -> set[str]:
+        """Paths of sub-layers that are off: of each kind as many as on average."""
+        found: set[str] = set()
+        for kind in sorted(set(self.kinds.values())):
+            own = {
+                path: concrete.chances(gate.whole, TEMPERATURE)
+                for path, gate in self.gates.items()
+                if gate.whole is not None and self.kinds[path] == kind
+            }
+            if own:
+                chances = torch.cat(list(own.values()))
+                on = gates.settle_top_k(chances, round(float(chances.sum()))).tolist()
+                found |= {path for path, stays in zip(own, on, strict=True) if not stays}
+        return found
