@@ -27,7 +27,7 @@ ROOMS = [
     ),
     ("task", "checks", "tasks", "tasks.*", "base", "pretrained"),
     ("surgery", "change"),
-    ("method", "readout", "units", "cuts"),
+    ("method", "readout", "units", "cuts", "macs"),
     (
         *("whole", "entries", "overlay", "probe", "language", "template", "tokens", "slots"),
         *(
@@ -40,7 +40,7 @@ ROOMS = [
             "mixed",
             "reparametrisation",
         ),
-        *("vectors", "writing", "segmented", "first", "unit_gates"),
+        *("vectors", "writing", "segmented", "first", "unit_gates", "replay", "rescaling"),
     ),
     ("methods", "methods.*", "readouts", "readouts.*"),
     ("streams", "recode"),

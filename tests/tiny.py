@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import io
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from howfine.base import Base, TwoTowers
+from howfine.batch import Batch
 from howfine.change import Change
 from howfine.delta import Delta
 from howfine.images import Picture
@@ -316,6 +317,11 @@ class TinyProbe:
     ) -> dict[str, Tensor]:
         probe = self._probe(base)
         return probe.sensitivities(base, counts, at, positions=positions, rows=rows)
+
+    def runs(
+        self, base: Base, at: Mapping[str, Tensor] | None = None, *, rows: int | None = None
+    ) -> Iterator[Batch]:
+        return self._probe(base).runs(base, at, rows=rows)
 
     def _probe(self, base: Base) -> GradientProbe:
         with torch.random.fork_rng():

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from howfine import plugins
 from howfine.base import Base, TwoTowers
+from howfine.batch import Batch
 from howfine.change import Change
 from howfine.errors import SettingError
 
@@ -77,6 +78,16 @@ class Probe(Protocol):
 
         They are on a matrix's inputs, each on as many neighbouring ones. With `positions` the sum
         over positions is one of magnitudes. Taken where `gradients` are, of so many `rows`.
+        """
+        ...
+
+    def runs(
+        self, base: Base, at: Mapping[str, Tensor] | None = None, *, rows: int | None = None
+    ) -> Iterator[Batch]:
+        """Run the model batch by batch, without gradients and dropout: hooks listen meanwhile.
+
+        Gives each batch of train rows once it has run, always the same ones: the rows, and the
+        weights, that `sensitivities` takes.
         """
         ...
 

@@ -9,22 +9,30 @@ from contextvars import ContextVar
 import torch
 from torch import Tensor
 
-_FIRST_ALONE: ContextVar[bool] = ContextVar("first_alone", default=False)
+_READ: ContextVar[str] = ContextVar("read", default="")
 
 
 @contextmanager
 def reading(pooling: str) -> Iterator[None]:
     """Tell what is put on a tower which of its last states are read in the forward pass inside."""
-    token = _FIRST_ALONE.set(pooling == "cls")
+    token = _READ.set(pooling)
     try:
         yield
     finally:
-        _FIRST_ALONE.reset(token)
+        _READ.reset(token)
 
 
 def first_alone() -> bool:
     """Whether the states of the first position are all that is read of a tower's last block."""
-    return _FIRST_ALONE.get()
+    return _READ.get() == "cls"
+
+
+def first_counts() -> bool:
+    """Whether answers depend on the last block's states at the first position alone.
+
+    A pooler is given all of them, and takes that one.
+    """
+    return _READ.get() in ("cls", "pooler")
 
 
 def pool(state: object, mask: Tensor | None, pooling: str) -> Tensor:

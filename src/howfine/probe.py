@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from howfine import surgery
 from howfine.base import Base
-from howfine.batch import to_device
+from howfine.batch import Batch, to_device
 from howfine.method import Gradient, as_parameter
 from howfine.readout import Wired
 from howfine.task import Example
@@ -105,6 +105,19 @@ class GradientProbe:
                 met.clear()
         return {path: torch.cat(each) for path, each in found.items()}
 
+    def runs(
+        self, base: Base, at: Mapping[str, Tensor] | None = None, *, rows: int | None = None
+    ) -> Iterator[Batch]:
+        """Of the rows of `sensitivities`, in batches: see `howfine.method.Probe`."""
+        with ExitStack() as undo:
+            undo.enter_context(self._in_use())
+            _put(base, at or {}, undo)
+            # Texts of a length together: less is computed for padding.
+            for batch, _ in self._batches(count=rows, sort=not self.model.readout.aligns):
+                with torch.no_grad():
+                    self.model(**batch.as_kwargs())
+                yield batch
+
     @contextmanager
     def _in_use(self) -> Iterator[None]:
         """The model in evaluation mode; the mode it had comes back when nothing of it trains."""
@@ -118,19 +131,29 @@ class GradientProbe:
     def _losses(
         self, alone: bool = False, count: int | None = None
     ) -> Iterator[tuple[Tensor, int]]:
-        """Losses of a few batches, always the same ones, and how many there are.
+        """Losses of `_batches`, and how many there are."""
+        for batch, among in self._batches(alone, count):
+            yield self.model(**batch.as_kwargs())["loss"], among
 
-        Of `count` rows in batches where given; of rows one by one, where `alone`.
+    def _batches(
+        self, alone: bool = False, count: int | None = None, sort: bool = False
+    ) -> Iterator[tuple[Batch, int]]:
+        """A few batches on the base's device, always the same ones, and how many there are.
+
+        Of `count` rows in batches where given; of rows one by one, where `alone`; with `sort` from
+        the shortest text to the longest.
         """
         generator = torch.Generator().manual_seed(0)
         order = torch.randperm(len(self.examples), generator=generator).tolist()
         order = order[: count or PROBE_BATCHES * self.batch_size]
+        if sort:
+            order.sort(key=lambda row: sum(map(len, self.examples[row].texts)))
         size = 1 if alone else self.batch_size
         rows = [order[i : i + size] for i in range(0, len(order), size)]
         for chosen in rows:
             batch = self.model.readout.collate(self.base, [self.examples[i] for i in chosen])
             fields = to_device(batch.as_kwargs(), self.base.device)
-            yield self.model(**fields)["loss"], len(rows)
+            yield Batch.from_kwargs(fields), len(rows)
 
 
 def _of_rows(

@@ -189,6 +189,36 @@ def without(base: Base, path: str, weight: Tensor, on: Tensor) -> Tensor:
     return gates.drop(weight, along_inputs(base, on))
 
 
+def scaled(base: Base, weight: Tensor, on: Tensor, factors: Tensor) -> Tensor:
+    """The same with a factor (units,) on what each unit that is on gives."""
+    wide, times = along_inputs(base, on), along_inputs(base, factors)
+    return Scaled.of(weight, wide, times)
+
+
+class Scaled(nn.Module):
+    """A weight with factors on what units give, and 0 for those that are off.
+
+    `on` and `factors` are (units, 1) or (1, units), which spreads over the weight.
+    """
+
+    on: Tensor
+    factors: Tensor
+
+    def __init__(self, on: Tensor, factors: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("on", on.clone())
+        self.register_buffer("factors", factors.clone())
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return self.of(weight, self.on, self.factors)
+
+    @staticmethod
+    def of(weight: Tensor, on: Tensor, factors: Tensor) -> Tensor:
+        """That weight."""
+        times = gates.spread(factors, tuple(weight.shape))
+        return gates.drop((weight.float() * times).to(weight.dtype), on)
+
+
 class OfUnits(nn.Module):
     """A weight of which what belongs to units that are off is read as it is here.
 

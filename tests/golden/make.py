@@ -39,14 +39,14 @@ PATTERNS = ("none", "all", "rank", "bits", "grid", "histogram", "gaps", "zlib")
 
 def golden_base() -> Base:
     """The base on disk, whatever torch draws at random today."""
-    return Base("golden", AutoModel.from_pretrained(HERE / "base", dtype=torch.float32))
+    tower = AutoModel.from_pretrained(HERE / "base", dtype=torch.float32)
+    return Base("golden", tower, tiny_tokenizer())
 
 
 def golden_towers() -> TwoTowers:
     """That base beside an image tower on disk."""
     tower = AutoModel.from_pretrained(HERE / "image", dtype=torch.float32)
     text = golden_base()
-    text.tokenizer = tiny_tokenizer()
     return TwoTowers(Base("golden-image", tower), text)
 
 
@@ -129,6 +129,7 @@ def cases() -> Iterator[tuple[str, Method, str]]:
         "fp16",
     )
     yield "l0", method("l0", keep=0.6, layers=True, beside=["all@-1"]), "fp16"
+    yield "post-training", method("post_training", keep=0.6, length=8, rows=16), "int8"
     yield "prefix", method("prefix", length=3, hidden=0), "fp16"
     yield "prompt", method("prompt", length=4, init="table"), "int8"
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from howfine import plugins
 from howfine.base import IMAGE, TEXT, Base, TwoTowers
+from howfine.batch import Batch
 from howfine.change import Change, all_or_nothing
 from howfine.errors import DamagedDelta, SettingError
 from howfine.method import Gradient, Method, Probe, Tensors, methods
@@ -212,6 +213,12 @@ class _OneTower:
     ) -> dict[str, Tensor]:
         """Of the loss of both towers."""
         return self.probe.sensitivities(self.base, counts, at, positions=positions, rows=rows)
+
+    def runs(
+        self, base: Base, at: Mapping[str, Tensor] | None = None, *, rows: int | None = None
+    ) -> Iterator[Batch]:
+        """Of both towers."""
+        return self.probe.runs(self.base, at, rows=rows)
 
 
 EXAMPLE = Towers()
