@@ -67,9 +67,15 @@ def main(
     ledger: Path,
     run: Callable[[Bench], None],
     page: Callable[[Results], None],
+    more: Callable[[argparse.ArgumentParser], Any] = lambda parser: None,
 ) -> None:
-    """Run what the ledger lacks while there is time, then write the page of all it has."""
-    options = arguments(about).parse_args()
+    """Run what the ledger lacks while there is time, then write the page of all it has.
+
+    `more` adds options of a bench's own.
+    """
+    parser = arguments(about)
+    more(parser)
+    options = parser.parse_args()
     if not options.page:
         try:
             run(Bench(ledger, options))

@@ -26,12 +26,16 @@ TRAINED: dict[str, Made] = {
     "gradient, 4 rounds": ("prune", {"by": "gradient", "rounds": 4}),
     "random": ("prune", {"by": "random"}),
     "magnitude": ("prune", {"by": "magnitude"}),
+    "L0": ("l0", {}),
+    "post-training": ("post-training", {"rows": 512}),
 }
 FURTHER: dict[str, Made] = {
     "gradient by layer": ("prune", {"by": "gradient", "scope": "layer"}),
     "gradient by layer, 4 rounds": ("prune", {"by": "gradient", "scope": "layer", "rounds": 4}),
     "magnitude, 4 rounds": ("prune", {"by": "magnitude", "rounds": 4}),
     "Fisher": ("prune", {"by": "fisher"}),
+    "post-training, rearranged": ("post-training", {"rows": 512, "stage": "rearranged"}),
+    "post-training, masked": ("post-training", {"rows": 512, "stage": "masked"}),
 }
 
 
