@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,13 +10,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from howfine import units
+from howfine import plugins, units
 from howfine.base import Base
 from howfine.delta import SUFFIX, Delta
 from howfine.errors import DamagedDelta, SettingError
 from howfine.evaluate import evaluate, logits
 from howfine.method import method
-from howfine.readout import readout
+from howfine.readout import Readout, readout
 from howfine.recipe import Recipe
 from howfine.slicing import sliced
 from howfine.task import Task
@@ -25,6 +26,7 @@ from tiny import (
     READOUT,
     fit_a_little,
     tiny_base,
+    tiny_language_base,
     tiny_task,
     tiny_whole,
     tiny_writer,
@@ -208,6 +210,7 @@ def test_one_training_serves_every_size(tmp_path: Path) -> None:
     of = {}
     for name in ("all", "one"):
         delta = Delta.load(tmp_path / f"{name}{SUFFIX}")
+        delta = replace(delta, method=method("dynamic", **SMALL))  # "one" has no other sizes
         of[name] = {
             keep: evaluate(delta.resized(keep), base, task, split="train").value
             for keep in (1.0, 0.5, 0.25)
@@ -238,6 +241,46 @@ def test_imitation_of_itself_is_nothing() -> None:
     )
 
 
+@pytest.mark.parametrize("name", sorted(plugins.examples("readouts", Readout)))
+def test_imitation_asks_for_nothing_but_answers(name: str) -> None:
+    """What no answer is read from takes no part; what one is does."""
+    read = plugins.examples("readouts", Readout)[name]
+    if read.writes or read.aligns:
+        with pytest.raises(SettingError, match="distil=0"):
+            read.imitation(torch.zeros(2, 3), torch.zeros(2, 3))
+        return
+    generator = torch.Generator().manual_seed(0)
+    shape = (4, 2, 3, 5) if name == "label_embedding" else (4, 5)
+    one, other = (torch.randn(shape, generator=generator) for _ in range(2))
+    unread = {"multiple_choice": (..., -1), "label_embedding": (slice(None), 1)}.get(name)
+    assert float(read.imitation(one, other)) > 0
+    if unread is not None:
+        moved = one.clone()
+        moved[unread] += 3 * torch.randn(moved[unread].shape, generator=generator)
+        assert float(read.imitation(moved, one)) == pytest.approx(0, abs=1e-6)
+        assert float(read.imitation(moved, other)) == pytest.approx(
+            float(read.imitation(one, other)), rel=1e-5
+        )
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "training"),
+    [
+        ("dynamic", SMALL, "gradient_checkpointing"),
+        ("dynamic", SMALL, "reuse_frozen"),
+        ("prune", {"rounds": 2, "by": "random", "beside": ["all@-1"]}, "reuse_frozen"),
+    ],
+)
+def test_what_is_kept_or_computed_again_must_not_have_moved(
+    name: str, settings: dict[str, Any], training: str, tmp_path: Path
+) -> None:
+    base = tiny_base("bert")
+    made = Recipe("own", method(name, **settings), READOUT, Training(**{training: True}))
+    with pytest.raises(SettingError, match=f"set {training} to false"):
+        tune(base, tiny_task(), made, out=tmp_path / f"x{SUFFIX}")
+    assert base.is_untouched()
+
+
 # --- bad input -----------------------------------------------------------------------------------
 
 
@@ -258,13 +301,34 @@ def test_a_size_without_a_unit_for_each_layer_names_the_nearest(tmp_path: Path) 
         method("dynamic", smallest=0.1, by="magnitude").attach(base)
     delta = fit_a_little(base, method("dynamic", **SMALL)).delta()
     other = tiny_base("bert")
+    small = replace(delta, method=method("dynamic", **{**SMALL, "smallest": 0.1}))
     with (
         pytest.raises(SettingError, match=r"nearest keep is 0\.25"),
-        delta.resized(0.1).changed(other),
+        small.resized(0.1).changed(other),
     ):
         pass
     with pytest.raises(SettingError, match="expected shares above 0"):
         delta.resized(0.0)
+
+
+def test_a_size_that_was_not_trained_is_refused() -> None:
+    base = tiny_base("bert")
+    delta = fit_a_little(base, method("dynamic", smallest=0.5, by="magnitude")).delta()
+    with pytest.raises(SettingError, match=r"no size below 0\.5.*nearest keep is 0\.5"):
+        delta.resized(0.3)
+
+
+def test_a_head_that_remembers_the_whole_is_of_no_other_size() -> None:
+    """Means of the whole model's states would be the answers of every size."""
+    base = tiny_language_base("bert")
+    read = readout("label_embedding", max_length=32)
+    fitted = wire(base, method("dynamic", **SMALL), read)
+    with pytest.raises(SettingError, match="which no other size has"):
+        fitted.delta().resized(0.5)
+    read = readout("label_embedding", max_length=32, inference="scores")
+    fitted.change.remove()
+    fitted = wire(base, method("dynamic", **SMALL), read)
+    assert fitted.delta().resized(0.5).method.keep == 0.5
 
 
 def test_ranks_that_are_not_the_bases_are_refused() -> None:

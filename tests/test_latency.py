@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from howfine.evaluate import evaluate
 from howfine.latency import Timed
 from howfine.method import method
 from howfine.report import report
+from howfine.slicing import sliced
 from howfine.study import study
 from tiny import fit_a_little, tiny_base, tiny_task
 
@@ -45,14 +47,14 @@ def test_the_largest_size_that_is_as_fast(tmp_path: Path, timed: list[int]) -> N
     base = tiny_base("bert")
     delta = made(base)
     table = latency.of_sizes(delta, base, cache=tmp_path)
-    assert [row.keep for row in table] == [1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2]
+    assert [row.keep for row in table] == [1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3]
     assert [row.parameters for row in table] == sorted(timed, reverse=True)
     assert table[0].parameters == sum(p.numel() for p in base.tower.parameters())
     for row in table:
         assert latency.largest(delta, base, row.milliseconds, cache=tmp_path) == row
     between = (table[2].milliseconds + table[3].milliseconds) / 2
     assert latency.largest(delta, base, between, cache=tmp_path).keep == 0.7
-    with pytest.raises(SettingError, match=r"the fastest, with 0\.2 of the units, takes"):
+    with pytest.raises(SettingError, match=r"the fastest, with 0\.3 of the units, takes"):
         latency.largest(delta, base, table[-1].milliseconds / 2, cache=tmp_path)
     assert base.is_untouched()
 
@@ -97,6 +99,80 @@ def test_a_delta_of_one_size_has_no_table(tmp_path: Path) -> None:
     )
 
 
+def test_what_a_base_cannot_take_is_told(tmp_path: Path) -> None:
+    base = tiny_base("bert", max_position_embeddings=40)
+    delta = made(base)
+    for rows, tokens, said in ((0, 8, "1 or more"), (1, 0, "1 or more"), (1, 41, "40 at most")):
+        with pytest.raises(SettingError, match=said):
+            latency.of_sizes(delta, base, rows, tokens, cache=tmp_path)
+        with pytest.raises(SettingError, match=said):
+            latency.of_delta(delta, base, rows, tokens)
+
+
+def test_a_cache_that_cannot_be_written_costs_no_table(tmp_path: Path, timed: list[int]) -> None:
+    base = tiny_base("bert")
+    (tmp_path / "file").write_text("no folder")
+    assert latency.of_sizes(made(base), base, cache=tmp_path / "file" / "inside")
+    delta = made(base)
+    table = latency.of_sizes(delta, base, cache=tmp_path / "kept")
+    for text in ("[]", "{}", '[{"keep": 1}]', "\xff"):
+        for file in (tmp_path / "kept").iterdir():
+            file.write_text(text)
+        assert latency.of_sizes(delta, base, cache=tmp_path / "kept") == table
+
+
+def test_the_mode_of_the_base_is_its_own() -> None:
+    base = tiny_base("bert")
+    base.tower.train()
+    latency.of_base(base, 1, 8)
+    assert base.tower.training
+
+
+def test_the_whole_is_a_size_too(tmp_path: Path) -> None:
+    base = tiny_base("bert")
+    done = sliced(made(base), tmp_path / "whole", base, keep=1.0)
+    assert done.parameters == done.before
+
+
+@pytest.mark.slow
+def test_a_report_outlives_files_and_bases_that_are_odd(tmp_path: Path) -> None:
+    """Few positions, a ceiling that is pruned, a file of another base, a torn cache."""
+    plan = {
+        "ceiling": "prune",
+        "floor": "head-only",
+        "recipes": ["prune", "dynamic"],
+        "seeds": [0],
+        "margin": 0.9,
+        "settings": {"max_steps": 2, "batch_size": 8, "max_length": 32},
+        "knobs": {"prune": {"keep": [0.25]}, "dynamic": {"smallest": [0.6]}},
+    }
+    path, folder = tmp_path / "plan.yaml", tmp_path / "study"
+    path.write_text(yaml.safe_dump(plan))
+    base, task = tiny_base("bert", max_position_embeddings=40), tiny_task()
+    study(base, task, path, out=folder)
+    found = report(folder, base=base, task=task)["latency"]
+    assert found is not None
+    assert found["tokens"] == 40
+    shown = [(row["recipe"], row["keep"]) for row in found["rows"]]
+    assert sorted(shown, key=str) == sorted(
+        [("prune", None), ("prune", None), ("dynamic", 1.0), ("dynamic", 0.7)], key=str
+    )
+    assert "one input of 40 tokens" in (folder / "report.html").read_text()
+    for text in ("{", "[]", '{"a": {}}'):
+        (folder / "latency.json").write_text(text)
+        again = report(folder, base=base, task=task)["latency"]
+        assert again is not None
+        assert [row["score"] for row in again["rows"]] == [row["score"] for row in found["rows"]]
+    for file in folder.rglob("dynamic*.safetensors"):
+        replace(Delta.load(file), base_fingerprint="0" * 64).save(file)
+    (folder / "latency.json").unlink()
+    left = report(folder, base=base, task=task)["latency"]
+    assert left is not None
+    assert left["missing"] == ["dynamic"]
+    assert {row["recipe"] for row in left["rows"]} == {"prune"}
+    assert "can't be put on: dynamic" in (folder / "report.md").read_text()
+
+
 @pytest.mark.slow
 def test_the_report_shows_scores_against_latency(tmp_path: Path, timed: list[int]) -> None:
     """Of the whole model, of pruned files, and of one file at every size it has."""
@@ -115,8 +191,9 @@ def test_the_report_shows_scores_against_latency(tmp_path: Path, timed: list[int
     base, task = tiny_base("bert"), tiny_task()
     study(base, task, path, out=folder)
     found = report(folder, base=base, task=task)
-    rows = found["latency"]
-    assert rows is not None
+    assert found["latency"] is not None
+    assert (found["latency"]["tokens"], found["latency"]["missing"]) == (64, [])
+    rows = found["latency"]["rows"]
     shown = [(row["recipe"], row["keep"]) for row in rows]
     assert shown == [
         *[("full", None), ("prune", None), ("prune", None)],
@@ -135,6 +212,6 @@ def test_the_report_shows_scores_against_latency(tmp_path: Path, timed: list[int
     assert "Score against latency" in page
     assert "30 % of the units" in page
     counted = len(timed)
-    assert report(folder, base=base, task=task)["latency"] == rows
+    assert report(folder, base=base, task=task)["latency"] == found["latency"]
     assert len(timed) == counted  # nothing is measured twice
     assert base.is_untouched()

@@ -282,6 +282,14 @@ def test_a_state_in_between_is_never_the_best(tmp_path: Path) -> None:
     assert sum(on) == pytest.approx(0.3 * sum(whole), abs=1)
 
 
+def test_patience_begins_when_the_rounds_are_done(tmp_path: Path) -> None:
+    base, task = tiny_base("bert"), tiny_task()
+    chosen = method("prune", keep=0.4, rounds=4, by="random", beside=("all",))
+    settings = {"max_steps": 40, "evaluations": 20, "patience": 2}
+    done = fit(base, task, tmp_path, chosen, "x", **settings)
+    assert 18 < done.steps < 40
+
+
 def test_a_training_too_short_for_its_rounds_is_told(tmp_path: Path) -> None:
     base, task = tiny_base("bert"), tiny_task()
     chosen = method("prune", keep=0.3, rounds=4, by="random", beside=("all",))

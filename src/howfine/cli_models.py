@@ -41,8 +41,12 @@ def cut(
     latency_ms: Annotated[
         float | None, typer.Option(help="Of a delta of all sizes the largest as fast, in ms here.")
     ] = None,
-    rows: Annotated[int, typer.Option(help="Inputs at a time, for --latency-ms.")] = 1,
-    tokens: Annotated[int, typer.Option(help="Tokens of an input, for --latency-ms.")] = 64,
+    rows: Annotated[
+        int | None, typer.Option(help="Of --latency-ms: inputs at a time. [default: 1]")
+    ] = None,
+    tokens: Annotated[
+        int | None, typer.Option(help="Of --latency-ms: tokens of an input. [default: 64]")
+    ] = None,
     vocabulary: Annotated[
         str | None,
         typer.Option(metavar="TEXTS", help="Keep the tokens of these: a .txt file, or a task."),
@@ -61,16 +65,18 @@ def cut(
 
     from howfine.delta import Delta
     from howfine.errors import SettingError
-    from howfine.latency import largest
+    from howfine.latency import ROWS, TOKENS, largest
     from howfine.slicing import sliced as run
 
+    if keep is not None and latency_ms is not None:
+        raise SettingError("--keep and --latency-ms both say a size; give one of them")
+    if latency_ms is None and (rows is not None or tokens is not None):
+        raise SettingError("--rows and --tokens are for --latency-ms; give that, too, or neither")
     opened = Delta.load(delta)
     texts = options.texts(vocabulary, data) if vocabulary is not None else None
     loaded = options.base(base, opened, "cpu", "float32")
     if latency_ms is not None:
-        if keep is not None:
-            raise SettingError("--keep and --latency-ms both say a size; give one of them")
-        keep = largest(opened, loaded, latency_ms, rows, tokens).keep
+        keep = largest(opened, loaded, latency_ms, rows or ROWS, tokens or TOKENS).keep
     done = run(opened, out, loaded, keep=keep, texts=texts, least=least)
     facts = {name: str(v) if isinstance(v, Path) else v for name, v in asdict(done).items()}
     options.show(as_json, facts | ({} if keep is None else {"keep": keep}), _told(done, keep))

@@ -90,6 +90,12 @@ class Delta:
                 f"as {' or '.join(n for n, cls in methods().items() if cls.resizable)}, or one "
                 "that was pruned to the size"
             )
+        if self.readout.remembers:
+            raise SettingError(
+                "the delta's head holds what the model of the stored size made of the training "
+                "examples, which no other size has; train with a readout that answers by what it "
+                "learned, such as inference=scores"
+            )
         settings = {**plugins.settings_of(self.method), "keep": keep}
         name = plugins.name_of("methods", Method, self.method)
         return replace(self, method=method(name, **settings), score={})

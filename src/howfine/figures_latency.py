@@ -6,13 +6,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from howfine.figures import COLOURS, SYMBOLS, Figure, plain, plot
-from howfine.report_latency import size_said
+from howfine.report_latency import input_said, size_said
 from howfine.wording import in_percent, interval_said, metric_said, score_said
 
 
 def score_against_latency(result: Mapping[str, Any]) -> Figure:
     """Test score and interval over milliseconds; sizes of one file are joined by a line."""
-    rows, metric = result["latency"], result["task"]["metric"]
+    rows, metric = result["latency"]["rows"], result["task"]["metric"]
     scale = 100 if in_percent(metric) else 1
     low = min(scale * row["interval"][0] for row in rows)
     high = max(scale * row["interval"][1] for row in rows)
@@ -28,7 +28,10 @@ def score_against_latency(result: Mapping[str, Any]) -> Figure:
     figure = plot(
         traces,
         420,
-        xaxis={"title": {"text": "milliseconds for one input of 64 tokens"}, "rangemode": "tozero"},
+        xaxis={
+            "title": {"text": f"milliseconds for {input_said(result['latency'])}"},
+            "rangemode": "tozero",
+        },
         yaxis={
             "range": [low - room, high + room],
             "title": {"text": f"{metric_said(metric)} on test", "standoff": 14},

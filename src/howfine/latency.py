@@ -17,11 +17,11 @@ from typing import Any
 
 import torch
 
-from howfine import cuts, fingerprint, units
-from howfine.base import Base
+from howfine import fingerprint, units
+from howfine.base import IMAGE, Base
 from howfine.container import write_atomically
 from howfine.delta import Delta
-from howfine.errors import SettingError
+from howfine.errors import SettingError, StorageError
 from howfine.slicing import smaller, trial
 
 ROWS, TOKENS = 1, 64
@@ -41,14 +41,19 @@ class Timed:
 
 def of_delta(delta: Delta, base: Base, rows: int = ROWS, tokens: int = TOKENS) -> Timed:
     """The latency of a base with a delta on, cut where that can be."""
+    _check_shape(base, rows, tokens)
     with delta.changed(base):
-        model = smaller(base) if cuts.of(base, base.tower) else base.tower
-        return _timed(base, model, rows, tokens)
+        return _timed(base, smaller(base, or_same=True), rows, tokens)
 
 
 def of_base(base: Base, rows: int = ROWS, tokens: int = TOKENS) -> Timed:
     """The latency of a base as it is."""
-    return _timed(base, base.tower, rows, tokens)
+    _check_shape(base, rows, tokens)
+    was_training = base.tower.training
+    try:
+        return _timed(base, base.tower, rows, tokens)
+    finally:
+        base.tower.train(was_training)
 
 
 def of_sizes(
@@ -63,14 +68,13 @@ def of_sizes(
     """The latency at each of the sizes that a delta of all sizes has, the largest first.
 
     Kept under `cache` (by default the user's) for this machine and number of threads. Raises
-    SettingError for a delta of one size.
+    SettingError for a delta of one size, and for inputs that the base can't take.
     """
+    _check_shape(base, rows, tokens)
     path = Path(cache or fingerprint.cache_folder() / "latency")
     path /= f"{_key(delta, base, rows, tokens, sizes)}.json"
-    try:
-        return [Timed(**row) for row in json.loads(path.read_text())]
-    except (OSError, ValueError, TypeError):  # not measured yet, or a torn file
-        pass
+    if known := _known(path):
+        return known
     found: list[Timed] = []
     for keep in sorted(sizes, reverse=True):
         try:
@@ -80,9 +84,30 @@ def of_sizes(
                 raise
             break
         found.append(Timed(timed.milliseconds, timed.parameters, keep))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, json.dumps([asdict(row) for row in found]).encode())
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, json.dumps([asdict(row) for row in found]).encode())
+    except (OSError, StorageError):  # a folder that can't be written: measured anew each time
+        return found
     return found
+
+
+def _known(path: Path) -> list[Timed]:
+    """A table that was measured before; empty for none, or a torn file."""
+    try:
+        return [Timed(**row) for row in json.loads(path.read_text())]
+    except (OSError, ValueError, TypeError):
+        return []
+
+
+def _check_shape(base: Base, rows: int, tokens: int) -> None:
+    """Refuse a batch that the base can't take."""
+    if rows < 1 or tokens < 1:
+        raise SettingError(f"latency of {rows} x {tokens} tokens: expected 1 or more of both")
+    if base.tower_name != IMAGE and tokens > base.room:
+        raise SettingError(
+            f"latency of {tokens} tokens: {base.name} takes {base.room} at most; ask for fewer"
+        )
 
 
 def largest(
@@ -134,8 +159,11 @@ def _key(delta: Delta, base: Base, rows: int, tokens: int, sizes: Sequence[float
 
 def machine(base: Base) -> str:
     """What a latency was measured on, in words."""
+    gpu = torch.cuda.get_device_name(base.device) if base.device.type == "cuda" else ""
+    kernel = getattr(base.config, "_attn_implementation", None)
     threads = torch.get_num_threads()
-    return f"{cpu()}, {base.device}, {threads} threads, torch {torch.__version__}"
+    device = f"{base.device} {gpu}".strip()
+    return f"{cpu()}, {device}, {threads} threads, torch {torch.__version__}, {kernel}"
 
 
 def cpu() -> str:

@@ -64,6 +64,7 @@ class Fit:
             undo.callback(reuse.remove)
             change = undo.enter_context(recipe.method.attach(base, probe))
             reuse.start()
+            _check_moves(recipe)
             if training.gradient_checkpointing:
                 _check_checkpointing(recipe)
                 undo.callback(_checkpoint_activations(base))
@@ -157,6 +158,21 @@ def _check_trains(recipe: Recipe, trainable: int) -> None:
         raise SettingError(
             f"recipe {recipe.name}: its method changes nothing of the base, and its readout has no "
             "parameters of its own, so nothing would train; choose a method that changes the base"
+        )
+
+
+def _check_moves(recipe: Recipe) -> None:
+    """What is computed again, or kept, has to be what it was."""
+    moves = recipe.method.moves
+    if recipe.training.reuse_frozen and moves:
+        raise SettingError(
+            f"recipe {recipe.name}: reuse_frozen keeps what frozen blocks gave, and its method "
+            f"changes them between {moves}; set reuse_frozen to false"
+        )
+    if recipe.training.gradient_checkpointing and moves == "passes":
+        raise SettingError(
+            f"recipe {recipe.name}: gradient_checkpointing computes blocks again when its method "
+            "has already changed them for the next pass; set gradient_checkpointing to false"
         )
 
 

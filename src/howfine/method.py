@@ -168,6 +168,14 @@ class Method(ABC):
         """
         yield 0.0
 
+    @property
+    def moves(self) -> Literal["", "steps", "passes"]:
+        """Between what frozen weights are read differently in training: steps, a step's passes.
+
+        What one step computes of them is then not to be kept for another, or computed again later.
+        """
+        return ""
+
     def finished(self, change: Change) -> bool:
         """Whether what would be stored now is as small as asked: only then may it be the best."""
         return True

@@ -93,6 +93,11 @@ class Readout(ABC):
         return True
 
     @property
+    def remembers(self) -> bool:
+        """Whether a stored head holds what the whole model made of the training examples."""
+        return False
+
+    @property
     def adds_up(self) -> bool:
         """Whether a batch's loss is the mean of those of its equal parts."""
         return True

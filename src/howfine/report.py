@@ -69,7 +69,7 @@ class Report(TypedDict):
     where: dict[str, list[dict[str, Any]]]  # recipe: layer, part, changed, entries, share
     where_runs: dict[str, str]  # recipe: key of the run whose file was counted in
     pictures: list[dict[str, Any]] | None  # what the recommended run found for test captions
-    latency: list[dict[str, Any]] | None  # rows of report_latency; None where all are as fast
+    latency: report_latency.Latency | None  # None where all are as fast as the base
     machine: dict[str, Any]  # cpu, cores, torch, howfine
     date: str
     command: str

@@ -7,17 +7,18 @@ kept in the study's folder (`latency.json`), so that a report made again measure
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
-from howfine import latency, stored, units, wording
-from howfine.base import Base, TwoTowers
+from howfine import latency, units, wording
+from howfine.base import IMAGE, Base, TwoTowers
 from howfine.container import write_atomically
 from howfine.delta import Delta
-from howfine.errors import HowfineError
+from howfine.errors import HowfineError, SettingError
 from howfine.evaluate import evaluate
+from howfine.latency import Timed
 from howfine.ledger import Record
 from howfine.report_tables import Cell, Table
 from howfine.task import Task
@@ -29,48 +30,70 @@ KEPT = "latency.json"
 Row = dict[str, Any]  # recipe, settings, keep, score, interval, milliseconds, parameters, key
 
 
+class Latency(TypedDict):
+    """What the report has of it."""
+
+    tokens: int | None  # of the one input; None for a picture
+    whole: float  # milliseconds of the base
+    rows: list[Row]
+    missing: list[str]  # recipes of which a file can't be put on
+
+
 def measure(
     folder: Path,
     records: Sequence[Record],
     groups: Sequence[Mapping[str, Any]],
     base: Base,
     task: Task,
-) -> list[Row] | None:
-    """A row of the ceiling, of every group whose file switches whole units off, and of each size.
+) -> Latency | None:
+    """The ceiling, every group whose file switches whole units off, and each size of a file.
 
     None where there is no such file: then all are as fast as the base.
     """
     if isinstance(base, TwoTowers):
         return None
-    files = {r["key"]: folder / r["file"] for r in records if "file" in r}
-    kept = {r["key"]: Delta.load(files[r["key"]]) for r in records if _with_units(r, files)}
+    kept = {key: delta for key, delta in _deltas(folder, records).items() if _has_units(delta)}
     if not kept:
         return None
-    known = _Known(folder / KEPT, base, task)
+    tokens = min(latency.TOKENS, base.room)
+    known = _Known(folder / KEPT, base, task, tokens)
+    whole = known.time("base", None)
     ceiling = next(group for group in groups if group["role"] == "ceiling")
-    rows = [_row(ceiling, None) | known.time("base", None, None)]
+    rows = [] if kept.keys() & set(ceiling["keys"]) else [_row(ceiling, None) | whole]
+    missing = []
     for group in groups:
         key = next((key for key in group["keys"] if key in kept), None)
         if key is None:
             continue
-        delta = kept[key]
-        if delta.method.resizable:
-            rows += [_row(group, key) | each for each in known.sizes(key, delta)]
-        else:
-            rows.append(_row(group, key) | known.time(key, delta, None))
+        try:
+            rows += [_row(group, key) | found for found in known.of_file(key, kept[key])]
+        except HowfineError:  # the page is of scores that are measured
+            missing.append(group["recipe"])
     known.write()
-    return rows
+    stated = None if base.tower_name == IMAGE else tokens
+    return {
+        "tokens": stated,
+        "whole": whole["milliseconds"],
+        "rows": rows,
+        "missing": list(dict.fromkeys(missing)),
+    }
 
 
-def _with_units(record: Record, files: Mapping[str, Path]) -> bool:
-    """Whether a run's file is there and says which units are on."""
-    if "error" in record or not files[record["key"]].is_file():
-        return False
-    try:
-        streams = Delta.load(files[record["key"]]).streams
-    except HowfineError:  # the page is of scores that are measured
-        return False
-    return any(stream.name.startswith(f"method/{units.KEPT}") for stream in streams)
+def _deltas(folder: Path, records: Sequence[Record]) -> dict[str, Delta]:
+    """The runs' files that are there and can be read, by key."""
+    found = {}
+    for record in records:
+        path = folder / record["file"] if "file" in record and "error" not in record else None
+        try:
+            if path is not None and path.is_file():
+                found[record["key"]] = Delta.load(path)
+        except HowfineError:  # `report_where` says which are gone
+            continue
+    return found
+
+
+def _has_units(delta: Delta) -> bool:
+    return any(stream.name.startswith(f"method/{units.KEPT}") for stream in delta.streams)
 
 
 def _row(group: Mapping[str, Any], key: str | None) -> Row:
@@ -81,44 +104,60 @@ def _row(group: Mapping[str, Any], key: str | None) -> Row:
 class _Known:
     """What was measured before, and what is measured now."""
 
-    def __init__(self, path: Path, base: Base, task: Task) -> None:
-        self.path, self.base, self.task = path, base, task
-        self.found = stored.read_json(path)
+    def __init__(self, path: Path, base: Base, task: Task, tokens: int) -> None:
+        self.path, self.base, self.task, self.tokens = path, base, task, tokens
+        self.found: dict[str, Any] = {}
+        try:
+            read = json.loads(path.read_text())
+        except (OSError, ValueError):  # nothing was measured yet, or the file is torn
+            return
+        self.found = read if isinstance(read, dict) else {}
 
-    def time(self, name: str, delta: Delta | None, keep: float | None) -> Row:
+    def time(self, name: str, delta: Delta | None, keep: float | None = None) -> Row:
         """Milliseconds and parameters: of the base, or of it with a delta on at a size."""
-        place = f"{latency.machine(self.base)} {name} {keep}"
-        if place not in self.found:
-            timed = latency.of_delta(delta, self.base) if delta else latency.of_base(self.base)
-            self.found[place] = asdict(timed) | {"keep": keep}
-        row: Row = self.found[place]
-        return row
+        place = f"{latency.machine(self.base)}, {self.tokens} tokens: {name} {keep}"
+        try:
+            return asdict(Timed(**self.found[place])) | {"keep": keep}
+        except (KeyError, TypeError):  # not measured yet
+            shape = {"rows": 1, "tokens": self.tokens}
+            of = latency.of_base(self.base, **shape) if delta is None else None
+            timed = of or latency.of_delta(delta, self.base, **shape)  # type: ignore[arg-type]
+        self.found[place] = asdict(timed)
+        return asdict(timed) | {"keep": keep}
 
-    def sizes(self, key: str, delta: Delta) -> Iterator[Row]:
-        """Of each size that has a unit for each layer: its score on test, and its latency."""
+    def of_file(self, key: str, delta: Delta) -> list[Row]:
+        """Of a file of one size its latency; of all sizes the score at each, too."""
+        if not delta.method.resizable:
+            return [self.time(key, delta)]
+        rows = []
         for keep in SIZES:
-            place = f"score {self.task.fingerprint} {key} {keep}"
-            resized = delta.resized(keep)
-            if place not in self.found:
-                try:
-                    score = evaluate(resized, self.base, self.task, split="test")
-                except HowfineError:  # too small for this base: see units.check_share
-                    return
-                self.found[place] = {"score": score.value, "interval": list(score.interval)}
-            yield self.found[place] | self.time(key, resized, keep)
+            try:
+                resized = delta.resized(keep)
+            except SettingError:  # not trained so small
+                break
+            rows.append(self._score(key, resized, keep) | self.time(key, resized, keep))
+        return rows
+
+    def _score(self, key: str, delta: Delta, keep: float) -> Row:
+        place = f"score {self.task.fingerprint} {key} {keep}"
+        known = self.found.get(place)
+        if not isinstance(known, dict) or known.keys() != {"score", "interval"}:
+            score = evaluate(delta, self.base, self.task, split="test")
+            known = {"score": score.value, "interval": list(score.interval)}
+            self.found[place] = known
+        return known
 
     def write(self) -> None:
         """Keep it for the next report."""
         write_atomically(self.path, f"{json.dumps(self.found, indent=1)}\n".encode())
 
 
-def table(rows: Sequence[Row], metric: str) -> Table:
+def table(found: Latency, metric: str) -> Table:
     """One row a model, the fastest first."""
-    whole = rows[0]
     lines = []
-    for row in sorted(rows, key=lambda row: row["milliseconds"]):
+    for row in sorted(found["rows"], key=lambda row: row["milliseconds"]):
         said = f"{wording.score_said(metric, row['score'])} "
-        times = whole["milliseconds"] / row["milliseconds"]
+        times = found["whole"] / row["milliseconds"]
         lines.append(
             [
                 Cell(row["recipe"], row["recipe"]),
@@ -130,6 +169,12 @@ def table(rows: Sequence[Row], metric: str) -> Table:
             ]
         )
     return Table(["recipe", "size", "test score", "ms", "as fast", "parameters"], lines)
+
+
+def input_said(found: Latency) -> str:
+    """The one input that it is measured for."""
+    tokens = found["tokens"]
+    return "one picture" if tokens is None else f"one input of {tokens} tokens"
 
 
 def size_said(row: Mapping[str, Any]) -> str:

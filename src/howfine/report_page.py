@@ -38,7 +38,7 @@ def html(result: Mapping[str, Any], thumbnails: Mapping[str, str] | None = None)
     plots = {"score": figures.score_against_bytes(result)}
     if figures_calibration.shown(result):
         plots["reliability"] = figures_calibration.reliability(result)
-    if result["latency"]:
+    if result["latency"] and result["latency"]["rows"]:
         plots["latency"] = figures_latency.score_against_latency(result)
     if rows := result["distance"]:
         plots |= {
@@ -108,8 +108,9 @@ def _view(result: Mapping[str, Any]) -> dict[str, Any]:
         "moved": _moved(result["distance"]) if result["distance"] else "",
         "where": report_where.view(result),
         "found": report_pictures.said(result["pictures"]) if result["pictures"] else "",
+        "input": report_latency.input_said(result["latency"]) if result["latency"] else "",
         "speed": report_latency.table(result["latency"], result["task"]["metric"])
-        if result["latency"]
+        if result["latency"] and result["latency"]["rows"]
         else None,
         "partial": report_tables.layers_table(result),
         "commands": commands(result),

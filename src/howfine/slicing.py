@@ -83,7 +83,7 @@ def sliced(
     fewer = None if texts is None else vocabulary.used(base, texts, least, words)
     with _changed(delta, base) as head:
         only_weights(base, "which a smaller model would lose; keep the delta beside its base")
-        model = smaller(base, or_same=fewer is not None)
+        model = smaller(base, or_same=fewer is not None or keep == 1)
         if fewer is not None:
             vocabulary.cut(base, model, fewer)
     plain = _state_widths(base, model)

@@ -228,13 +228,28 @@ class PartsTrainer(Trainer):
 
 
 class _Patience(EarlyStoppingCallback):
-    """transformers' early stopping, which else forgets at a resume how long it has waited."""
+    """transformers' early stopping, which else forgets at a resume how long it has waited.
+
+    States that can't be the best, as they are not finished (`Method.finished`), do not count.
+    """
+
+    def on_evaluate(  # type: ignore[override]
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **told: Any,
+    ) -> None:
+        """Count an evaluation."""
+        if told["metrics"].get("eval_score") != -math.inf:
+            super().on_evaluate(args, state, control, **told)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
         """Count the evaluations since the best one, of those in a checkpoint's log."""
         scores = [row["eval_score"] for row in state.log_history if "eval_score" in row]
+        scores = [score for score in scores if score != -math.inf]
         if scores:
             self.early_stopping_patience_counter = len(scores) - 1 - scores.index(max(scores))
 

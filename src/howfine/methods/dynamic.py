@@ -51,6 +51,15 @@ class Dynamic(Method):
                 f"and drawn {self.drawn}, expected shares above 0, up to 1 (distil: from 0), and 0 "
                 "or more"
             )
+        if self.keep < self.smallest:
+            raise SettingError(
+                f"dynamic keep {self.keep}: no size below {self.smallest} (smallest) is trained; "
+                f"the nearest keep is {self.smallest}"
+            )
+
+    @property
+    def moves(self) -> Literal["", "steps", "passes"]:
+        return "passes"
 
     def attach(self, base: Base, probe: Probe | None = None) -> Change:
         start: Tensors = dict(probe.start) if probe is not None else {}
@@ -149,7 +158,7 @@ def _on(base: Base, placed: Mapping[str, Tensor], keep: float) -> Tensors:
 
 
 def _bits(ranks: Tensor) -> Tensor:
-    """(20, units) digits of ranks, the lowest first: exact whatever precision a file has."""
+    """(32, units) digits of ranks, the lowest first: exact whatever precision a file has."""
     return ((ranks.cpu() >> torch.arange(_DIGITS)[:, None]) & 1).bool()
 
 
@@ -157,7 +166,7 @@ def _number(bits: Tensor) -> Tensor:
     return (bits.long() << torch.arange(len(bits), device=bits.device)[:, None]).sum(0)
 
 
-# Of a rank: more than a million heads and neurons are in no layer's model here.
-_DIGITS = 20
+# Of a rank, which is an int32; digits that are 0 everywhere take no room in a file.
+_DIGITS = 32
 
 EXAMPLE = Dynamic(smallest=0.3, by="magnitude", beside=("all@-1",))

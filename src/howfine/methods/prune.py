@@ -122,6 +122,10 @@ class Prune(Method):
         found = probe.sensitivities(base, counts, at=start, positions=self.by == "position")
         return units.importance(found, _OF[self.by])
 
+    @property
+    def moves(self) -> Literal["", "steps", "passes"]:
+        return "steps" if self.rounds > 1 else ""
+
     def passes(self, change: Change, progress: float) -> Iterator[float]:
         share = self._share(1 + int(progress / _GOING * self.rounds))
         if self._over(change, share):

@@ -108,6 +108,11 @@ class Towers(Method):
         for shares in itertools.zip_longest(*each, fillvalue=0.0) if each else [(0.0,)]:
             yield max(shares)
 
+    @property
+    def moves(self) -> Any:
+        asked = {part.moves for part in self.parts().values()}
+        return next((each for each in ("passes", "steps") if each in asked), "")
+
     def finished(self, change: Change) -> bool:
         return all(method.finished(change.parts[tower]) for tower, method in self.parts().items())
 

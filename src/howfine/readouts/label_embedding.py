@@ -62,10 +62,10 @@ class LabelEmbedding(Readout):
 
     @property
     def goes_on(self) -> bool:
-        return not self._remembers  # label vectors are not stored beside prototypes
+        return not self.remembers  # label vectors are not stored beside prototypes
 
     @property
-    def _remembers(self) -> bool:
+    def remembers(self) -> bool:
         return self.inference != "scores"
 
     def attach(self, base: Base, labels: Labels) -> Head:
@@ -101,18 +101,22 @@ class LabelEmbedding(Readout):
     def predict(self, outputs: Tensor) -> Tensor:
         return _answers(outputs).argmax(-1)
 
+    def imitation(self, outputs: Tensor, taught: Tensor) -> Tensor:
+        # At the label vectors, which train: prototypes are those of the last evaluation.
+        return super().imitation(outputs[:, 0], taught[:, 0])
+
     def probabilities(self, outputs: Tensor) -> Tensor:
         return _answers(outputs).double().softmax(-1)
 
     def remember(self, model: Wired, base: Base, examples: Sequence[Example]) -> None:
         head: Any = model.head
-        if self._remembers:
+        if self.remembers:
             head.prototypes.copy_(_means(head, model, base, self, examples))
 
     def pack(self, head: Head) -> dict[str, Tensor]:
         """What answers read: the prototypes, or the label vectors. The other is not stored."""
         state = head.state_dict()
-        name = "prototypes" if self._remembers else "vectors"
+        name = "prototypes" if self.remembers else "vectors"
         return {name: state[name].detach().clone()}
 
     def unpack(self, base: Base, labels: Labels, tensors: dict[str, Tensor]) -> Head:
