@@ -31,6 +31,7 @@ def merge(
     options.show(as_json, {"folder": str(path)}, f"{path}: load it with {how}")
 
 
+# long: an option takes a line or three
 def cut(
     delta: options.DeltaFile,
     out: Annotated[Path, typer.Argument(help="Folder to write.")],
