@@ -96,14 +96,21 @@ class GradientProbe:
                 undo.callback(host.register_forward_pre_hook(_noting(met, path)).remove)
             read = self.model.readout
             # A mean over a batch's tokens has no rows in it; pairs need those of their batch.
-            for loss, _ in self._losses(not read.adds_up and not read.aligns, rows):
+            batches = self._chosen(not read.adds_up and not read.aligns, rows, not read.aligns)
+            for chosen in batches:
+                loss = self.model(**self._batch(chosen).as_kwargs())["loss"]
                 own = _of_rows(loss, met, counts, positions)
                 size = max(map(len, own.values()), default=1)
                 for path, count in counts.items():  # the loss is a mean over rows
                     none = torch.zeros(size, count, device=base.device)
                     found[path].append(own.get(path, none) * size)
                 met.clear()
-        return {path: torch.cat(each) for path, each in found.items()}
+        joined = {path: torch.cat(each) for path, each in found.items()}
+        if read.aligns:  # as they came; of a tower of pictures a row is a picture
+            return joined
+        places = self._places(rows)
+        back = torch.argsort(torch.tensor([places[row] for chosen in batches for row in chosen]))
+        return {path: own[back.to(base.device)] for path, own in joined.items()}
 
     def runs(
         self, base: Base, at: Mapping[str, Tensor] | None = None, *, rows: int | None = None
@@ -112,8 +119,8 @@ class GradientProbe:
         with ExitStack() as undo:
             undo.enter_context(self._in_use())
             _put(base, at or {}, undo)
-            # Texts of a length together: less is computed for padding.
-            for batch, _ in self._batches(count=rows, sort=not self.model.readout.aligns):
+            for chosen in self._chosen(count=rows, sort=not self.model.readout.aligns):
+                batch = self._batch(chosen)
                 with torch.no_grad():
                     self.model(**batch.as_kwargs())
                 yield batch
@@ -128,32 +135,36 @@ class GradientProbe:
         finally:
             self.model.train(was_training)
 
-    def _losses(
-        self, alone: bool = False, count: int | None = None
-    ) -> Iterator[tuple[Tensor, int]]:
-        """Losses of `_batches`, and how many there are."""
-        for batch, among in self._batches(alone, count):
-            yield self.model(**batch.as_kwargs())["loss"], among
+    def _losses(self) -> Iterator[tuple[Tensor, int]]:
+        """Losses of a few batches, always the same ones, and how many there are."""
+        batches = self._chosen()
+        for chosen in batches:
+            yield self.model(**self._batch(chosen).as_kwargs())["loss"], len(batches)
 
-    def _batches(
-        self, alone: bool = False, count: int | None = None, sort: bool = False
-    ) -> Iterator[tuple[Batch, int]]:
-        """A few batches on the base's device, always the same ones, and how many there are.
+    def _batch(self, chosen: Sequence[int]) -> Batch:
+        """These examples on the base's device."""
+        batch = self.model.readout.collate(self.base, [self.examples[row] for row in chosen])
+        return Batch.from_kwargs(to_device(batch.as_kwargs(), self.base.device))
 
-        Of `count` rows in batches where given; of rows one by one, where `alone`; with `sort` from
-        the shortest text to the longest.
-        """
+    def _places(self, count: int | None = None) -> dict[int, int]:
+        """Numbers of a few examples, always the same ones, and of each its place among them."""
         generator = torch.Generator().manual_seed(0)
         order = torch.randperm(len(self.examples), generator=generator).tolist()
         order = order[: count or PROBE_BATCHES * self.batch_size]
+        return {row: place for place, row in enumerate(order)}
+
+    def _chosen(
+        self, alone: bool = False, count: int | None = None, sort: bool = False
+    ) -> list[list[int]]:
+        """Numbers of the examples of each batch; a batch each, where `alone`.
+
+        With `sort` from the shortest text to the longest: less is computed for padding.
+        """
+        order = list(self._places(count))
         if sort:
             order.sort(key=lambda row: sum(map(len, self.examples[row].texts)))
         size = 1 if alone else self.batch_size
-        rows = [order[i : i + size] for i in range(0, len(order), size)]
-        for chosen in rows:
-            batch = self.model.readout.collate(self.base, [self.examples[i] for i in chosen])
-            fields = to_device(batch.as_kwargs(), self.base.device)
-            yield Batch.from_kwargs(fields), len(rows)
+        return [order[i : i + size] for i in range(0, len(order), size)]
 
 
 def _of_rows(
