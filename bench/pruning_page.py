@@ -7,6 +7,7 @@ from statistics import mean
 from typing import Any
 
 import claims
+import latency
 from claims import ROOT, Results, Verdict
 
 PAGE = ROOT / "docs" / "results" / "pruning.md"
@@ -187,6 +188,7 @@ same task and seed."""
     parts = ["## Claims", "", *claims.verdicts(results, CLAIMS), ""]
     for task in (name for name in TASKS if results.rows(name, "full")):
         parts += [f"## {task}", "", *curves(results, task), ""]
+    parts += ["## Latency against size", "", *latency.lines(), ""]
     parts += SAID.splitlines()
     claims.write(PAGE, "Structured pruning of a small model", about, results, parts)
 
