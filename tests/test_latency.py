@@ -37,7 +37,7 @@ def timed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     def took(base: Base, model: torch.nn.Module, rows: int, tokens: int) -> Timed:
         count = sum(p.numel() for p in model.parameters())
         calls.append(count)
-        return Timed(count * rows * tokens / 64_000, count)
+        return Timed(count * rows * tokens / 64_000, 1.0, count)
 
     monkeypatch.setattr(latency, "_timed", took)
     return calls

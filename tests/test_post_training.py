@@ -14,6 +14,7 @@ from torch import Tensor
 
 from howfine import macs, rescaling, units
 from howfine.base import Base
+from howfine.batch import Batch
 from howfine.delta import SUFFIX, Delta
 from howfine.errors import DamagedDelta, SettingError
 from howfine.evaluate import evaluate
@@ -432,3 +433,32 @@ def test_a_file_of_other_factors_is_refused() -> None:
     with pytest.raises(DamagedDelta, match="do not fit which of them are on"):
         pruning().unpack(base, alone)
     assert base.is_untouched()
+
+
+def test_a_shared_blocks_runs_count_but_for_what_they_read() -> None:
+    """ALBERT: attention of the first run reads embeddings; neurons of the last, one position."""
+    base = tiny_base("albert")
+    with pruning().attach(base, probed(base)) as change:
+        apart = change.parts["apart"]
+    for path, own in apart.items():
+        assert own.any(), path
+    assert base.is_untouched()
+
+
+def test_padding_of_a_decoder_is_known_by_its_targets() -> None:
+    targets = torch.tensor([[-100, 5, 6, -100], [-100, 7, -100, -100]])
+    batch = Batch(inputs={}, targets=targets)
+    found = rescaling._of_decoder(batch, torch.ones(2, 4, dtype=torch.bool))
+    assert found.tolist() == [[True, True, True, False], [True, True, False, False]]
+    other = rescaling._of_decoder(batch, torch.ones(2, 5, dtype=torch.bool))
+    assert other.all()
+
+
+def test_a_budget_is_exact_beyond_single_precision() -> None:
+    """Everything stays at keep 1, however large the multiply-adds are."""
+    base = tiny_base("bert")
+    counts = units.counts(base)
+    information = {path: torch.rand(count) for path, count in counts.items()}
+    costs = {path: 700_000_049 if "attention" in path else 90_000_017 for path in counts}
+    kept = macs.search(base, information, costs, 1.0)
+    assert all(on.all() for on in kept.values())

@@ -40,7 +40,7 @@ from howfine.evaluate import predict
 from howfine.method import method
 from howfine.readout import readout
 from howfine.slicing import sliced
-from howfine.task import Task
+from howfine.task import Example, Task
 from test_slicing import delta_of
 from tiny import (
     LABELS,
@@ -546,3 +546,64 @@ def test_a_tokenizer_of_no_class_of_its_own(tmp_path: Path) -> None:
     agree(base, done.folder, KNOWN)
     small = AutoTokenizer.from_pretrained(done.folder)
     assert small.convert_tokens_to_ids("[NEW]") == (done.tokens or 0) - 1
+
+
+@pytest.mark.parametrize("name", ["roberta", "gpt2"])
+def test_what_a_readout_makes_of_the_texts_is_cut_as_before(name: str, tmp_path: Path) -> None:
+    """Templates, second texts and what is written stand behind a space: other tokens."""
+    base, task = spaced_base(name), spaced_task(name)
+    if name == "roberta":
+        template = "{text} It was {mask}. {pair}"
+        words = ("bad", "great")
+        read = readout("verbalizer", template=template, words=words, read="head")
+    else:
+        read = readout("language_model", max_length=32, max_new_tokens=8)
+    head = read.attach(base, task.labels)
+    chosen = method("select", train=("none",))
+    with chosen.attach(base) as change:
+        delta = Delta.pack(base, chosen, change, read, head, task.labels)
+    used = vocabulary.used(base, vocabulary.texts_of(task), words=vocabulary.words_of(delta))
+    rows = task.splits["train"]
+    before = read.collate(base, rows).inputs["input_ids"]
+    assert set(before.flatten().tolist()) <= set(used.kept)
+    done = sliced(delta, tmp_path / "small", base, texts=vocabulary.texts_of(task))
+    small = Base.load(str(done.folder), kind=base.kind)
+    after = read.collate(small, rows).inputs["input_ids"]
+    kept = torch.tensor(used.kept)
+    assert torch.equal(kept[after], before)
+
+
+def spaced_base(name: str) -> Base:
+    """With byte-level BPE that tells words by the space before them."""
+    tokenizer = Tokenizer(models.BPE(unk_token=None))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    special = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
+    words = "great bad film plot boring It was so . a dull"
+    trainer = trainers.BpeTrainer(
+        vocab_size=600,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([words, *(f" {word}" for word in words.split())] * 9, trainer)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+        mask_token="<mask>",
+        unk_token="<unk>",
+        model_max_length=64,
+    )
+    changes = {"vocab_size": len(fast), "pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2}
+    base = tiny_language_base(name, **changes)
+    return Base(base.name, base.tower, fast, kind=base.kind)
+
+
+def spaced_task(name: str) -> Task:
+    if name == "roberta":
+        rows = [Example(("great film", "bad plot"), 1), Example(("boring", "dull film"), 0)] * 4
+        return Task("pairs", dict.fromkeys(("train", "dev", "test"), rows), LABELS, "accuracy", "")
+    rows = [Example(("a plot",), targets=(f"{word} film",)) for word in ("great", "boring")] * 4
+    return Task("written", dict.fromkeys(("train", "dev", "test"), rows), (), "rouge_l", "")

@@ -17,7 +17,7 @@ def score_against_latency(result: Mapping[str, Any]) -> Figure:
     low = min(scale * row["interval"][0] for row in rows)
     high = max(scale * row["interval"][1] for row in rows)
     room = 0.05 * ((high - low) or 1)
-    recipes = list(dict.fromkeys(row["recipe"] for row in rows))
+    recipes = list(dict.fromkeys(group["recipe"] for group in result["groups"]))
     keys = dict.fromkeys((row["recipe"], row["key"] if row["keep"] else None) for row in rows)
     traces = []
     for recipe, key in keys:

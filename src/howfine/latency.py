@@ -11,7 +11,7 @@ import platform
 import statistics
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +32,13 @@ _RUNS, _WARM = 25, 3
 
 @dataclass(frozen=True)
 class Timed:
-    """A model's latency in milliseconds, a median, and its parameters; at a size where asked."""
+    """A model's latency in milliseconds, a median, and its parameters; at a size where asked.
+
+    `whole` is that of the base, in the same rounds, in which both ran in turn.
+    """
 
     milliseconds: float
+    whole: float
     parameters: int
     keep: float | None = None
 
@@ -49,11 +53,7 @@ def of_delta(delta: Delta, base: Base, rows: int = ROWS, tokens: int = TOKENS) -
 def of_base(base: Base, rows: int = ROWS, tokens: int = TOKENS) -> Timed:
     """The latency of a base as it is."""
     _check_shape(base, rows, tokens)
-    was_training = base.tower.training
-    try:
-        return _timed(base, base.tower, rows, tokens)
-    finally:
-        base.tower.train(was_training)
+    return _timed(base, base.tower, rows, tokens)
 
 
 def of_sizes(
@@ -83,7 +83,7 @@ def of_sizes(
             if not found:  # no size at all, not one that is too small
                 raise
             break
-        found.append(Timed(timed.milliseconds, timed.parameters, keep))
+        found.append(replace(timed, keep=keep))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, json.dumps([asdict(row) for row in found]).encode())
@@ -132,18 +132,28 @@ def largest(
     return fits[0]
 
 
-@torch.inference_mode()
 def _timed(base: Base, model: Any, rows: int, tokens: int) -> Timed:
-    inputs, spent = trial(base, rows, tokens), []
-    model.eval()
+    was_training = base.tower.training
+    try:
+        with torch.inference_mode():
+            return _in_turn(base, model, rows, tokens)
+    finally:
+        base.tower.train(was_training)
+
+
+def _in_turn(base: Base, model: Any, rows: int, tokens: int) -> Timed:
+    inputs, both = trial(base, rows, tokens), dict.fromkeys((base.tower, model.eval()))
+    spent: dict[Any, list[float]] = {each.eval(): [] for each in both}
     for number in range(_WARM + _RUNS):
-        start = time.perf_counter()
-        model(**inputs)
-        if base.device.type == "cuda":
-            torch.cuda.synchronize(base.device)
-        if number >= _WARM:
-            spent.append(time.perf_counter() - start)
-    return Timed(1e3 * statistics.median(spent), sum(p.numel() for p in model.parameters()))
+        for each in both:
+            start = time.perf_counter()
+            each(**inputs)
+            if base.device.type == "cuda":
+                torch.cuda.synchronize(base.device)
+            if number >= _WARM:
+                spent[each].append(time.perf_counter() - start)
+    own, whole = (1e3 * statistics.median(spent[each]) for each in (model, base.tower))
+    return Timed(own, whole, sum(p.numel() for p in model.parameters()))
 
 
 def _key(delta: Delta, base: Base, rows: int, tokens: int, sizes: Sequence[float]) -> str:

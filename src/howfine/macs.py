@@ -64,8 +64,8 @@ def search(
         )
     best = (-math.inf, 0, 0)
     for k in range(heads.firm, len(heads.cost)):
-        left = budget - float(heads.cost[k])
-        n = int(torch.searchsorted(neurons.cost, torch.tensor(left), right=True)) - 1
+        left = torch.tensor(budget - float(heads.cost[k]), dtype=neurons.cost.dtype)
+        n = int(torch.searchsorted(neurons.cost, left, right=True)) - 1
         if n >= neurons.firm:
             best = max(best, (float(heads.sum[k] + neurons.sum[n]), -k, n))
     found = heads.strongest(-best[1]) | neurons.strongest(best[2])

@@ -27,14 +27,14 @@ from howfine.task import Task
 SIZES = (1.0, 0.7, 0.5, 0.3, 0.1)
 KEPT = "latency.json"
 
-Row = dict[str, Any]  # recipe, settings, keep, score, interval, milliseconds, parameters, key
+# recipe, settings, keep, score, interval, key; milliseconds, whole (the base's), parameters
+Row = dict[str, Any]
 
 
 class Latency(TypedDict):
     """What the report has of it."""
 
     tokens: int | None  # of the one input; None for a picture
-    whole: float  # milliseconds of the base
     rows: list[Row]
     missing: list[str]  # recipes of which a file can't be put on
 
@@ -73,7 +73,6 @@ def measure(
     stated = None if base.tower_name == IMAGE else tokens
     return {
         "tokens": stated,
-        "whole": whole["milliseconds"],
         "rows": rows,
         "missing": list(dict.fromkeys(missing)),
     }
@@ -157,7 +156,7 @@ def table(found: Latency, metric: str) -> Table:
     lines = []
     for row in sorted(found["rows"], key=lambda row: row["milliseconds"]):
         said = f"{wording.score_said(metric, row['score'])} "
-        times = found["whole"] / row["milliseconds"]
+        times = row["whole"] / row["milliseconds"]
         lines.append(
             [
                 Cell(row["recipe"], row["recipe"]),

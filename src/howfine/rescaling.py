@@ -64,15 +64,15 @@ def factors(
                 for path in paths:
                     taught[path].append([stream for _, stream in heard[path].taken(batch)])
         for path in paths:
-            if layer == base.anatomy.stack_of(layer).first and base.place(path)[1] == "D":
-                continue  # it reads embeddings alone: nothing below it went off
             system = System(base, path, whole[path], kept[path])
             with ExitStack() as undo:
                 listener = Heard(base, path, undo)
                 for number, batch in enumerate(student.block(layer)):
-                    calls = zip(taught[path][number], listener.taken(batch), strict=True)
-                    for wanted, (inputs, stream) in calls:
+                    calls = list(zip(taught[path][number], listener.taken(batch), strict=True))
+                    for wanted, (inputs, stream) in calls[_reads_embeddings(base, path) :]:
                         system.add(inputs, wanted - stream)
+            if not system.rows:
+                continue
             solved = system.solved()
             if solved is None:
                 return found
@@ -181,10 +181,11 @@ class Heard:
         At the positions that are no padding, or at the first alone where nothing else is read.
         """
         found = []
-        for inputs, stream, first in self._calls:
+        for number, (inputs, stream, first) in enumerate(self._calls):
             counts = torch.zeros(stream.shape[:2], dtype=torch.bool, device=stream.device)
             counts[:, 0] = True
-            if not first:
+            # Of a block that several layers share, the last run alone is read so.
+            if not (first and number == len(self._calls) - 1):
                 counts = self._positions(batch, counts)
             found.append((inputs[counts], stream[counts]))
         self._calls.clear()
@@ -192,11 +193,33 @@ class Heard:
 
     def _positions(self, batch: Batch, like: Tensor) -> Tensor:
         assert self.layer is not None
-        decoder = self.base.anatomy.stack_of(self.layer).first > 0
-        mask = batch.inputs.get("decoder_attention_mask" if decoder else "attention_mask")
+        if self.base.anatomy.stack_of(self.layer).first > 0:
+            return _of_decoder(batch, like)
+        mask = batch.inputs.get("attention_mask")
         if self.base.tower_name == IMAGE or mask is None or mask.shape != like.shape:
             return torch.ones_like(like)
         return mask.bool()
+
+
+def _reads_embeddings(base: Base, path: str) -> bool:
+    """Whether below a matrix's first run nothing went off. A shared block's later runs differ."""
+    layer, part = base.place(path)
+    assert layer is not None
+    return part == "D" and layer == base.anatomy.stack_of(layer).first
+
+
+def _of_decoder(batch: Batch, like: Tensor) -> Tensor:
+    """(B, S) which positions of a decoder are no padding: as its mask, or else its targets, say.
+
+    What is behind a row's last target is padding.
+    """
+    mask = batch.inputs.get("decoder_attention_mask")
+    if mask is not None and mask.shape == like.shape:
+        return mask.bool()
+    targets = batch.targets
+    if targets is None or targets.shape != like.shape:
+        return torch.ones_like(like)
+    return (targets >= 0).flip(-1).cumsum(-1).flip(-1) > 0
 
 
 def _check_added(base: Base) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -33,6 +34,8 @@ _LISTS = ("suppress_tokens", "begin_suppress_tokens", "bad_words_ids")
 # Fields of configs and modules that say how many tokens there are.
 _COUNTS = ("vocab_size", "decoder_vocab_size")
 _NAMED = ("_token_id", "_token_ids")
+# What a template puts in, and the words that stand inside: "{slot=so}".
+_FIELD, _INSIDE = re.compile(r"\{[^{}]*\}"), re.compile(r"\{[^{}=]*=([^{}]*)\}")
 
 
 @dataclass(frozen=True)
@@ -73,6 +76,11 @@ def used(base: Base, texts: Iterable[str], least: int = 1, words: Iterable[str] 
             "texts of the kind that the model will read, or a lower least"
         )
     first, named = base.first_position, _named(base.tower) & set(range(rows))
+    if gone := sorted(set(range(first)) - numbers):
+        raise SettingError(
+            f"the tokenizer of {base.name} has no token number {gone[0]}, and positions count on "
+            f"from number {first - 1}, so that numbers can't be kept; give a tokenizer with all"
+        )
     chosen |= set(_counted(spec, words)) | set(range(first)) | (named & numbers)
     chosen = subwords.needed(spec, chosen)
     # Rows that no token leads to come last, so that tokens are numbered without a gap.
@@ -98,9 +106,10 @@ def texts_of(task: Task) -> Iterator[str]:
 
 
 def words_of(delta: Delta) -> set[str]:
-    """Words that a delta's readout may look for: its settings and labels, also after a space."""
+    """Words that a delta's readout may look for: its labels and settings, templates in parts."""
     found = {*delta.labels, *_strings(plugins.settings_of(delta.readout))}
-    return found | {f" {word}" for word in found}
+    inside = {word for text in found for word in _INSIDE.findall(text)}
+    return found | inside | {part for text in found for part in _FIELD.split(text)}
 
 
 @torch.no_grad()
@@ -142,12 +151,18 @@ def _spec(base: Base) -> subwords.Spec:
 
 
 def _counted(spec: subwords.Spec, texts: Iterable[str]) -> Counter[int]:
-    """How often each token is in texts."""
+    """How often each token is in texts, as they stand or as behind other words: what is more.
+
+    Templates, second texts and what a model writes come behind others.
+    """
     fast, found = Tokenizer.from_str(json.dumps(spec)), Counter[int]()
     left = iter(texts)
     while some := list(islice(left, _AT_ONCE)):
-        for encoding in fast.encode_batch(some, add_special_tokens=False):
-            found.update(encoding.ids)
+        both = []
+        for part in (some, [f" {text.strip()}" for text in some]):
+            pieces = fast.encode_batch(part, add_special_tokens=False)
+            both.append(Counter(token for each in pieces for token in each.ids))
+        found.update(both[0] | both[1])
     return found
 
 
