@@ -14,7 +14,7 @@ test: $(INSTALLED)
 	$(PYTEST) -m "not slow" -n 2
 
 slow: $(INSTALLED)
-	$(PYTEST) -m slow
+	$(PYTEST) -m slow -n 2
 
 check: $(INSTALLED)
 	$(BIN)/ruff format --check .

@@ -199,6 +199,7 @@ def test_a_step_is_the_mean_over_the_whole_the_smallest_and_drawn_ones(tmp_path:
     assert torch.stack(found).tolist() == pytest.approx(torch.stack(expected).tolist(), abs=1e-5)
 
 
+@pytest.mark.slow
 def test_one_training_serves_every_size(tmp_path: Path) -> None:
     """T5 in small: better at small sizes than the same weights trained whole."""
     base, task = tiny_base("bert"), tiny_task()

@@ -172,6 +172,7 @@ def test_the_penalty_is_the_papers(progress: float) -> None:
         assert gradient.tolist() == pytest.approx([-apart, -(apart**2)], rel=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("keep", "layers"), [(0.3, False), (0.6, True)])
 def test_the_lagrangian_holds_the_size(keep: float, layers: bool) -> None:
     """|ŝ - t| < 0.01 where a training ends, while λ2 has risen all the time."""
@@ -344,6 +345,7 @@ class Killed(BaseException):
     """Stands in for a kill: no `except Exception` may see it."""
 
 
+@pytest.mark.slow
 def test_a_killed_training_resumes_to_the_same_bytes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -59,6 +59,7 @@ def test_the_largest_size_that_is_as_fast(tmp_path: Path, timed: list[int]) -> N
     assert base.is_untouched()
 
 
+@pytest.mark.slow
 def test_a_table_is_measured_once_for_what_it_hangs_on(tmp_path: Path, timed: list[int]) -> None:
     base = tiny_base("bert")
     delta = made(base)

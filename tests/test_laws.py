@@ -352,7 +352,10 @@ def test_same_seed_same_bytes(name: str, base_name: str, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("store", PRECISIONS)
-@every_base
+@pytest.mark.parametrize(
+    "base_name",
+    [pytest.param(n, marks=[pytest.mark.slow] * (n not in ("bert", "gpt2"))) for n in BASES],
+)
 @every_method
 def test_stored_precision(
     name: str, base_name: str, store: str, tmp_path: Path, fits: dict

@@ -282,6 +282,7 @@ def test_a_state_in_between_is_never_the_best(tmp_path: Path) -> None:
     assert sum(on) == pytest.approx(0.3 * sum(whole), abs=1)
 
 
+@pytest.mark.slow
 def test_patience_begins_when_the_rounds_are_done(tmp_path: Path) -> None:
     base, task = tiny_base("bert"), tiny_task()
     chosen = method("prune", keep=0.4, rounds=4, by="random", beside=("all",))

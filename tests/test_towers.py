@@ -47,6 +47,8 @@ TOWERS: dict[str, Method] = {
 WORDS = ("prefix", "prompt")
 EVERY = {name: examples()[name] for name in ONE_TOWER if name not in WORDS} | TOWERS
 EVERY |= {name: method("towers", text={name: {"length": 3}}) for name in WORDS}
+# Its probe of two whole towers takes long.
+MOST = [pytest.param(name, marks=[pytest.mark.slow] * (name == "graft")) for name in EVERY]
 
 
 class Put:
@@ -90,7 +92,7 @@ def outputs(wired: Wired, base: Base) -> Tensor:
 # --- laws ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("name", MOST)
 def test_a_change_of_two_towers_is_exact_and_comes_off(name: str, tmp_path: Path) -> None:
     """exact, moves, untouched: from its file the same bits, and the base is what it was."""
     base = tiny_towers()
@@ -131,7 +133,7 @@ def test_a_file_gives_what_the_last_steps_of_training_computed_with(name: str, s
         assert torch.allclose(again[path], value, atol=2e-2 * float(value.abs().max() + 1e-6))
 
 
-@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("name", MOST)
 def test_gradients_reach_only_what_was_declared(name: str) -> None:
     base = tiny_towers()
     made = Put(base, EVERY[name], steps=0)
@@ -239,11 +241,13 @@ def test_two_towers_learn_what_belongs_together(tmp_path: Path) -> None:
     assert before.score.value < 0.75  # twelve pictures: chance is 0.08, 0.42 and 0.83
 
 
+@pytest.mark.slow
 def test_a_seed_gives_the_same_bytes(tmp_path: Path) -> None:
     made = [fit(tiny_towers(), captioned_task(), tmp_path, TOWERS["two"])[1] for _ in range(2)]
     assert made[0] == made[1]
 
 
+@pytest.mark.slow
 def test_a_delta_goes_on_from_another_one(tmp_path: Path) -> None:
     base, task = tiny_towers(), captioned_task()
     done, _ = fit(base, task, tmp_path, TOWERS["lit"])
@@ -259,6 +263,7 @@ def test_a_delta_goes_on_from_another_one(tmp_path: Path) -> None:
     assert again.score.scores == first.score.scores
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chosen", ["locked", "deep-alone"])
 @pytest.mark.parametrize("image", ["vit", "dinov2"])
 def test_reusing_frozen_blocks_changes_nothing(
@@ -325,6 +330,7 @@ def test_what_is_kept_of_a_towers_knowledge(tmp_path: Path) -> None:
         linear_probe(None, base, (pictures, classes), (pictures, [1]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("text", ["gpt2", "t5", "deberta-v2", "llama"])
 def test_reuse_is_right_whatever_the_text_tower(text: str, tmp_path: Path) -> None:
     """Dropout ahead of the blocks is off where nothing trains; blocks that say more are left."""
@@ -338,6 +344,7 @@ def test_reuse_is_right_whatever_the_text_tower(text: str, tmp_path: Path) -> No
         assert torch.allclose(value, made[1][name], atol=2e-5), name
 
 
+@pytest.mark.slow
 def test_reuse_takes_half_precision_and_a_full_memory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
