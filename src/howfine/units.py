@@ -268,15 +268,15 @@ def named(kept: Mapping[str, Tensor]) -> Tensors:
     return {KEPT + path: on.cpu() for path, on in kept.items()}
 
 
-def parted(base: Base, tensors: Mapping[str, Tensor]) -> tuple[Tensors, ...]:
-    """(what a file says of units, a column each; its other tensors).
+def parted(base: Base, tensors: Mapping[str, Tensor], axes: int) -> tuple[Tensors, ...]:
+    """(what a file says of units, a column each in so many axes; its other tensors).
 
     Raises DamagedDelta where that does not fit the base's units.
     """
     own = {n.removeprefix(KEPT): v for n, v in tensors.items() if n.startswith(KEPT)}
     expected = counts(base)
     for path, value in own.items():
-        fits = value.ndim in (1, 2) and value.dtype == torch.bool
+        fits = value.ndim == axes and value.dtype == torch.bool
         if not fits or value.shape[-1] != expected.get(path):
             raise DamagedDelta(
                 f"delta speaks of units of {path!r} with shape {tuple(value.shape)} "
@@ -284,3 +284,12 @@ def parted(base: Base, tensors: Mapping[str, Tensor]) -> tuple[Tensors, ...]:
                 "or made for another model"
             )
     return own, {n: v for n, v in tensors.items() if not n.startswith(KEPT)}
+
+
+def cleared(base: Base, tensors: Mapping[str, Tensor]) -> Tensors:
+    """A file's tensors, and those that units lead into, with 0 for the units that are off."""
+    kept, values = parted(base, tensors, 1)
+    for path, on in kept.items():
+        value: Tensor = values.get(path, base.original(path).to(on.device))
+        values[path] = without(base, path, value, on)
+    return values

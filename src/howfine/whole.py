@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from howfine import surgery
 from howfine.base import Base
@@ -13,8 +15,25 @@ from howfine.errors import DamagedDelta, SettingError
 from howfine.method import Tensors, as_parameter
 
 
-def attach(base: Base, paths: list[str]) -> Change:
-    """Put a trainable copy in place of each parameter named; the originals wait in the undo."""
+def going_on(base: Base, selectors: tuple[str, ...], start: Mapping[str, Tensor]) -> list[str]:
+    """Paths of what trains beside something else. Raises SettingError where a start would be lost.
+
+    `start` is the weights that it goes on from, where they differ from the base's.
+    """
+    training = base.choose(selectors) if selectors else []
+    if left := sorted(start.keys() - set(training)):
+        raise SettingError(
+            f"the start is a change of {left[0]} and {len(left) - 1} others, which would be left "
+            "out of the file; name them in beside, such as beside=all, or leave the start out"
+        )
+    return training
+
+
+def attach(base: Base, paths: list[str], start: Mapping[str, Tensor] | None = None) -> Change:
+    """Put a trainable copy in place of each parameter named; the originals wait in the undo.
+
+    Copies begin at the weights of `start` where that has them.
+    """
     originals = {path: base.parameter(path) for path in paths}
     check_format(base, paths)
     trainable = {}
@@ -22,6 +41,9 @@ def attach(base: Base, paths: list[str]) -> Change:
         for path in paths:
             trainable[path], back = surgery.trainable_copy(base.towers, path)
             undo.append(back)
+        with torch.no_grad():
+            for path, value in (start or {}).items():
+                trainable[path].copy_(value)
         return Change(trainable, undo, parts={"originals": originals})
 
 

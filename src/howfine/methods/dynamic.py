@@ -63,20 +63,11 @@ class Dynamic(Method):
 
     def attach(self, base: Base, probe: Probe | None = None) -> Change:
         start: Tensors = dict(probe.start) if probe is not None else {}
-        training = base.choose(self.beside) if self.beside else []
-        if left := sorted(start.keys() - set(training)):
-            raise SettingError(
-                f"dynamic goes on from a change of {left[0]} and {len(left) - 1} others that would "
-                "be left out of the file; name them in beside, such as beside=all, or leave the "
-                "start out"
-            )
+        training = whole.going_on(base, self.beside, start)
         placed = self._ranks(base, probe, start)
         with all_or_nothing() as undo:
-            beside = whole.attach(base, training)
+            beside = whole.attach(base, training, start)
             undo.append(beside.remove)
-            with torch.no_grad():
-                for path, value in start.items():
-                    beside.trainable[path].copy_(value)
             gated: dict[str, units.OfUnits] = {}
             for path, own in placed.items():
                 on = units.along_inputs(base, torch.ones_like(own, dtype=torch.bool))
@@ -132,7 +123,7 @@ class Dynamic(Method):
 
     def unpack(self, base: Base, tensors: Tensors) -> Change:
         counts = units.counts(base)
-        bits, values = units.parted(base, tensors)
+        bits, values = units.parted(base, tensors, 2)
         placed = {path: _number(own) for path, own in bits.items()}
         for path, count in counts.items():
             if path not in placed or len(placed[path]) != count:

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from howfine import concrete, gates, surgery, unit_gates, units, whole
 from howfine.base import Base
 from howfine.change import Change, all_or_nothing
-from howfine.errors import DamagedDelta, SettingError
+from howfine.errors import SettingError
 from howfine.method import Method, Probe, Tensors
 
 # What the two of them are called, among what trains.
@@ -64,20 +64,11 @@ class L0(Method):
 
     def attach(self, base: Base, probe: Probe | None = None) -> Change:
         start: Tensors = dict(probe.start) if probe is not None else {}
-        training = base.choose(self.beside) if self.beside else []
-        if left := sorted(start.keys() - set(training)):
-            raise SettingError(
-                f"l0 goes on from a change of {left[0]} and {len(left) - 1} others that would be "
-                "left out of the file; name them in beside, such as beside=all, or leave the start "
-                "out"
-            )
+        training = whole.going_on(base, self.beside, start)
         settling = self._settling(base)
         with all_or_nothing() as undo:
-            beside = whole.attach(base, training)
+            beside = whole.attach(base, training, start)
             undo.append(beside.remove)
-            with torch.no_grad():
-                for path, value in start.items():
-                    beside.trainable[path].copy_(value)
             folded: dict[str, Any] = dict(settling.gates)
             for path, gate in settling.gates.items():
                 undo.append(surgery.reweight(base.towers, path, gate))
@@ -156,16 +147,7 @@ class L0(Method):
         return {path: value for path, value in values.items() if path not in folded}
 
     def unpack(self, base: Base, tensors: Tensors) -> Change:
-        kept, values = units.parted(base, tensors)
-        for path, on in kept.items():
-            if on.ndim != 1:
-                raise DamagedDelta(
-                    f"delta switches units of {path!r} with shape {tuple(on.shape)}, which does "
-                    f"not fit the base {base.name}; the file is damaged, or made for another model"
-                )
-            value: Tensor = values.get(path, base.original(path).to(on.device))
-            values[path] = units.without(base, path, value, on)
-        return whole.unpack(base, values)
+        return whole.unpack(base, units.cleared(base, tensors))
 
 
 def _fed(base: Base, path: str, made: Mapping[str, unit_gates.Gate]) -> unit_gates.Gate | None:

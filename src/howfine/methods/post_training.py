@@ -58,19 +58,11 @@ class PostTraining(Method):
                 "it through tune, or pass a probe to attach"
             )
         start = dict(probe.start)
-        training = base.choose(self.beside) if self.beside else []
-        if left := sorted(start.keys() - set(training)):
-            raise SettingError(
-                f"post_training goes on from a change of {left[0]} and {len(left) - 1} others that "
-                "would be left out of the file; name them in beside, such as beside=all"
-            )
+        training = whole.going_on(base, self.beside, start)
         kept, apart = self._found(base, probe, start)
         with all_or_nothing() as undo:
-            beside = whole.attach(base, training)
+            beside = whole.attach(base, training, start)
             undo.append(beside.remove)
-            with torch.no_grad():
-                for path, value in start.items():
-                    beside.trainable[path].copy_(value)
             for path in sorted(kept.keys() | beside.trainable.keys()):
                 gate = _gate(base, path, kept, apart)
                 if gate is not None:
@@ -112,7 +104,7 @@ class PostTraining(Method):
         return whole.stored(change.parts["beside"], store)
 
     def unpack(self, base: Base, tensors: Tensors) -> Change:
-        kept, values = units.parted(base, tensors)
+        kept, values = units.parted(base, tensors, 1)
         named = [name for name in values if name.startswith(_FACTORS)]
         apart = {name.removeprefix(_FACTORS): values.pop(name) for name in named}
         for path in sorted(kept.keys() | apart.keys()):

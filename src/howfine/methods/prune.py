@@ -17,12 +17,11 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
-from torch import Tensor
 
 from howfine import gates, surgery, units, whole
 from howfine.base import Base
 from howfine.change import Change, all_or_nothing
-from howfine.errors import DamagedDelta, SettingError
+from howfine.errors import SettingError
 from howfine.method import Method, Probe, Tensors, as_parameter
 from howfine.units import Importance, Kinds, Scope
 
@@ -66,20 +65,11 @@ class Prune(Method):
 
     def attach(self, base: Base, probe: Probe | None = None) -> Change:
         start: Tensors = dict(probe.start) if probe is not None else {}
-        training = base.choose(self.beside) if self.beside else []
-        if left := sorted(start.keys() - set(training)):
-            raise SettingError(
-                f"prune goes on from a change of {left[0]} and {len(left) - 1} others that would "
-                "be left out of the file; name them in beside, such as beside=all, or leave the "
-                "start out"
-            )
+        training = whole.going_on(base, self.beside, start)
         kept = self._kept(base, probe, start, self._share(1))
         with all_or_nothing() as undo:
-            beside = whole.attach(base, training)
+            beside = whole.attach(base, training, start)
             undo.append(beside.remove)
-            with torch.no_grad():
-                for path, value in start.items():
-                    beside.trainable[path].copy_(value)
             gated: dict[str, units.OfUnits] = {}
             for path in sorted(kept.keys() | beside.trainable.keys()):
                 on = units.entries(base, path, kept)
@@ -174,16 +164,7 @@ class Prune(Method):
         return whole.stored(change.parts["beside"], store)
 
     def unpack(self, base: Base, tensors: Tensors) -> Change:
-        kept, values = units.parted(base, tensors)
-        for path, on in kept.items():
-            if on.ndim != 1:
-                raise DamagedDelta(
-                    f"delta switches units of {path!r} with shape {tuple(on.shape)}, which does "
-                    f"not fit the base {base.name}; the file is damaged, or made for another model"
-                )
-            value: Tensor = values.get(path, base.original(path).to(on.device))
-            values[path] = units.without(base, path, value, on)
-        return whole.unpack(base, values)
+        return whole.unpack(base, units.cleared(base, tensors))
 
 
 def _kept_now(change: Change) -> Tensors:
