@@ -291,7 +291,7 @@ def test_a_fine_tuned_model_is_pruned_stored_and_cut(layers: bool, tmp_path: Pat
     chosen = method("l0", keep=0.5, layers=layers)
     done = fit(base, task, tmp_path, chosen, start=str(tuned.path), max_steps=15)
     assert evaluate(done.path, base, task, split="dev").scores == done.score.scores
-    kept, _ = units.parted(base, done.delta.tensors(base)[0])
+    kept, _ = units.parted(base, done.delta.tensors(base)[0], 1)
     size = sum(int(on.sum()) * (HEAD if "attention" in p else NEURON) for p, on in kept.items())
     assert size <= 0.5 * PRUNABLE
     small = sliced(done.path, tmp_path / "small", base)
