@@ -26,9 +26,9 @@ from howfine.wording import (
 
 Figure = dict[str, Any]
 
-SYMBOLS = ("circle", "square", "diamond", "triangle-up", "triangle-down", "pentagon", "hexagon")
+_SYMBOLS = ("circle", "square", "diamond", "triangle-up", "triangle-down", "pentagon", "hexagon")
 # As many as the page defines: --c1 … --c8.
-COLOURS = 8
+_COLOURS = 8
 
 
 def score_against_bytes(result: Mapping[str, Any]) -> Figure:
@@ -192,20 +192,29 @@ def _points(
     rows: Sequence[Mapping[str, Any]], number: int, metric: str, scale: int, margin: float
 ) -> dict[str, Any]:
     """One recipe's groups, with their intervals."""
-    colour = f"var(--c{number % COLOURS + 1})"
-    means = [group["score"] for group in rows]
-    lows, highs = zip(*(group["interval"] for group in rows), strict=True)
+    return {
+        **marks(rows, number, scale),
+        "mode": "markers",
+        "x": [group["bytes"] for group in rows],
+        "hovertext": [_hover(group, metric, margin) for group in rows],
+        "hoverinfo": "text",
+    }
+
+
+def marks(rows: Sequence[Mapping[str, Any]], number: int, scale: int) -> dict[str, Any]:
+    """What marks of the n-th recipe have in common: scores, intervals, colour, shape."""
+    colour, scores = f"var(--c{number % _COLOURS + 1})", [scale * row["score"] for row in rows]
+    lows, highs = ([scale * row["interval"][end] for row in rows] for end in (0, 1))
     return {
         "type": "scatter",
-        "mode": "markers",
         "name": plain(rows[0]["recipe"]),
-        "x": [group["bytes"] for group in rows],
-        "y": [scale * mean for mean in means],
+        "y": scores,
+        "line": {"color": colour, "width": 1.3},
         "error_y": {
             "type": "data",
             "symmetric": False,
-            "array": [scale * (high - mean) for high, mean in zip(highs, means, strict=True)],
-            "arrayminus": [scale * (mean - low) for low, mean in zip(lows, means, strict=True)],
+            "array": [high - score for high, score in zip(highs, scores, strict=True)],
+            "arrayminus": [score - low for low, score in zip(lows, scores, strict=True)],
             "color": colour,
             "thickness": 1.2,
             "width": 3,
@@ -213,11 +222,9 @@ def _points(
         "marker": {
             "color": colour,
             "size": 10,
-            "symbol": SYMBOLS[number % len(SYMBOLS)],
+            "symbol": _SYMBOLS[number % len(_SYMBOLS)],
             "line": {"color": "var(--paper)", "width": 1},
         },
-        "hovertext": [_hover(group, metric, margin) for group in rows],
-        "hoverinfo": "text",
     }
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from howfine.figures import COLOURS, SYMBOLS, Figure, plain, plot
+from howfine.figures import Figure, marks, plain, plot
 from howfine.report_latency import input_said, size_said
 from howfine.wording import in_percent, interval_said, metric_said, score_said
 
@@ -51,31 +51,11 @@ def _trace(
     rows: Sequence[Mapping[str, Any]], number: int, metric: str, scale: int
 ) -> dict[str, Any]:
     rows = sorted(rows, key=lambda row: row["milliseconds"])
-    colour, scores = f"var(--c{number % COLOURS + 1})", [scale * row["score"] for row in rows]
     sizes = all(row["keep"] for row in rows)
-    ends = [[scale * end for end in row["interval"]] for row in rows]
     return {
-        "type": "scatter",
+        **marks(rows, number, scale),
         "mode": "lines+markers" if sizes else "markers",
-        "name": plain(rows[0]["recipe"]),
         "x": [row["milliseconds"] for row in rows],
-        "y": scores,
-        "line": {"color": colour, "width": 1.3},
-        "error_y": {
-            "type": "data",
-            "symmetric": False,
-            "array": [high - score for (_, high), score in zip(ends, scores, strict=True)],
-            "arrayminus": [score - low for (low, _), score in zip(ends, scores, strict=True)],
-            "color": colour,
-            "thickness": 1.2,
-            "width": 3,
-        },
-        "marker": {
-            "color": colour,
-            "size": 10,
-            "symbol": SYMBOLS[number % len(SYMBOLS)],
-            "line": {"color": "var(--paper)", "width": 1},
-        },
         "hovertext": [_hover(row, metric) for row in rows],
         "hoverinfo": "text",
     }

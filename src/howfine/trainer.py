@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import sys
-import time
 from contextlib import AbstractContextManager, nullcontext, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,18 +13,16 @@ import torch
 from accelerate.utils import get_int_from_env
 from torch import Tensor
 from transformers import (
-    EarlyStoppingCallback,
     PrinterCallback,
     Trainer,
     TrainerCallback,
-    TrainerControl,
-    TrainerState,
     TrainingArguments,
 )
 
 from howfine import rates
 from howfine.adamw import AdamW
 from howfine.base import Base
+from howfine.callbacks import Clock, Patience
 from howfine.change import Change
 from howfine.errors import SettingError, TrainingError
 from howfine.metrics import METRICS
@@ -83,10 +80,10 @@ class PartsTrainer(Trainer):
     def __init__(self, parts: Parts, arguments: TrainingArguments) -> None:
         self.parts = parts
         splits, training = parts.task.splits, parts.recipe.training
-        self.clock = _Clock()
+        self.clock = Clock()
         callbacks: list[TrainerCallback] = [self.clock]
         if training.patience:
-            callbacks.append(_Patience(training.patience))
+            callbacks.append(Patience(training.patience))
         super().__init__(
             model=parts.model,
             args=arguments,
@@ -225,51 +222,6 @@ class PartsTrainer(Trainer):
             f"{self.parts.recipe.name}, learning_rate {self.args.learning_rate}); nothing was "
             "written. Lower --learning-rate, or use precision fp32"
         )
-
-
-class _Patience(EarlyStoppingCallback):
-    """transformers' early stopping, which else forgets at a resume how long it has waited.
-
-    States that can't be the best, as they are not finished (`Method.finished`), do not count.
-    """
-
-    def on_evaluate(  # type: ignore[override]
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        **told: Any,
-    ) -> None:
-        """Count an evaluation."""
-        if told["metrics"].get("eval_score") != -math.inf:
-            super().on_evaluate(args, state, control, **told)
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
-        """Count the evaluations since the best one, of those in a checkpoint's log."""
-        scores = [row["eval_score"] for row in state.log_history if "eval_score" in row]
-        scores = [score for score in scores if score != -math.inf]
-        if scores:
-            self.early_stopping_patience_counter = len(scores) - 1 - scores.index(max(scores))
-
-
-class _Clock(TrainerCallback):
-    """Seconds of training, those before a resume included: a checkpoint's log has them."""
-
-    def __init__(self) -> None:
-        self.start = time.perf_counter()
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
-        """Start, as early as the training was long when its checkpoint was saved."""
-        before = state.log_history[-1].get("seconds", 0.0) if state.log_history else 0.0
-        self.start = time.perf_counter() - before
-
-    def seconds(self) -> float:
-        """Since the start."""
-        return time.perf_counter() - self.start
 
 
 # long: one call, one line an argument

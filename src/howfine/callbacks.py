@@ -1,0 +1,60 @@
+"""What listens to a training: early stopping that knows what counts, and a clock."""
+
+from __future__ import annotations
+
+import math
+import time
+from typing import Any
+
+from transformers import (
+    EarlyStoppingCallback,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+
+
+class Patience(EarlyStoppingCallback):
+    """transformers' early stopping, which else forgets at a resume how long it has waited.
+
+    States that can't be the best, as they are not finished (`Method.finished`), do not count.
+    """
+
+    def on_evaluate(  # type: ignore[override]
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **told: Any,
+    ) -> None:
+        """Count an evaluation."""
+        if told["metrics"].get("eval_score") != -math.inf:
+            super().on_evaluate(args, state, control, **told)
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Count the evaluations since the best one, of those in a checkpoint's log."""
+        scores = [row["eval_score"] for row in state.log_history if "eval_score" in row]
+        scores = [score for score in scores if score != -math.inf]
+        if scores:
+            self.early_stopping_patience_counter = len(scores) - 1 - scores.index(max(scores))
+
+
+class Clock(TrainerCallback):
+    """Seconds of training, those before a resume included: a checkpoint's log has them."""
+
+    def __init__(self) -> None:
+        self.start = time.perf_counter()
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Start, as early as the training was long when its checkpoint was saved."""
+        before = state.log_history[-1].get("seconds", 0.0) if state.log_history else 0.0
+        self.start = time.perf_counter() - before
+
+    def seconds(self) -> float:
+        """Since the start."""
+        return time.perf_counter() - self.start
