@@ -607,3 +607,18 @@ def spaced_task(name: str) -> Task:
         return Task("pairs", dict.fromkeys(("train", "dev", "test"), rows), LABELS, "accuracy", "")
     rows = [Example(("a plot",), targets=(f"{word} film",)) for word in ("great", "boring")] * 4
     return Task("written", dict.fromkeys(("train", "dev", "test"), rows), (), "rouge_l", "")
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--least", "2"], "are for --vocabulary"),
+        (["--rows", "2"], "are for --latency-ms"),
+        (["--keep", "0.5", "--latency-ms", "3"], "give one of them"),
+    ],
+)
+def test_an_option_that_would_do_nothing_is_refused(
+    flags: list[str], said: str, tmp_path: Path
+) -> None:
+    assert said in howfine_here("slice", tmp_path / "x", tmp_path / "out", *flags).sentence
+    assert not (tmp_path / "out").exists()

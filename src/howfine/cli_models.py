@@ -53,8 +53,9 @@ def cut(
         typer.Option(metavar="TEXTS", help="Keep the tokens of these: a .txt file, or a task."),
     ] = None,
     least: Annotated[
-        int, typer.Option(help="Of --vocabulary: how often a token has to be there.")
-    ] = 1,
+        int | None,
+        typer.Option(help="Of --vocabulary: how often a token has to be there. [default: 1]"),
+    ] = None,
     data: options.DataDir = None,
     as_json: options.AsJson = False,
 ) -> None:
@@ -73,12 +74,15 @@ def cut(
         raise SettingError("--keep and --latency-ms both say a size; give one of them")
     if latency_ms is None and (rows is not None or tokens is not None):
         raise SettingError("--rows and --tokens are for --latency-ms; give that, too, or neither")
+    if vocabulary is None and (least is not None or data is not None):
+        raise SettingError("--least and --data are for --vocabulary; give that, too, or neither")
     opened = Delta.load(delta)
     texts = options.texts(vocabulary, data) if vocabulary is not None else None
     loaded = options.base(base, opened, "cpu", "float32")
     if latency_ms is not None:
-        keep = largest(opened, loaded, latency_ms, rows or ROWS, tokens or TOKENS).keep
-    done = run(opened, out, loaded, keep=keep, texts=texts, least=least)
+        rows, tokens = ROWS if rows is None else rows, TOKENS if tokens is None else tokens
+        keep = largest(opened, loaded, latency_ms, rows, tokens).keep
+    done = run(opened, out, loaded, keep=keep, texts=texts, least=1 if least is None else least)
     facts = {name: str(v) if isinstance(v, Path) else v for name, v in asdict(done).items()}
     options.show(as_json, facts | ({} if keep is None else {"keep": keep}), _told(done, keep))
 
