@@ -44,8 +44,8 @@ TASKS = {
 TRANSLATIONS = ("en-de", "de-en")
 SEEDS = (0, 1)
 TRAIN, DEV, TEST = 1500, 60, 100
-STEPS, RATE_STEPS, BATCH = 150, 60, 16
-COMMON = {"precision": "bf16", "batch_size": BATCH, "max_steps": STEPS}
+STEPS, RATE_STEPS, BATCH = 200, 80, 8
+COMMON = {"precision": "fp32", "batch_size": BATCH, "max_steps": STEPS}
 WRITES = {"max_length": 160, "max_new_tokens": 48}
 WIDTHS = (10, 50, 100, 200, 300)
 WIDTH = 100
@@ -278,7 +278,7 @@ def page(results: Results) -> None:
 LLaMA (6 × 288, 15.2 M parameters) trained on English children's stories: it knows no German. Tasks:
 E2E and DART (data into sentences), Multi30k both ways between English and German, and DREAM's
 dialogues, of which each next turn is written. {TRAIN:,} train rows and {TEST} test sources of each,
-{DEV} of dev for the rate; {STEPS} steps of batch {BATCH}, {COMMON["precision"]} autocast; greedy;
+{DEV} of dev for the rate; {STEPS} steps of batch {BATCH}, {COMMON["precision"]}; greedy;
 width {WIDTH} unless another is named. *words*: the table of words, input and output, and the
 task's vectors; *vectors alone*: nothing else; *random start*: full training of random weights;
 *taught*: on what the fully tuned model writes for train. Rates are the best of three for each kind

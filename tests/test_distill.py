@@ -1,4 +1,4 @@
-"""Sentence-level distillation: what a teacher writes is what a student learns."""
+"""Distillation: what a teacher writes, or answers, is what a student learns."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def test_a_whole_model_teaches(taught: Any, tmp_path: Path) -> None:
 
 def test_what_is_wrong_is_said(taught: Any, tmp_path: Path) -> None:
     base, task, path = taught
-    with pytest.raises(TaskError, match="has no texts to be written"):
+    with pytest.raises(TaskError, match="has classes or scores, and the teacher"):
         distilled(tiny_task(), path, base, cache=tmp_path)
     with pytest.raises(SettingError, match="there is no teacher"):
         distilled(task, tmp_path / f"lost{SUFFIX}", base, readout=READ, cache=tmp_path)
@@ -108,7 +108,7 @@ def test_what_is_wrong_is_said(taught: Any, tmp_path: Path) -> None:
     body = readout("classifier", max_length=32)
     recipe = Recipe("x", method("select", train=("none",)), body).override(max_steps=1)
     tune(tiny_writer("gpt2"), tiny_task(), recipe, out=other)
-    with pytest.raises(SettingError, match="writes no texts"):
+    with pytest.raises(TaskError, match="has texts to be written, and the teacher"):
         distilled(task, other, tiny_writer("gpt2"), cache=tmp_path)
     base.tower.save_pretrained(tmp_path / "base")
     base.tokenizer.save_pretrained(tmp_path / "base")

@@ -254,12 +254,13 @@ def test_imitation_asks_for_nothing_but_answers(name: str) -> None:
     shape = (4, 2, 3, 5) if name == "label_embedding" else (4, 5)
     one, other = (torch.randn(shape, generator=generator) for _ in range(2))
     unread = {"multiple_choice": (..., -1), "label_embedding": (slice(None), 1)}.get(name)
-    assert float(read.imitation(one, other)) > 0
+    like = read.learned(other)
+    assert float(read.imitation(one, like)) > 0
     if unread is not None:
         moved = one.clone()
         moved[unread] += 3 * torch.randn(moved[unread].shape, generator=generator)
-        assert float(read.imitation(moved, one)) == pytest.approx(0, abs=1e-6)
-        assert float(read.imitation(moved, other)) == pytest.approx(
+        assert float(read.imitation(moved, read.learned(one))) == pytest.approx(0, abs=1e-6)
+        assert float(read.imitation(moved, like)) == pytest.approx(
             float(read.imitation(one, other)), rel=1e-5
         )
 

@@ -84,7 +84,7 @@ class Base:
     @classmethod
     def load(
         cls,
-        name: str = EMBEDDED,
+        name: str | Path = EMBEDDED,
         *,
         kind: str = BODY,
         dtype: str = "float32",
@@ -100,6 +100,7 @@ class Base:
         Raises BaseNotFound where there is no such model or no network to ask for it,
         UnknownArchitecture where no anatomy row fits, SettingError for an unknown kind or dtype.
         """
+        name = str(name)
         if kind not in (known_kinds := (*KINDS, LANGUAGE_MODEL, GENERATOR, TWO_TOWERS)):
             raise SettingError(f"base kind {kind!r} is unknown. {near(kind, known_kinds)}")
         if dtype not in DTYPES:

@@ -1,8 +1,10 @@
-"""Sentence-level distillation: a student learns the texts that a teacher writes.
+"""Distillation: a student learns what a teacher answers for the training examples.
 
-Kim & Rush 2016, "Sequence-level knowledge distillation"; Lin, Madotto & Fung 2020 for adapters: a
-narrow change learns a teacher's texts, which are of fewer shapes than people's, more easily. Only
-train is written anew; dev and test stay what they are.
+Of texts, those that a teacher writes (Kim & Rush 2016, "Sequence-level knowledge distillation";
+Lin, Madotto & Fung 2020 for adapters): they are of fewer shapes than people's, and a narrow change
+learns them more easily. Of classes, the teacher's probabilities beside the labels (Hinton, Vinyals
+& Dean 2015, "Distilling the knowledge in a neural network", at temperature 1); of scores, its
+scores. Only train gets other answers; dev and test stay what they are.
 """
 
 from __future__ import annotations
@@ -11,10 +13,11 @@ import hashlib
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from howfine import container, fingerprint, plugins
 from howfine.base import Base
-from howfine.checks import GENERATION
+from howfine.checks import ALIGNMENT, GENERATION, answerable
 from howfine.container import write_atomically
 from howfine.delta import Delta
 from howfine.errors import SettingError, TaskError
@@ -33,36 +36,45 @@ def distilled(
     batch_size: int = 64,
     progress: bool = False,
 ) -> Task:
-    """The task with what a teacher writes in the place of train's targets, one row a source.
+    """The task with what a teacher answers for train.
+
+    Texts that it writes come in the place of the targets, one row a source; where it writes none,
+    a source keeps its own. Probabilities of classes, and scores, come beside the labels
+    (`Example.taught`, `Training.teacher_share`).
 
     The teacher is a delta file, put on `base` where it was made on that; or a whole model (a folder
-    or a name of the hub), which then reads its input as `readout` says. Its texts are kept in the
+    or a name of the hub), which then reads its input as `readout` says. Its answers are kept in the
     folder `cache` (default: howfine's own in the user's cache) under the fingerprints of task and
-    teacher. A source for which it writes nothing keeps its own target.
+    teacher.
 
-    Raises TaskError for a task of other answers, SettingError for a teacher that writes none.
+    Raises TaskError for a teacher of other answers or labels, SettingError for one that can't be
+    used.
     """
-    if task.kind != GENERATION:
-        raise TaskError(
-            f"task {task.name} has no texts to be written, so a teacher's would teach nothing; "
-            "leave the teacher out"
-        )
-    taught = _Teacher(teacher, base, readout.of_task(task) if readout else None)
-    sources = _sources(task)
+    taught = _Teacher(teacher, base, readout.of_task(task) if readout else None, task)
+    writes = task.kind == GENERATION
+    rows = _sources(task) if writes else list(task.splits["train"])
     path = _kept(cache) / f"{taught.key(task)}.json"
-    texts = _known(path, len(sources))
-    if texts is None:
-        texts = taught.write(sources, batch_size, progress)
+    answers = _known(path, len(rows))
+    if answers is None:
+        answers = taught.answers(rows, batch_size, progress)
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, (json.dumps(texts) + "\n").encode())
-    rows = [
-        replace(row, targets=(text,)) if text else row
-        for row, text in zip(sources, texts, strict=True)
-    ]
-    silent = sum(not text for text in texts)
-    told = f"{task.provenance}; {len(rows):,} train targets written by {Path(teacher).name}"
-    told += f", {silent} kept where it wrote nothing" if silent else ""
-    return replace(task, splits={**task.splits, "train": rows}, provenance=told)
+        write_atomically(path, (json.dumps(answers) + "\n").encode())
+    told = f"{task.provenance}; {len(rows):,} train "
+    if writes:
+        told += f"targets written by {Path(teacher).name}"
+        silent = sum(not text for text in answers)
+        told += f", {silent} kept where it wrote nothing" if silent else ""
+    else:
+        told += f"examples answered by {Path(teacher).name}"
+    learned = [_learned(row, answer) for row, answer in zip(rows, answers, strict=True)]
+    return replace(task, splits={**task.splits, "train": learned}, provenance=told)
+
+
+def _learned(row: Example, answer: str | list[float]) -> Example:
+    """An example with what a teacher answers."""
+    if isinstance(answer, str):
+        return replace(row, targets=(answer,)) if answer else row
+    return replace(row, taught=tuple(answer))
 
 
 def _sources(task: Task) -> list[Example]:
@@ -77,8 +89,8 @@ def _kept(cache: str | Path | None) -> Path:
     return Path(cache) if cache else fingerprint.cache_folder() / "distilled"
 
 
-def _known(path: Path, count: int) -> list[str] | None:
-    """Texts that were written before; None where there are none, or a torn file."""
+def _known(path: Path, count: int) -> list[Any] | None:
+    """Answers that were given before; None where there are none, or a torn file."""
     try:
         found = json.loads(path.read_text())
     except (OSError, ValueError):
@@ -89,8 +101,10 @@ def _known(path: Path, count: int) -> list[str] | None:
 class _Teacher:
     """A delta file with its base, or a whole model with a readout."""
 
-    def __init__(self, name: str | Path, base: Base | None, readout: Readout | None) -> None:
-        self._name, self._delta = str(name), None
+    def __init__(
+        self, name: str | Path, base: Base | None, readout: Readout | None, task: Task
+    ) -> None:
+        self._name, self._delta, self._labels = str(name), None, tuple(task.labels)
         if container.is_delta(Path(name)):
             self._delta = Delta.load(name)
             own = base is not None and base.fingerprint.startswith(self._delta.base_fingerprint)
@@ -106,14 +120,24 @@ class _Teacher:
                 f"teacher {str(name)!r} is no delta file; name one, or say by which readout a "
                 "whole model reads its input"
             )
-        if not self._readout.writes:
-            raise SettingError(
-                f"the teacher {str(name)!r} writes no texts, so there is nothing to learn from it; "
-                "name one whose readout writes"
+        self._check(task)
+
+    def _check(self, task: Task) -> None:
+        """Refuse a teacher of other answers, and one that is not all there."""
+        if task.kind == ALIGNMENT:
+            raise TaskError(
+                f"task {task.name} has pictures and captions to be aligned, for which a teacher "
+                "has no answers; leave the teacher out"
             )
-        if self._delta is None and self._readout.attach(self._base, ()).state_dict():
+        answerable(task, self._readout.gives, f"the teacher {self._name!r}")
+        if self._delta is not None and self._delta.labels != self._labels:
+            raise TaskError(
+                f"task {task.name} has labels {list(self._labels)}, the teacher {self._name!r} was "
+                f"trained for {list(self._delta.labels)}; give one of the same labels"
+            )
+        if self._delta is None and self._readout.attach(self._base, self._labels).state_dict():
             raise SettingError(
-                f"the teacher {str(name)!r} is a whole model, and its readout has vectors of its "
+                f"the teacher {self._name!r} is a whole model, and its readout has vectors of its "
                 "own, which no model holds; give a delta, or a readout without"
             )
 
@@ -129,18 +153,22 @@ class _Teacher:
         ]
         return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:24]
 
-    def write(self, sources: list[Example], batch_size: int, progress: bool) -> list[str]:
-        """A text for each source."""
+    def answers(self, rows: list[Example], batch_size: int, progress: bool) -> list[Any]:
+        """A text for each row, or the logarithms of its classes' probabilities, or its score."""
         base, read = self._base, self._readout
 
-        def written(model: Wired) -> list[str]:
-            found = logits(model, base, sources, batch_size=batch_size, progress=progress)
-            return [str(text) for text in read.predictions(base, found)]
+        def answered(model: Wired) -> list[Any]:
+            found = logits(model, base, rows, batch_size=batch_size, progress=progress)
+            if read.writes:
+                return [str(text) for text in read.predictions(base, found)]
+            if self._labels:
+                return read.probabilities(found).log().float().tolist()
+            return [[float(score)] for score in read.predictions(base, found)]
 
         if self._delta is None:
-            return written(Wired(base, read, read.attach(base, ())).eval())
+            return answered(Wired(base, read, read.attach(base, self._labels)).eval())
         with self._delta.applied(base) as model:
-            return written(model)
+            return answered(model)
 
 
 def _like(base: Base | None, name: str, kind: str) -> Base:

@@ -46,7 +46,7 @@ class Fit:
         outside: Mapping[str, Tensor] | None = None,
     ) -> None:
         set_seed(seed)
-        _check_readout(recipe, task)
+        _check_task(recipe, task)
         recipe = _settled(recipe, base, task)
         self.memory = PeakMemory(base.device)
         start = start or Start({})
@@ -136,8 +136,9 @@ def _check_start(recipe: Recipe, start: Start) -> None:
         )
 
 
-def _check_readout(recipe: Recipe, task: Task) -> None:
-    """A readout that sees no options would learn to answer by their numbers."""
+def _check_task(recipe: Recipe, task: Task) -> None:
+    """Refuse examples that the readout can't learn from."""
+    _check_taught(recipe, task)
     if recipe.training.gradient_accumulation > 1 and not recipe.readout.adds_up:
         raise SettingError(
             f"recipe {recipe.name}: the loss of a batch is not the mean of its parts' (it is over "
@@ -146,10 +147,30 @@ def _check_readout(recipe: Recipe, task: Task) -> None:
             "readout_reduction=examples, where it has that)"
         )
     checks.answerable(task, recipe.readout.gives, f"the readout of recipe {recipe.name}")
+    # A readout that sees no options would learn to answer by their numbers.
     if not recipe.readout.reads_options and any(row.options for row in task.splits["train"]):
         raise TaskError(
             f"the examples of task {task.name} have options of their own, which the readout of "
             f"recipe {recipe.name} does not read; choose one that does, such as the recipe unimc's"
+        )
+
+
+def _check_taught(recipe: Recipe, task: Task) -> None:
+    """A teacher's answers for every example or none, and a share of the loss only with them."""
+    rows = task.splits["train"]
+    sizes = {len(row.taught) for row in rows}
+    if sizes == {0} and recipe.training.teacher_share is not None:
+        raise SettingError(
+            f"recipe {recipe.name}: teacher_share {recipe.training.teacher_share} is the share of "
+            "what a teacher answers, and there is none, or it writes texts, which stand in the "
+            "place of the task's; name one with --teacher (howfine.distilled), or leave it out"
+        )
+    expected = len(task.labels) or 1
+    if not sizes <= {0} and sizes != {expected}:
+        raise TaskError(
+            f"train examples of task {task.name} have {' and '.join(map(str, sorted(sizes)))} "
+            f"numbers of a teacher's answer, expected {expected} in each (one of every class, or a "
+            "score); make the task with howfine.distilled"
         )
 
 

@@ -29,9 +29,7 @@ TextColumns = Annotated[
 ]
 LabelColumn = Annotated[str | None, typer.Option("--label", help="Label column.")]
 Shots = Annotated[int | None, typer.Option(help="Train on so many of each class, drawn by --seed.")]
-Teacher = Annotated[
-    str | None, typer.Option(help="A delta file: learn the texts that it writes for train.")
-]
+Teacher = Annotated[str | None, typer.Option(help="A delta file: learn what it answers for train.")]
 Resume = Annotated[bool, typer.Option(help="Go on from the newest checkpoint in --work.")]
 TargetColumn = Annotated[
     str | None,

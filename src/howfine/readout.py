@@ -131,17 +131,25 @@ class Readout(ABC):
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """The training loss, a scalar."""
 
+    def learned(self, outputs: Tensor) -> Tensor:
+        """(B, …, K) logits or scores among the outputs: what the loss is of."""
+        return outputs
+
     def imitation(self, outputs: Tensor, taught: Tensor) -> Tensor:
-        """How far (B, K) outputs are from others that they are to be like, a scalar.
+        """How far outputs are from answers that they are to be like, a scalar.
 
         KL(taught ‖ outputs) of the classes' probabilities, or the mean squared error of scores.
-        Raises SettingError for readouts whose outputs are neither.
+        `taught` is what `learned` gives of other outputs, or (B, K) of any readout: logits, or
+        scores. Raises SettingError for readouts whose outputs are neither.
         """
         if self.writes or self.aligns:
             raise SettingError(
                 f"{type(self).__name__} has no classes or scores that another one's could be like; "
                 "let nothing of the loss be learned from other outputs (distil=0)"
             )
+        outputs = self.learned(outputs)
+        if taught.ndim < outputs.ndim:  # one answer, given in several places
+            taught = taught.unsqueeze(1)
         if outputs.shape[-1] == 1:
             return functional.mse_loss(outputs.float(), taught.float())
         log_p, log_q = taught.float().log_softmax(-1), outputs.float().log_softmax(-1)
@@ -241,7 +249,8 @@ class Wired(nn.Module):
             for module in self.modules():  # what trains knows it; all else computes as in use
                 own = module.parameters(recurse=False)
                 module.training = any(parameter.requires_grad for parameter in own)
-            self.head.training = True  # not its dropout: that it trains is for it to know
+            # Not its dropout: that they train is for the head to know, and for the loss's penalty.
+            self.training = self.head.training = True
         return self
 
     def state_dict(  # type: ignore[override]

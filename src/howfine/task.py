@@ -61,6 +61,8 @@ class Example:
     segments: tuple[tuple[str, str], ...] = ()
     # What the text is a caption of.
     picture: Picture | None = None
+    # What a teacher answers: the logarithm of each class's probability, or a score.
+    taught: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -124,6 +126,7 @@ class Task:
                 told: list[Any] = [split, *example.texts, example.label, *example.options]
                 told += [*example.targets, *([example.segments] if example.segments else [])]
                 told += [example.picture.digest] if example.picture else []
+                told += [example.taught] if example.taught else []
                 digest.update(json.dumps(told).encode())
         return digest.hexdigest()[:16]
 

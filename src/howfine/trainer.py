@@ -34,6 +34,8 @@ from howfine.task import Example, Task
 
 # Where torchrun, MPICH and Open MPI tell each process how many there are.
 _WORLD_SIZES = ["WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE"]
+# What a batch's answers of a teacher are called, and the share of the loss that is about them.
+_TAUGHT, _TEACHER_SHARE = "taught", 0.5
 
 
 @dataclass(frozen=True)
@@ -102,7 +104,9 @@ class PartsTrainer(Trainer):
             super().log(logs, start_time)
 
     def _collate(self, examples: list[Example]) -> dict[str, Any]:
-        return self.parts.recipe.readout.collate(self.parts.base, examples).as_kwargs()
+        fields = self.parts.recipe.readout.collate(self.parts.base, examples).as_kwargs()
+        taught = [example.taught for example in examples]
+        return {**fields, **({_TAUGHT: torch.tensor(taught)} if taught[0] else {})}
 
     def _metrics(self, outcome: Any) -> dict[str, float]:
         made = self.parts
@@ -198,16 +202,23 @@ class PartsTrainer(Trainer):
         if not model.training:
             outputs = model(**inputs)
             return (outputs["loss"], outputs) if return_outputs else outputs["loss"]
-        method, change = self.parts.recipe.method, self.parts.change
+        recipe, change = self.parts.recipe, self.parts.change
+        method, read = recipe.method, recipe.readout
         progress = self.state.global_step / max(1, self.state.max_steps)
+        fields = {name: value for name, value in inputs.items() if name != _TAUGHT}
+        taught = inputs.get(_TAUGHT)
+        of_teacher = 0.0 if taught is None else _teacher_share(recipe)
         losses, first = [], None
         for share in method.passes(change, progress):
-            outputs = model(**inputs)
+            outputs = model(**fields)
             first = outputs if first is None else first
             loss: Tensor = outputs["loss"]
-            if share:
-                read, taught = self.parts.recipe.readout, first["logits"].detach()
-                loss = (1 - share) * loss + share * read.imitation(outputs["logits"], taught)
+            if share:  # what it learns from is the first pass, whoever has taught that
+                like = read.learned(first["logits"]).detach()
+                loss = (1 - share) * loss + share * read.imitation(outputs["logits"], like)
+            elif of_teacher:
+                like = read.imitation(outputs["logits"], taught)
+                loss = (1 - of_teacher) * loss + of_teacher * like
             losses.append(loss)
         loss = losses[0] if len(losses) == 1 else torch.stack(losses).mean()
         loss = loss + method.penalty(change, progress).to(loss.device)
@@ -222,6 +233,11 @@ class PartsTrainer(Trainer):
             f"{self.parts.recipe.name}, learning_rate {self.args.learning_rate}); nothing was "
             "written. Lower --learning-rate, or use precision fp32"
         )
+
+
+def _teacher_share(recipe: Recipe) -> float:
+    share = recipe.training.teacher_share
+    return _TEACHER_SHARE if share is None else share
 
 
 # long: one call, one line an argument

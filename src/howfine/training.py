@@ -49,6 +49,9 @@ class Training:
     gradient_checkpointing: bool = False
     # adamw, or sgd without momentum.
     optimizer: Literal["adamw", "sgd"] = "adamw"
+    # Share of the loss that is how far answers are from a teacher's, where examples have them; None
+    # for a half.
+    teacher_share: float | None = None
     # Train in evaluation mode: no dropout, in the base nor in the head.
     eval_mode: bool = False
     # Compute what frozen blocks under every change make of an example once, and keep it in memory.
@@ -72,6 +75,7 @@ _RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
     ("readout_learning_rate", lambda value: value >= 0, "a finite number from 0"),
     ("weight_decay", lambda value: value >= 0, "a finite number from 0"),
     ("warmup", lambda value: 0 <= value < 1, "a share from 0 to below 1"),
+    ("teacher_share", lambda value: 0 <= value <= 1, "a share from 0 to 1"),
     ("rounding", lambda value: 0 <= value <= 1, "a share from 0 to 1"),
     ("max_grad_norm", lambda value: value >= 0, "0 (for never) or more"),
     ("evaluations", lambda value: value >= 0, "0 (for none) or more"),

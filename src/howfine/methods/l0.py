@@ -1,15 +1,14 @@
 """Heads and neurons behind hard-concrete gates, with a Lagrangian that holds a size.
 
 Xia, Zhong & Chen 2022, "Structured pruning learns compact and accurate models" (CoFi), section 3,
-without its gates on the hidden width and its distillation; gates and Lagrangian after Wang,
-Wohlwend & Lei 2020, "Structured pruning of large language models" (FLOP), section 3: the loss plus
-λ1·(ŝ - t) + λ2·(ŝ - t)², which the weights and the gates minimise and λ1, λ2 maximise. ŝ is the
-share of the units' parameters that is expected to be off, t what is asked, from 0 up in the first
-part of a training.
+without its gates on the hidden width and its distillation of hidden states; gates and Lagrangian
+after Wang, Wohlwend & Lei 2020, "Structured pruning of large language models" (FLOP), section 3:
+the loss plus λ1·(ŝ - t) + λ2·(ŝ - t)², which the weights and the gates minimise and λ1, λ2
+maximise. ŝ is the share of the units' parameters that is expected to be off, t what is asked, from
+0 up in the first part of a training.
 
 A gate z is drawn anew at each step; what is evaluated and stored has no chance in it, and no more
-parameters than asked: see
-`howfine.unit_gates.Settling`.
+parameters than asked: see `howfine.unit_gates.Settling`.
 """
 
 from __future__ import annotations
