@@ -336,19 +336,27 @@ def test_methods_lists_them_with_their_settings() -> None:
     )
 
 
-def test_every_flag_of_a_recipe_is_listed_at_its_value() -> None:
+def test_a_recipe_is_listed_by_its_name() -> None:
     words = howfine_here("methods", "bitfit").out
-    recipe = Recipe.load("bitfit")
-    for part in (recipe.method, recipe.readout, recipe.training):
-        for field in dataclasses.fields(part):
-            flag = f"--{field.name.replace('_', '-')}"
-            (line,) = [line for line in words.splitlines() if line.split()[:1] == [flag]]
-            assert line.endswith(f"(default {getattr(part, field.name)!r})")
     assert "(default 'fp16')" in words
     (entry,) = howfine_here("methods", "bitfit", "--json").json
     assert entry["name"] == "bitfit"
     wrong = howfine_here("methods", "bitfitt").sentence
     assert wrong == "method or recipe 'bitfitt' is unknown. Did you mean 'bitfit'?"
+
+
+# prune: a recipe that is called like its method, and sets it otherwise.
+@pytest.mark.parametrize(("name", "start"), [("bitfit", None), ("prune", "full")])
+def test_every_flag_of_a_recipe_is_listed_at_its_value(name: str, start: str | None) -> None:
+    words = howfine_here("methods", name).out
+    recipe = Recipe.load(name)
+    (line,) = [line for line in words.splitlines() if line.split()[:1] == ["--start"]]
+    assert line.endswith(f"(default {start!r})")
+    for part in (recipe.method, recipe.readout, recipe.training):
+        for field in dataclasses.fields(part):
+            flag = f"--{field.name.replace('_', '-')}"
+            (line,) = [line for line in words.splitlines() if line.split()[:1] == [flag]]
+            assert line.endswith(f"(default {getattr(part, field.name)!r})")
 
 
 def test_version() -> None:

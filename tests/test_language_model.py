@@ -97,6 +97,17 @@ def test_sources_are_cut_and_never_what_stands_around_them() -> None:
         writer(max_length=12, max_new_tokens=12).attach(base, ())
 
 
+def test_nobody_is_warned_of_what_is_cut() -> None:
+    """transformers would, once a tokenizer: it does not know that the text is not used whole."""
+    base = tiny_writer("gpt2")
+    base.tokenizer.model_max_length = 8
+    long = Example((" ".join(f"w{i}" for i in range(20)),), targets=("w1 w2 w3 w4 w5",))
+    writer(max_length=12, max_new_tokens=4).collate(base, [long])
+    assert not base.tokenizer.deprecation_warnings
+    base.tokenizer(long.texts[0])
+    assert base.tokenizer.deprecation_warnings
+
+
 def test_turning_padding_to_the_left_keeps_rows_whole() -> None:
     mask = torch.tensor([[1, 1, 1], [1, 0, 0], [1, 1, 0]])
     tokens = torch.tensor([[7, 8, 9], [7, 0, 0], [7, 8, 0]])

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from console import howfine_here
 from howfine import units as units_of_base
 from howfine.base import Base
 from howfine.batch import to_device
@@ -499,3 +500,24 @@ def test_a_delta_says_which_units_are_on(tmp_path: Path) -> None:
     delta = Delta.load(done.path)
     assert delta.method == method("prune", keep=0.25)
     assert done.bytes < 1500
+
+
+def test_a_models_own_answers_are_labels_for_a_mask_of_its_own(tmp_path: Path) -> None:
+    """As the card says: answered rows of any text, and a base that all masks share."""
+    base, texts, rows = tiny_base("bert"), tmp_path / "texts.txt", tmp_path / "rows.tsv"
+    base.tower.save_pretrained(tmp_path / "base")
+    base.tokenizer.save_pretrained(tmp_path / "base")
+    path, merged = tmp_path / f"full{SUFFIX}", tmp_path / "merged"
+    tuned = Recipe("full", method("full"), READOUT).override(epochs=10, learning_rate=3e-3)
+    tune(Base.load(tmp_path / "base"), tiny_task(), tuned, out=path)
+    texts.write_text("\n".join(row.texts[0] for row in tiny_task().splits["train"]) + "\n")
+    told = howfine_here("predict", path, "-", stdin=texts.read_text())
+    rows.write_text("label\tprobability\ttext\n" + told.out)
+    assert merge(path, merged, base)
+    given = ("--task", rows, "--text", "text", "--label", "label", "--max-steps", "2", "--json")
+    asked = ("tune", "--base", merged, "--recipe", "prune", "--start", "none", "--beside", "")
+    found = howfine_here(*asked, *given, "--out", tmp_path / f"mask{SUFFIX}").json
+    assert found["bytes"] < 4000
+    with Delta.load(tmp_path / f"mask{SUFFIX}").applied(Base.load(merged)) as model:
+        weight = model.towers["text"].get_parameter("encoder.layer.0.output.dense.weight")
+        assert 0 < int((weight == 0).all(0).sum()) < weight.shape[1]

@@ -24,8 +24,9 @@ def catalogue(name: str | None = None) -> list[Entry]:
     if name is None:
         return [_method(key, type(example)) for key, example in examples.items()]
     if name in examples:
-        entry = _method(name, type(examples[name]))
-        return [entry | _run_settings(Recipe.load(name))]
+        found = Recipe.load(name)  # the recipe of that name, if there is one: what tune runs
+        entry = _method(name, type(examples[name])) | {"settings": _settings(found.method)}
+        return [entry | _run_settings(found)]
     if name not in recipe.recipes():
         known = {*examples, *recipe.recipes()}
         raise SettingError(f"method or recipe {name!r} is unknown. {near(name, known)}")
@@ -51,9 +52,13 @@ def _method(name: str, cls: type[Method]) -> Entry:
 
 def _run_settings(found: Recipe) -> Entry:
     """What `tune` takes beside the method's own settings."""
-    store = {"name": "store", "type": "str", "default": found.store}
-    store["help"] = setting_help(Recipe)["store"]
-    return {"readout": _settings(found.readout), "training": [*_settings(found.training), store]}
+    start = found.start.name if isinstance(found.start, Recipe) else found.start
+    helps = setting_help(Recipe)
+    own = [
+        {"name": name, "type": "str", "default": default, "help": helps[name]}
+        for name, default in (("store", found.store), ("start", start))
+    ]
+    return {"readout": _settings(found.readout), "training": [*_settings(found.training), *own]}
 
 
 def _settings(of: Any) -> list[Entry]:

@@ -94,8 +94,9 @@ def pieces(base: Base, text: str, after_space: bool = True) -> list[int]:
     if not text.strip():
         return []
     before = _spaced(tokenizer) if after_space else ""
-    ids: list[int] = tokenizer(before + text, add_special_tokens=False)["input_ids"]
-    return ids
+    # Not verbose: it would warn of texts longer than the model takes, which are cut later.
+    found = tokenizer(before + text, add_special_tokens=False, verbose=False)
+    return list(found["input_ids"])
 
 
 @functools.lru_cache(maxsize=16)

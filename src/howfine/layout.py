@@ -114,7 +114,8 @@ def target(base: Base, example: Example, most: int, end: int | None = None) -> l
             "name the column of them with target"
         )
     if base.kind == language.SEQ2SEQ:  # some have a vocabulary, or pieces, of their own for it
-        own = base.tokenizer(text_target=example.targets[0], add_special_tokens=False)
+        words = base.tokenizer
+        own = words(text_target=example.targets[0], add_special_tokens=False, verbose=False)
         ids = list(own["input_ids"])
     else:
         ids = language.pieces(base, example.targets[0])

@@ -31,7 +31,8 @@ class Recipe:
     store: str = "fp32"
     # Settings a study varies, with the values it tries: the size knob.
     knob: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
-    # What the fit starts from: the phase before it, or a delta file or checkpoint folder.
+    # What the fit starts from: the phase before it, or a delta file or checkpoint folder; none for
+    # the base.
     start: Recipe | str | None = None
     # Delta files whose regions are kept out: their entries stay the base's.
     outside: tuple[str, ...] = ()
@@ -202,7 +203,8 @@ def _shipped() -> dict[str, str]:
 
 
 def _start(raw: Any, name: str, readout: Readout) -> Recipe | str | None:
-    """The phase before, inline or a recipe's name, with the same readout; or a path."""
+    """The phase before, inline or a recipe's name, with the same readout; a path; or none."""
+    raw = None if raw == "none" else raw
     if isinstance(raw, Path) or (isinstance(raw, str) and raw not in recipes()):
         return str(raw)
     if raw is None or isinstance(raw, Recipe):
