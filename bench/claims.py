@@ -233,8 +233,19 @@ def verdicts(results: Results, claims: Sequence[Claim]) -> list[str]:
     return lines
 
 
-def write(path: Path, title: str, about: str, results: Results, parts: Sequence[str]) -> None:
-    """The page: what was run on what, then the parts."""
+# What a table's figures are.
+SHARES = "shares times 100: mean ± deviation (worst; number of runs)"
+
+
+def write(
+    path: Path,
+    title: str,
+    about: str,
+    results: Results,
+    parts: Sequence[str],
+    figures: str = SHARES,
+) -> None:
+    """The page: what was run on what, then the parts; `figures` says what those of tables are."""
     dates = sorted({record["date"] for record in results.records}) or ["no day yet"]
     when = " to ".join(dict.fromkeys([dates[0], dates[-1]]))
     machines = "; ".join(sorted({record["machine"] for record in results.records})) or "none yet"
@@ -243,7 +254,7 @@ def write(path: Path, title: str, about: str, results: Results, parts: Sequence[
         f"{len(results.records):,} runs, {when}, on {machines}. Scores are of the delta file,"
     ]
     lines += [
-        "loaded again, shares times 100: mean ± deviation (worst; number of runs).",
+        f"loaded again, {figures}.",
         "",
         *parts,
     ]
