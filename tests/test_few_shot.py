@@ -360,7 +360,7 @@ def test_what_can_not_go_on_is_told(tmp_path: Path) -> None:
     with pytest.raises(SettingError, match="has shift True, and this fit False"):
         fit("prefix", hidden=0, length=3, shift=False)
     tune(base, task, Recipe("x", method("adapter", reduction=4), read, brief), out=path)
-    with pytest.raises(SettingError, match="has reduction 4, and this fit 8"):
+    with pytest.raises(SettingError, match="has narrowness 'reduction 4', and .* 'reduction 8'"):
         fit("adapter", reduction=8)
     with pytest.raises(SettingError, match="has beside"):
         fit("adapter", reduction=4, beside=("norm",))

@@ -13,7 +13,7 @@ from howfine.batch import Batch
 from howfine.method import method
 from howfine.pooling import pool, reading
 from howfine.readout import Wired, readout
-from tiny import tiny_base, tiny_towers
+from tiny import fit_a_little, logits_of, tiny_base, tiny_towers
 
 # Blocks whose attention sees every position at once, through transformers' interface, and is told
 # nothing of places but a mask.
@@ -37,6 +37,33 @@ def first_states(base: Base, inputs: dict[str, Tensor], pooling: str) -> Tensor:
     with reading(pooling):
         found: Tensor = base.body(**inputs).last_hidden_state
     return found
+
+
+@pytest.mark.parametrize("name", ["distilbert", "electra", "roberta"])
+def test_a_file_gives_what_training_gave_to_the_bit(name: str) -> None:
+    """What torch multiplies is laid out alike, whether or not its weights train."""
+    base, read = tiny_base(name), readout("classifier", max_length=32, pooling="cls")
+    fitted = fit_a_little(base, method("deep"), readout=read)
+    trained, delta = fitted.logits(), fitted.delta()
+    fitted.change.remove()
+    with delta.applied(base) as wired:
+        assert torch.equal(logits_of(wired, base), trained)
+
+
+def test_frozen_blocks_beneath_have_no_dropout() -> None:
+    """Nor the one that the new block stands on; what trains has, and it is computed once."""
+    base = tiny_base("bert")
+    with method("deep").attach(base):
+        base.train()
+        host = base.towers.get_submodule(f"{base.body_prefix}{base.anatomy.block_path(1)}")
+        modes = {name: module.training for name, module in host.named_modules() if name}
+        assert {on for name, on in modes.items() if "howfine_on_top" in name} == {True}
+        assert {on for name, on in modes.items() if "howfine_on_top" not in name} == {False}
+    with method("deep", beside=("norm@1",)).attach(base):
+        base.train()
+        host = base.towers.get_submodule(f"{base.body_prefix}{base.anatomy.block_path(1)}")
+        assert all(module.training for module in host.modules())
+        base.towers.eval()
 
 
 @pytest.mark.parametrize("kernel", ["sdpa", "eager"])

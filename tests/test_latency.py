@@ -74,6 +74,11 @@ def test_a_table_is_measured_once_for_what_it_hangs_on(tmp_path: Path, timed: li
     torch.manual_seed(3)
     latency.of_sizes(made(base, "random"), base, cache=tmp_path)
     assert len(timed) > count
+    fewer = fit_a_little(base, method("dynamic", smallest=0.6, by="magnitude"))
+    narrow = fewer.delta()
+    fewer.change.remove()
+    sizes = [row.keep for row in latency.of_sizes(narrow, base, cache=tmp_path)]
+    assert sizes == [1.0, 0.9, 0.8, 0.7, 0.6]  # of the same ranks, and with no others
     for file in tmp_path.glob("*.json"):
         file.write_text("[torn")
     assert latency.of_sizes(delta, base, cache=tmp_path) == first

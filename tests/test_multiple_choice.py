@@ -329,3 +329,22 @@ def test_it_trains() -> None:
         for parameter in base.towers.parameters():
             parameter.requires_grad_(False)
             parameter.grad = None
+
+
+def test_only_the_choices_loss_is_a_mean_over_rows() -> None:
+    """A row with more options has more words to guess, and more of a say in their mean."""
+    base = tiny_language_base("bert")
+    two, four = (f"w20 w{n} w22" for n in (21, 31))
+    rows = [
+        Example((two,), 0, options=("w40", "w41")),
+        Example((four,), 1, options=("w40", "w41", "w42", "w43")),
+    ]
+    for objective in ("both", "words", "choice"):
+        read = choice(options=(), objective=objective).settled(base, ("a", "b", "c", "d"))
+        wired = Wired(base, read, read.attach(base, ("a", "b", "c", "d"))).eval()
+        losses = [
+            float(wired(**read.collate(base, part).as_kwargs())["loss"])
+            for part in (rows, rows[:1], rows[1:])
+        ]
+        same = losses[0] == pytest.approx(sum(losses[1:]) / 2, abs=1e-5)
+        assert read.adds_up == same == (objective == "choice")

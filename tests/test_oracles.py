@@ -696,6 +696,18 @@ def test_bitfit_stores_about_the_biases() -> None:
         method("select", train=("bias",)).attach(tiny_base("llama"))
 
 
+@pytest.mark.parametrize("name", ["llama", "t5"])
+def test_biases_may_be_named_beside_what_there_is(name: str) -> None:
+    """As recipes for many architectures do; alone they are a mistake, and so is any other word."""
+    base = tiny_base(name)
+    expected = base.choose(("matrices", "norm"))
+    for selectors in (("matrices", "bias", "norm"), ("bias", "norm", "matrices")):
+        assert base.choose(selectors) == expected
+    for wrong in (("matrices", "biases"), ("bias@0", "norm"), ("none", "bias")):
+        with pytest.raises(SettingError, match="names nothing in this base"):
+            base.choose(wrong)
+
+
 class Stub:
     """Known gradients: a random level a parameter, times a random tensor."""
 

@@ -462,3 +462,16 @@ def test_a_budget_is_exact_beyond_single_precision() -> None:
     costs = {path: 700_000_049 if "attention" in path else 90_000_017 for path in counts}
     kept = macs.search(base, information, costs, 1.0)
     assert all(on.all() for on in kept.values())
+
+
+def test_a_base_in_half_precision_is_pruned_as_it_is() -> None:
+    """Nothing trains, so that no update is lost to the format."""
+    base = tiny_base("bert")
+    base.towers.to(torch.bfloat16)
+    with pruning().attach(base, probed(base)) as change:
+        found = {path: weight_at(base, path).clone() for path in base.paths()}
+        packed = pruning().pack(base, change)
+    assert any(not torch.equal(value, base.parameter(path)) for path, value in found.items())
+    with pruning().unpack(base, packed):
+        for path, value in found.items():
+            torch.testing.assert_close(weight_at(base, path), value, rtol=0.02, atol=1e-3)

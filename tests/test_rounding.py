@@ -22,6 +22,8 @@ METHODS = {
     "select": {"train": ("bias",)},
     "sparse": {"density": 0.05, "by": "random"},
     "subspace": {"map": "lora-xs", "rank": 2},
+    "l0": {"keep": 0.4, "beside": ("all",)},
+    "prune": {"by": "magnitude", "beside": ("all",)},
 }
 
 

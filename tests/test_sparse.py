@@ -208,6 +208,25 @@ def test_regrowth_gives_up_the_least_moved() -> None:
     assert max(size[place] for place in given_up) <= min(size[p] for p in before & after)
 
 
+def test_places_that_have_not_moved_are_not_chosen_among() -> None:
+    """All of them are equally good, and the first ones would be taken."""
+    for by in ("movement", "start"):
+        with pytest.raises(SettingError, match="free places have not moved"):
+            method("sparse", by=by, regrow=0.2)
+    base = tiny_base("bert")
+    probe, path = TinyProbe(READOUT), base.choose(("Q",))[0]
+    value = base.parameter(path).detach().clone()
+    value.view(-1)[:50] += 1
+    probe.start = {path: value}
+    total = sum(base.parameter(each).numel() for each in base.choose(("matrices",)))
+    found = supports(base, probe, by="movement", density=50 / total)
+    assert {each: index.tolist() for each, index in found.items()} == {path: list(range(50))}
+    with pytest.raises(SettingError, match=r"the start moved 50 of the .*nearest density is 0\.0"):
+        supports(base, probe, by="movement", density=51 / total)
+    with pytest.raises(SettingError, match="the start moved 0 of the"):
+        supports(base, probe, by="movement", density=0.01, scope="tensor")
+
+
 @pytest.mark.parametrize("density", [0.0, 1.0, -0.1, math.nan])
 def test_a_density_of_none_or_all_is_refused(density: float) -> None:
     with pytest.raises(SettingError, match="sparse density"):

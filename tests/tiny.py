@@ -406,11 +406,13 @@ def optimiser_of(fitted: Fitted) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups)
 
 
-def fit_a_little(base: Base, chosen: Method, steps: int = 3, seed: int = 0) -> Fitted:
+def fit_a_little(
+    base: Base, chosen: Method, steps: int = 3, seed: int = 0, readout: Readout = READOUT
+) -> Fitted:
     """Attach, train `steps` batches with dropout on, and leave the change on, in eval mode."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        fitted = wire(base, chosen)
+        fitted = wire(base, chosen, readout)
         optimiser = optimiser_of(fitted)
         fitted.wired.train()
         for step in range(steps):

@@ -128,14 +128,16 @@ class Anatomy:
     def choose(self, paths: Iterable[str], selectors: Iterable[str]) -> list[str]:
         """The paths that any of the selectors names, in their own order.
 
-        Raises SettingError for a selector that is malformed or names nothing.
+        Raises SettingError for a selector that is malformed or names nothing; `bias` may name
+        nothing beside others, as LLaMA's and T5's matrices and norms have none.
         """
         paths = list(paths)
         depth = self.depth(paths)
         chosen: set[str] = set()
-        for selector in selectors:
+        # In the end, when it is known whether it stands alone.
+        for selector in sorted(selectors, key="bias".__eq__):
             named = [path for path in paths if self._names(selector, path, depth)]
-            if not named and selector != "none":
+            if not named and selector != "none" and not (selector == "bias" and chosen):
                 part = selector.partition("@")[0]
                 present = {own for _, own in map(self.place, paths)} | {"all", "none"}
                 if not present.isdisjoint(self.matrices):

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from howfine import fingerprint as fp
-from howfine import pretrained, widths
+from howfine import pretrained, surgery, widths
 from howfine.anatomy import Anatomy
 from howfine.architectures import anatomy_of
 from howfine.errors import SettingError, near
@@ -305,13 +305,18 @@ class Base:
         """
         self.towers.train()
         body = self.body_prefix
-        trained = [
-            self.place(path)
+        trained = {
+            path: self.place(path)
             for path, value in self.towers.named_parameters()
             if value.requires_grad
+        }
+        # What stands on top of a block is above it.
+        layers = [
+            layer + (f".{surgery.ON_TOP}." in path)
+            for path, (layer, _) in trained.items()
+            if layer is not None
         ]
-        layers = [layer for layer, part in trained if layer is not None]
-        if len(layers) < sum(part != "pooler" for _, part in trained):
+        if len(layers) < sum(part != "pooler" for _, part in trained.values()):
             return
         below = [self.anatomy.block_path(n) for n in range(min(layers, default=self.depth))]
         # Modules that hold the blocks stay as they are: transformers reads their mode for other
@@ -320,7 +325,9 @@ class Base:
         if owner and not self.anatomy.block.startswith(f"{owner}."):
             below.append(owner)
         for module in below:
-            self.towers.get_submodule(body + module).eval()
+            own = self.towers.get_submodule(body + module).eval()
+            if (on_top := getattr(own, surgery.ON_TOP, None)) is not None:
+                on_top.train()
 
     def is_untouched(self) -> bool:
         """Whether the parameters are, bit for bit, those that were loaded (in float32)."""

@@ -59,7 +59,8 @@ def at_first(block: nn.Module, states: Tensor, *args: Any, **kwargs: Any) -> Any
     try:
         return block(states, *args, **kwargs)
     except _Given:
-        return block(states[:, :1], *args, **kwargs)
+        # As a tensor of its own: torch may add up a part of another in another order.
+        return block(states[:, :1].contiguous(), *args, **kwargs)
     finally:
         _ASKED.reset(token)
 

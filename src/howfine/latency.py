@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from howfine import fingerprint, units
+from howfine import fingerprint, plugins, units
 from howfine.base import IMAGE, Base
 from howfine.container import write_atomically
 from howfine.delta import Delta
@@ -157,13 +157,16 @@ def _in_turn(base: Base, model: Any, rows: int, tokens: int) -> Timed:
 
 
 def _key(delta: Delta, base: Base, rows: int, tokens: int, sizes: Sequence[float]) -> str:
-    """What a table hangs on: which units there are at each size, and the machine."""
+    """What a table hangs on: the sizes there are, which units each has, and the machine."""
     ranked = [
         [stream.name, stream.coded.payload.hex()]
         for stream in delta.streams
         if stream.name.startswith(f"method/{units.KEPT}")
     ]
-    told = [base.fingerprint, str(base.dtype), ranked, rows, tokens, list(sizes), machine(base)]
+    fields = plugins.settings_of(delta.method)
+    own = {name: value for name, value in fields.items() if name != "keep"}
+    told = [base.fingerprint, str(base.dtype), ranked, own, rows, tokens, list(sizes)]
+    told.append(machine(base))
     return fingerprint.of_text(json.dumps(told))[:32]
 
 

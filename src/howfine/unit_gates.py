@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from howfine import concrete, gates
+from howfine.codec import rounded
 
 Tensors = dict[str, Tensor]
 
@@ -77,6 +78,13 @@ class Gate(nn.Module):
         scaled = weight * self._along(factors, weight).to(weight.dtype)
         return gates.drop(scaled, (factors != 0).unsqueeze(1 - self.axis))
 
+    def rounded(self, weight: Tensor, before: Tensor, store: str) -> Tensor:
+        """A weight that gives, folded, what a file has of it as steps from the matrix `before`."""
+        factors = self._along(self.settling.factors(self), weight).to(weight.dtype)
+        apart = torch.where(factors != 0, weight * factors - before, 0)
+        found = before + rounded(apart, store).to(weight.device)
+        return torch.where(factors != 0, found / factors, weight)
+
     def _along(self, factors: Tensor, weight: Tensor) -> Tensor:
         return gates.spread(factors.unsqueeze(1 - self.axis), tuple(weight.shape))
 
@@ -109,9 +117,17 @@ class Feeding(nn.Module):
 
     def folded(self, weight: Tensor) -> Tensor:
         """The matrix as it is stored."""
+        return torch.where(self._on(weight), weight, self.instead)
+
+    def rounded(self, weight: Tensor, before: Tensor, store: str) -> Tensor:
+        """The weight as a file gives it back: of rows that are off, it has no steps."""
+        apart = torch.where(self._on(weight), weight - before, 0)
+        return before + rounded(apart, store).to(weight.device)
+
+    def _on(self, weight: Tensor) -> Tensor:
         (gate,) = self._gate
         on = (gate.settling.factors(gate) != 0).unsqueeze(1 - self._axis)
-        return torch.where(gates.spread(on, tuple(weight.shape)), weight, self.instead)
+        return gates.spread(on, tuple(weight.shape))
 
 
 class Settling:

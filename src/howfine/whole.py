@@ -29,13 +29,21 @@ def going_on(base: Base, selectors: tuple[str, ...], start: Mapping[str, Tensor]
     return training
 
 
-def attach(base: Base, paths: list[str], start: Mapping[str, Tensor] | None = None) -> Change:
+def attach(
+    base: Base,
+    paths: list[str],
+    start: Mapping[str, Tensor] | None = None,
+    *,
+    trains: bool = True,
+) -> Change:
     """Put a trainable copy in place of each parameter named; the originals wait in the undo.
 
-    Copies begin at the weights of `start` where that has them.
+    Copies begin at the weights of `start` where that has them. Where they are set and not trained
+    (not `trains`), their number format may be any.
     """
     originals = {path: base.parameter(path) for path in paths}
-    check_format(base, paths)
+    if trains:
+        check_format(base, paths)
     trainable = {}
     with all_or_nothing() as undo:
         for path in paths:

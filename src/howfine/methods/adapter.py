@@ -64,7 +64,7 @@ class Adapter(Method):
 
     starts_at_base: ClassVar[bool] = False
     start: ClassVar[Any] = "own"
-    meaning: ClassVar[tuple[str, ...]] = ("placement", "reduction", "activation", "beside", "width")
+    meaning: ClassVar[tuple[str, ...]] = ("placement", "narrowness", "activation", "beside")
 
     # Where they stand: on the feed-forward net's output, before the residual is added; after the
     # whole block; or ahead of both LayerNorms of a block.
@@ -92,6 +92,11 @@ class Adapter(Method):
                 f"adapter activation {self.activation!r} is unknown. "
                 f"{near(self.activation, list(ACT2FN))}"
             )
+
+    @property
+    def narrowness(self) -> str:
+        """What the number between down and up hangs on."""
+        return f"width {self.width}" if self.width else f"reduction {self.reduction}"
 
     def attach(self, base: Base, probe: Probe | None = None) -> Change:
         made = {key: self._module(base) for key in self._points(base)}

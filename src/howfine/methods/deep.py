@@ -23,8 +23,6 @@ from howfine.errors import SettingError
 from howfine.method import Method, Probe, Tensors
 from howfine.pooling import first_alone
 
-_HELD = "howfine_on_top"
-
 
 @dataclass(frozen=True)
 class Deep(Method):
@@ -129,7 +127,7 @@ def _insert(base: Base, made: Mapping[int, nn.Module], undo: list[Undo]) -> None
     for layer, block in made.items():
         host = base.towers.get_submodule(_path(base, layer))
         compute = host.forward
-        undo.append(surgery.hold(host, _HELD, block))
+        undo.append(surgery.hold(host, surgery.ON_TOP, block))
         undo.append(surgery.rewire(host, _on_top(compute, block, base)))
 
 

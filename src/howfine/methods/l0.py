@@ -141,9 +141,12 @@ class L0(Method):
 
     def stored(self, change: Change, store: str) -> Tensors:
         # Matrices that factors are folded into are stored with them.
-        folded = change.parts["settling"].gates
-        values = whole.stored(change.parts["beside"], store)
-        return {path: value for path, value in values.items() if path not in folded}
+        beside, folded = change.parts["beside"], change.parts["folded"]
+        values = whole.stored(beside, store)
+        for path in values.keys() & folded.keys():
+            weight, before = beside.trainable[path].detach(), beside.parts["originals"][path]
+            values[path] = folded[path].rounded(weight, before.detach(), store)
+        return values
 
     def unpack(self, base: Base, tensors: Tensors) -> Change:
         return whole.unpack(base, units.cleared(base, tensors))

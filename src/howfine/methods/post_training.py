@@ -61,7 +61,7 @@ class PostTraining(Method):
         training = whole.going_on(base, self.beside, start)
         kept, apart = self._found(base, probe, start)
         with all_or_nothing() as undo:
-            beside = whole.attach(base, training, start)
+            beside = whole.attach(base, training, start, trains=False)
             undo.append(beside.remove)
             for path in sorted(kept.keys() | beside.trainable.keys()):
                 gate = _gate(base, path, kept, apart)

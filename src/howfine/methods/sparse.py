@@ -12,6 +12,7 @@ Optimiser state and gradients exist for k numbers: see `howfine.sampled`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -39,7 +40,7 @@ class Sparse(Method):
 
     # Which tensors the entries are taken from, as selectors (see `howfine.anatomy`).
     where: tuple[str, ...] = ("matrices",)
-    # Share of those tensors' entries that train.
+    # Share of those tensors' entries that train; by=start and regrow take as many as the start has.
     density: float = 0.001
     # How they are chosen: random, gradient, fisher, saliency; movement or start need a start.
     by: Literal["random", "gradient", "fisher", "saliency", "movement", "start"] = "gradient"
@@ -56,6 +57,11 @@ class Sparse(Method):
             )
         if not 0 <= self.regrow < 1:
             raise SettingError(f"sparse regrow: found {self.regrow}, expected 0 to below 1")
+        if self.regrow and self.by in ("movement", "start"):
+            raise SettingError(
+                f"sparse regrow {self.regrow} by={self.by!r}: free places have not moved, so none "
+                "is better than another; choose them by gradient, fisher, saliency or random"
+            )
 
     def attach(self, base: Base, probe: Probe | None = None) -> Change:
         begun = dict(probe.start) if probe is not None else {}
@@ -90,15 +96,27 @@ class Sparse(Method):
                 return self._regrown(base, paths, probe, moved, held)
             return held
         scores = self._scores(base, paths, probe)
-        if self.scope == "global":
-            count = round(self.density * sum(score.numel() for score in scores.values()))
-            return entries.strongest(scores, max(1, count))
-        return {
-            path: entries.strongest({path: score}, max(1, round(self.density * score.numel())))[
-                path
-            ]
-            for path, score in scores.items()
-        }
+        together = [list(scores)] if self.scope == "global" else [[path] for path in scores]
+        found: dict[str, Tensor] = {}
+        for own in together:
+            part = {path: scores[path] for path in own}
+            count = max(1, round(self.density * sum(map(torch.Tensor.numel, part.values()))))
+            if self.by == "movement":
+                self._check_moved(part, count)
+            found |= entries.strongest(part, count)
+        return found
+
+    def _check_moved(self, scores: Mapping[str, Tensor], count: int) -> None:
+        """Refuse to choose among places that have not moved: the first ones would be taken."""
+        moved = sum(int(score.count_nonzero()) for score in scores.values())
+        if moved < count:
+            total = sum(map(torch.Tensor.numel, scores.values()))
+            raise SettingError(
+                f"sparse density {self.density} by='movement': {count:,} entries are asked, and "
+                f"the start moved {moved:,} of the {total:,} of {', '.join(list(scores)[:2])}"
+                f"{' …' if len(scores) > 2 else ''}; the nearest density is "
+                f"{math.floor(1e6 * moved / total) / 1e6:g}, or choose by gradient"
+            )
 
     def _regrown(
         self,

@@ -64,6 +64,10 @@ class MultipleChoice(Readout):
             )
         choices.check(self.options)
 
+    @property
+    def adds_up(self) -> bool:
+        return self.objective == "choice"  # the words' loss is a mean over tokens
+
     def attach(self, base: Base, labels: Labels) -> Head:
         language.require(base, "readout multiple_choice", (language.MASKED,))
         if not base.anatomy.plain_attention:
