@@ -22,6 +22,8 @@ TASKS = {
     "dream": "gen/dream",
 }
 TRANSLATIONS = ("en-de", "de-en")
+# Where a teacher, and a random start, are tried: this base writes no German, whatever is done.
+TAUGHT_ON, STARTS = ("de-en",), ("e2e", "dream")
 WIDTHS = (10, 50, 100, 200, 300)
 WIDTH = 100
 METRICS = ("perplexity", "bleu", "chrf", "rouge_l")
@@ -59,23 +61,18 @@ def gaps(r: Results) -> Verdict:
 
 
 def wider(r: Results) -> Verdict:
-    said, held = [], []
-    for task in ("e2e", "en-de"):
-        cells = ["vlm" if w == WIDTH else f"vlm, width {w}" for w in WIDTHS]
-        found = of(r, "perplexity", task, *cells)
-        if found is None:
-            return "", None
-        said.append(
-            f"{task}: " + ", ".join(f"{w}: {p:.1f}" for w, p in zip(WIDTHS, found, strict=True))
-        )
-        held.append(all(b <= 1.02 * a for a, b in pairwise(found)))
-        held.append(found[0] - found[2] >= found[2] - found[4])
-    return "; ".join(said), all(held)
+    cells = ["vlm" if w == WIDTH else f"vlm, width {w}" for w in WIDTHS]
+    found = of(r, "perplexity", "e2e", *cells)
+    if found is None:
+        return "", None
+    said = ", ".join(f"{w}: {p:.1f}" for w, p in zip(WIDTHS, found, strict=True))
+    falls = all(b <= 1.02 * a for a, b in pairwise(found))
+    return f"E2E, perplexity {said}", falls and found[0] - found[2] >= found[2] - found[4]
 
 
 def teaching(r: Results) -> Verdict:
     said, held = [], []
-    for task in TRANSLATIONS:
+    for task in TAUGHT_ON:
         found = of(r, "bleu", task, "vlm", "vlm, taught", "full", "full, taught")
         if found is None:
             return "", None
@@ -89,7 +86,7 @@ def teaching(r: Results) -> Verdict:
 def order(r: Results) -> Verdict:
     cells = (RANDOM, "vectors alone", "head and words", "vlm", "full")
     said, held = [], []
-    for task in ("e2e", "en-de", "dream"):
+    for task in STARTS:
         found = of(r, "perplexity", task, *cells)
         if found is None:
             return "", None

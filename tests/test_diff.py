@@ -514,6 +514,10 @@ def test_the_second_phase_trains_the_support_of_the_first(tmp_path: Path) -> Non
     """The recipe: the same places before and after, other values; all else is θ⁰ to the bit."""
     base, found = tiny_base("bert"), []
     recipe = Recipe.load("diff-pruning").override(start_density=0.02, store="fp32")
+    for start, said in (("none", "the base"), ("x.delta.safetensors", "x.delta.safetensors")):
+        with pytest.raises(SettingError, match=f"start_density .* and the start is {said}"):
+            recipe.override(start=start, start_density=0.1)
+    assert recipe.override(start="none").start is None
     assert isinstance(recipe.start, Recipe)
     for number, phase in enumerate((recipe.start, recipe)):
         settings = {"max_steps": 4, "learning_rate": 1e-2}

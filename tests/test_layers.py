@@ -56,6 +56,7 @@ ROOMS = [
             "tune",
             "loop",
             "trainer",
+            "arguments",
             "callbacks",
             "rates",
             "rounding",

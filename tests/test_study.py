@@ -187,6 +187,19 @@ def test_a_report_refuses_another_task_than_the_studys(finished):
     assert report(folder, base=tiny_base("bert"), task=task)["task"]["sizes"]["train"] == 16
 
 
+def test_settings_of_a_plan_are_made_together_whatever_their_order():
+    """A readout takes the place of a recipe's; what is set of it is not lost with that."""
+    found = []
+    for settings in (
+        {"max_length": 16, "readout": "label_embedding"},
+        {"readout": "label_embedding", "max_length": 16},
+    ):
+        plan = Plan(**{**vars(SMALL), "settings": settings})
+        found.append([run.recipe.readout for run in runs_of(plan, tiny_base("bert"), tiny_task())])
+    assert found[0] == found[1]
+    assert {read.max_length for read in found[0]} == {16}
+
+
 def test_keys_name_base_task_settings_and_seed():
     keys = {run.key for run in runs_of(SMALL, tiny_base("bert"), tiny_task())}
     assert keys.isdisjoint(r.key for r in runs_of(SMALL, tiny_base("bert", seed=1), tiny_task()))

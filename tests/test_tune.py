@@ -23,12 +23,20 @@ import howfine
 from console import settle
 from howfine import container, trainer
 from howfine.base import Base
-from howfine.errors import DeltaError, SettingError, StorageError, TrainingError
+from howfine.delta import SUFFIX, Delta
+from howfine.errors import (
+    DeltaError,
+    SettingError,
+    StorageError,
+    TaskError,
+    TrainingError,
+)
 from howfine.evaluate import evaluate
 from howfine.loop import Fit
 from howfine.method import method
 from howfine.methods.mask import VARIANTS
 from howfine.recipe import Recipe
+from howfine.sampler import ByLength
 from howfine.task import Example, Task
 from howfine.tune import Tuned, tune
 from tiny import LABELS, TINY, tiny_base, tiny_task, tiny_tokenizer, tiny_tower
@@ -189,6 +197,104 @@ def test_accumulated_gradients_equal_a_large_batch(tmp_path: Path) -> None:
         assert (once - runs[1][path]).abs().max().item() < 0.02 * moved, path
 
 
+def test_a_step_of_unequal_batches_is_that_of_all_their_rows(tmp_path: Path) -> None:
+    """An epoch of 13 rows: 8 and 5 at once, or in parts of 2 and a last one of 1."""
+    task = known_task()
+    task = replace(task, splits={**task.splits, "train": task.splits["train"][:13]})
+    runs = []
+    for number, (size, times) in enumerate(((8, 1), (2, 4))):
+        tuned, _ = run(
+            tmp_path / str(number), "bitfit", tiny_base("bert", **NO_DROPOUT), batch_size=size,
+            gradient_accumulation=times, dropout=0.0, epochs=1, store="fp32", task=task,
+            optimizer="sgd", schedule="constant", learning_rate=0.5, readout_learning_rate=0.5,
+            max_grad_norm=0.0,
+        )  # fmt: skip
+        assert tuned.steps == 2
+        runs.append(tensors_of(tuned))
+    for path, once in runs[0].items():
+        torch.testing.assert_close(once, runs[1][path], atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("asked", "done"), [(9, 8), (5, 4), (16, 16), (1, 1)])
+def test_there_are_no_more_evaluations_than_asked(asked: int, done: int, tmp_path: Path) -> None:
+    found: list[int] = []
+
+    class Counted(trainer.PartsTrainer):
+        def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+            found.append(self.state.global_step)
+            return super().evaluation_loop(*args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer, "PartsTrainer", Counted)
+        run(tmp_path, "bitfit", max_steps=16, evaluations=asked)
+    assert len(found) == done <= asked
+    assert found[-1] == 16
+
+
+def test_seconds_are_of_training_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = trainer.PartsTrainer._remember
+
+    def slow(self: Any) -> None:
+        time.sleep(0.5)
+        real(self)
+
+    monkeypatch.setattr(trainer.PartsTrainer, "_remember", slow)
+    tuned, _ = run(tmp_path, "bitfit", max_steps=4, evaluations=4)
+    assert tuned.seconds < 1.5  # four evaluations took two seconds
+
+
+def test_what_phases_before_took_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The memory of fine-tuning is needed, however little the last phase needs."""
+    peaks = iter([10_000, 50])
+    monkeypatch.setattr("howfine.cost.PeakMemory.growth", lambda _: next(peaks))
+    tuned, _ = run(tmp_path, "prune", max_steps=1, start_max_steps=1, keep=0.5)
+    assert (tuned.peak_bytes, tuned.steps) == (10_000, 2)
+
+
+def test_an_order_is_drawn_once_an_epoch() -> None:
+    """And is what a sampler that begins at that epoch gives."""
+    calls: list[int] = []
+
+    class Counted(ByLength):
+        def __iter__(self) -> Iterator[int]:
+            calls.append(1)
+            return super().__iter__()
+
+    lengths = list(range(40))
+    one = Counted(4, lengths, 3)
+    orders = []
+    for epoch in range(20):
+        one.set_epoch(epoch)
+        orders.append(list(one))
+    assert len(calls) < 3 * 20
+    for epoch in (7, 2):
+        one.set_epoch(epoch)
+        assert list(one) == orders[epoch]
+        fresh = ByLength(4, lengths, 3)
+        fresh.set_epoch(epoch)
+        assert list(fresh) == orders[epoch]
+
+
+def test_what_fills_a_disk_is_told_from_what_a_network_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise RuntimeError("[enforce fail at inline_container.cc] . unexpected pos")
+
+    def lost(*_: Any, **__: Any) -> None:
+        raise ConnectionError("the tracker does not answer")
+
+    for name, fails, error, said in (
+        ("_save_optimizer_and_scheduler", full, StorageError, "checkpoints can't be kept in"),
+        ("log", lost, ConnectionError, "the tracker does not answer"),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(trainer.PartsTrainer, name, fails)
+            with pytest.raises(error, match=said):
+                run(tmp_path, "bitfit", evaluations=1, epochs=1)
+    assert not list(tmp_path.glob("*"))
+
+
 def test_bf16_is_near_full_precision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = losses_of(monkeypatch)
     run(tmp_path, "full", epochs=2)
@@ -285,6 +391,9 @@ def test_a_training_prints_nothing_on_standard_output(
         ({"patience": 2}, "patience 2 counts evaluations, but there are none"),
         ({"schedule": "zigzag"}, "zigzag is not a valid SchedulerType"),
         ({"report_to": "pigeon"}, "pigeon is not supported"),
+        ({"report_to": "tensorboard"}, "tensorboard writes beside the checkpoints"),
+        ({"schedule": "warmup_stable_decay"}, "'warmup_stable_decay' can't be used"),
+        ({"schedule": "cosine_with_min_lr"}, "choose another, such as linear"),
         ({"precision": "fp16"}, "precision fp16 would train in fp32 on a CPU; use bf16"),
         ({"precision": "fp8"}, "setting 'precision': found 'fp8'"),
         ({"seed": -1}, "seed -1: expected a whole number from 0"),
@@ -347,11 +456,28 @@ def test_a_run_that_fails_keeps_the_file_of_before(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _, good = run(tmp_path, "bitfit", epochs=1)
-    monkeypatch.setattr("howfine.tune.evaluate", lambda *_, **__: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        run(tmp_path, "bitfit", epochs=2)
-    assert (tmp_path / "delta").read_bytes() == good
-    assert [path.name for path in tmp_path.iterdir()] == ["delta"]
+    asked: list[int] = []
+
+    def short_of_memory(*_: Any, batch_size: int, **__: Any) -> Any:
+        asked.append(batch_size)
+        raise RuntimeError("out of memory")
+
+    def refused(*_: Any, **__: Any) -> Any:
+        raise TaskError("row 3 is odd")
+
+    for fails, error in ((short_of_memory, RuntimeError), (refused, TaskError)):
+        with monkeypatch.context() as patch:
+            patch.setattr("howfine.tune.evaluate", fails)
+            with pytest.raises(error) as raised:
+                run(tmp_path, "bitfit", epochs=2, batch_size=2)
+        told = "\n".join([str(raised.value), *getattr(raised.value, "__notes__", [])])
+        # What was trained is not lost with its score.
+        kept = tmp_path / f"delta.unscored{SUFFIX}"
+        assert f"the trained delta is kept at {kept}: score it with `howfine evaluate`" in told
+        assert Delta.load(kept).score == {}
+        assert (tmp_path / "delta").read_bytes() == good
+        assert {path.name for path in tmp_path.iterdir()} == {"delta", kept.name}
+    assert asked == [16]  # eight rows for each that was trained at once
 
 
 def test_a_folder_is_no_place_for_a_delta(tmp_path: Path) -> None:
@@ -556,8 +682,11 @@ def test_a_checkpoint_half_written_is_passed_over(
 
 
 def test_resume_without_a_checkpoint_begins_at_the_beginning(tmp_path: Path) -> None:
-    _, whole = run(tmp_path / "whole", epochs=1)
-    assert run(tmp_path, epochs=1, work=tmp_path / "work", resume=True)[1] == whole
+    _, whole = run(tmp_path / "whole", epochs=1, evaluations=1)
+    more = {"work": tmp_path / "work", "resume": True}
+    assert run(tmp_path, epochs=1, evaluations=1, **more)[1] == whole
+    with pytest.raises(SettingError, match="as many as evaluations, and those are 0"):
+        run(tmp_path, epochs=1, **more)
 
 
 def test_a_folder_of_another_training_is_refused(tmp_path: Path) -> None:
@@ -570,6 +699,14 @@ def test_a_folder_of_another_training_is_refused(tmp_path: Path) -> None:
             run(tmp_path, "bitfit", work=work, resume=True, **{**settings, **other})
     with pytest.raises(SettingError, match="another training: base was"):
         run(tmp_path, "bitfit", tiny_base("bert", 1), work=work, resume=True, **settings)
+    half = tiny_base("bert")
+    assert half.fingerprint  # of the checkpoint, as a loaded base's is
+    half.towers.to(torch.bfloat16)
+    with pytest.raises(SettingError, match="another training: dtype was torch.float32"):
+        run(tmp_path, "prompt", half, work=work, resume=True, **settings, learning_rate=1e-2)
+    f1 = replace(known_task(), metric="f1")
+    with pytest.raises(SettingError, match="another training: metric was accuracy, now it is f1"):
+        run(tmp_path, "bitfit", work=work, resume=True, task=f1, **settings)
     with pytest.raises(SettingError, match="another training: method was"):
         run(tmp_path, "layernorm", work=work, resume=True, **settings, learning_rate=1e-2)
     # Whoever takes the record away is still told.

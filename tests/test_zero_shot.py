@@ -186,12 +186,23 @@ def test_multiple_choice_sets(tmp_path: Path) -> None:
     assert len(both.splits["train"]) == 12 + 18
     assert both.splits["dev"][-1].texts[1] == ""
     assert len(Task.load("mc/copa", data=data).splits["test"]) == 20
-    changed = task.splits["train"][0]
-    assert changed.options
+    assert "carved" not in task.provenance
+    assert both.provenance.endswith("; dev carved out of train")
     with pytest.raises(TaskNotFound, match="name it with --data"):
         Task.load("mc/dream")
     with pytest.raises(TaskNotFound, match="holds no train"):
         Task.load("mc/arc_easy", data=data)
+    stories = [f"w{story} w40" for story in range(30) for _ in range(4)]
+    asked = {"question": [f"w{n % 9}" for n in range(120)], "context": stories, "label": [0, 1] * 60}
+    asked["choices"] = [["w1", f"w{2 + n % 7}"] for n in range(120)]
+    (data / "mc" / "mctest500").mkdir()
+    parquet.write_table(pyarrow.table(asked), data / "mc" / "mctest500" / "train.parquet")
+    told = Task.load("mc/mctest500", data=data)
+    assert told.provenance.endswith("; dev, test carved out of train")
+    read = {split: {row.texts[1] for row in rows} for split, rows in told.splits.items()}
+    assert sum(map(len, read.values())) == len(set.union(*read.values())) == 30  # none on two sides
+    assert sum(map(len, told.splits.values())) == 120
+    assert len(told.splits["dev"]) % 4 == len(told.splits["test"]) % 4 == 0
     odd = {"question": ["w1"], "choices": [["w1", "w2"]], "label": ["2"]}
     parquet.write_table(pyarrow.table(odd), data / "mc" / "dream" / "dev.parquet")
     with pytest.raises(TaskError, match="label 2 of 2 options"):

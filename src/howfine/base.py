@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from howfine import fingerprint as fp
-from howfine import pretrained, surgery, widths
+from howfine import pretrained, widths
 from howfine.anatomy import Anatomy
 from howfine.architectures import anatomy_of
 from howfine.errors import SettingError, near
@@ -36,6 +36,9 @@ IMAGE, TEXT = "image", "text"
 _RESERVED = "_howfine_reserved"
 # Matrices whose outputs lie head by head.
 _BY_HEAD = ("Q", "K", "V", "CQ", "CK", "CV")
+
+# What a block holds that stands on top of it is called so.
+ON_TOP = "howfine_on_top"
 
 
 class Base:
@@ -312,7 +315,7 @@ class Base:
         }
         # What stands on top of a block is above it.
         layers = [
-            layer + (f".{surgery.ON_TOP}." in path)
+            layer + (f".{ON_TOP}." in path)
             for path, (layer, _) in trained.items()
             if layer is not None
         ]
@@ -326,7 +329,7 @@ class Base:
             below.append(owner)
         for module in below:
             own = self.towers.get_submodule(body + module).eval()
-            if (on_top := getattr(own, surgery.ON_TOP, None)) is not None:
+            if (on_top := getattr(own, ON_TOP, None)) is not None:
                 on_top.train()
 
     def is_untouched(self) -> bool:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from transformers import (
@@ -43,7 +45,7 @@ class Patience(EarlyStoppingCallback):
 
 
 class Clock(TrainerCallback):
-    """Seconds of training, those before a resume included: a checkpoint's log has them."""
+    """Seconds of training alone, those before a resume included: a checkpoint's log has them."""
 
     def __init__(self) -> None:
         self.start = time.perf_counter()
@@ -56,5 +58,14 @@ class Clock(TrainerCallback):
         self.start = time.perf_counter() - before
 
     def seconds(self) -> float:
-        """Since the start."""
+        """Since the start, without those in which it stood."""
         return time.perf_counter() - self.start
+
+    @contextmanager
+    def stopped(self) -> Iterator[None]:
+        """Let it stand: what is done inside is no training."""
+        begun = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.start += time.perf_counter() - begun

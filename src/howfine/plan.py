@@ -126,9 +126,7 @@ def runs_of(plan: Plan, base: Base, task: Task) -> list[Run]:
     roles += [("candidate", name) for name in plan.recipes]
     runs = []
     for role, name in roles:
-        recipe = Recipe.load(name)
-        for key, value in (plan.settings or {}).items():
-            recipe = recipe.override(**{key: value})
+        recipe = Recipe.load(name).override(**(plan.settings or {}))
         knob = (plan.knobs or {}).get(name, recipe.knob) if role == "candidate" else {}
         for values in itertools.product(*knob.values()):
             settings = tuple(zip(knob, values, strict=True))

@@ -117,6 +117,11 @@ class Recipe:
         if "start" in parts:
             start = _start(parts.pop("start")["start"], self.name, self.readout)
             found = dataclasses.replace(found, start=start)
+        if "before" in parts and not isinstance(found.start, Recipe):
+            raise SettingError(
+                f"recipe {self.name}: start_{next(iter(parts['before']))} is a setting of a phase "
+                f"before, and the start is {found.start or 'the base'}; leave it out"
+            )
         if isinstance(found.start, Recipe):
             # Phases share a readout; what else an earlier one is told begins with "start".
             before = parts.pop("before", {}) | parts.get("readout", {})

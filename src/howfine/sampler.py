@@ -16,10 +16,18 @@ class ByLength(LengthGroupedSampler):
     def __init__(self, batch_size: int, lengths: list[int], seed: int) -> None:
         super().__init__(batch_size, lengths=lengths)
         self.seed = seed
+        self._begin()
         self.set_epoch(0)
+
+    def _begin(self) -> None:
+        self._epoch, self._state = 0, torch.Generator().manual_seed(self.seed).get_state()
 
     def set_epoch(self, epoch: int) -> None:
         """Draw from where a training that began at epoch 0 stands now."""
-        self.generator = torch.Generator().manual_seed(self.seed)
-        for _ in range(epoch):
+        if epoch < self._epoch:
+            self._begin()
+        self.generator = torch.Generator()
+        self.generator.set_state(self._state)
+        for _ in range(epoch - self._epoch):
             list(self)
+        self._epoch, self._state = epoch, self.generator.get_state()

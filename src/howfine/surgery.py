@@ -101,10 +101,6 @@ def rewire(module: nn.Module, forward: Callable[..., Tensor]) -> Undo:
     return undo
 
 
-# What a block holds that stands on top of it is called so.
-ON_TOP = "howfine_on_top"
-
-
 def hold(module: nn.Module, name: str, value: nn.Parameter | nn.Module) -> Undo:
     """Let a module of the tree hold a new parameter or module, so that it is found and moved.
 

@@ -10,21 +10,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import get_int_from_env
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import (
     PrinterCallback,
     Trainer,
     TrainerCallback,
     TrainingArguments,
+    get_scheduler,
 )
 
-from howfine import rates
+from howfine import arguments, rates
 from howfine.adamw import AdamW
 from howfine.base import Base
 from howfine.callbacks import Clock, Patience
 from howfine.change import Change
-from howfine.errors import SettingError, TrainingError
+from howfine.errors import SettingError, StorageError, TrainingError
 from howfine.metrics import METRICS
 from howfine.readout import Head, Wired
 from howfine.recipe import Recipe
@@ -32,8 +33,6 @@ from howfine.rounding import Rounding
 from howfine.sampler import ByLength
 from howfine.task import Example, Task
 
-# Where torchrun, MPICH and Open MPI tell each process how many there are.
-_WORLD_SIZES = ["WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE"]
 # What a batch's answers of a teacher are called, and the share of the loss that is about them.
 _TAUGHT, _TEACHER_SHARE = "taught", 0.5
 
@@ -64,12 +63,14 @@ def trainer_of(parts: Parts, seed: int, folder: Path, progress: bool) -> PartsTr
             f"recipe {recipe.name}: precision fp16 would train in fp32 on a CPU; use bf16"
         )
     try:
+        _check_schedule(training.schedule)
         if device.type == "cuda":  # Trainer takes the current one
             torch.cuda.set_device(device)
-        arguments = _arguments(parts, seed, folder, progress)
+        rows = len(parts.task.splits["train"])
+        made = arguments.of(recipe, parts.change, device, rows, seed, folder, progress)
         # One process trains on one device; with several, Trainer would copy the model to all.
-        arguments._n_gpu = min(arguments.n_gpu, 1)
-        return PartsTrainer(parts, arguments)
+        made._n_gpu = min(made.n_gpu, 1)
+        return PartsTrainer(parts, made)
     except (ValueError, RuntimeError, ImportError) as error:
         raise SettingError(
             f"recipe {recipe.name}, training: {str(error).strip().splitlines()[0]}"
@@ -79,16 +80,17 @@ def trainer_of(parts: Parts, seed: int, folder: Path, progress: bool) -> PartsTr
 class PartsTrainer(Trainer):
     """transformers' Trainer with the method's penalty, rates per part, and a NaN that ends it."""
 
-    def __init__(self, parts: Parts, arguments: TrainingArguments) -> None:
+    def __init__(self, parts: Parts, made: TrainingArguments) -> None:
         self.parts = parts
         splits, training = parts.task.splits, parts.recipe.training
         self.clock = Clock()
+        self._rows: list[int] = []
         callbacks: list[TrainerCallback] = [self.clock]
         if training.patience:
             callbacks.append(Patience(training.patience))
         super().__init__(
             model=parts.model,
-            args=arguments,
+            args=made,
             train_dataset=list(splits["train"]),
             eval_dataset=list(splits["dev"]),
             data_collator=self._collate,
@@ -174,9 +176,20 @@ class PartsTrainer(Trainer):
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """Trainer's, of what would be stored now: the best state is to be the best file."""
-        with self._as_stored(evaluating=True):
+        with self.clock.stopped(), self._as_stored(evaluating=True):
             self._remember()
             return super().evaluation_loop(*args, **kwargs)
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        """Trainer's. Raises StorageError where there is no room: torch says it in other words."""
+        try:
+            with self.clock.stopped():
+                super()._save_checkpoint(*args, **kwargs)
+        except (OSError, RuntimeError, SafetensorError) as error:
+            raise StorageError(
+                f"training checkpoints can't be kept in {self.args.output_dir}: {error}; no delta "
+                "was written. Free some space, or name another folder with --work"
+            ) from error
 
     def remember(self) -> None:
         """Let the readout take what it needs of the training examples, from what is stored."""
@@ -199,13 +212,13 @@ class PartsTrainer(Trainer):
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """The readout's loss plus the method's penalty. Raises TrainingError unless finite."""
+        fields = {name: value for name, value in inputs.items() if name != _TAUGHT}
         if not model.training:
-            outputs = model(**inputs)
+            outputs = model(**fields)
             return (outputs["loss"], outputs) if return_outputs else outputs["loss"]
         recipe, change = self.parts.recipe, self.parts.change
         method, read = recipe.method, recipe.readout
         progress = self.state.global_step / max(1, self.state.max_steps)
-        fields = {name: value for name, value in inputs.items() if name != _TAUGHT}
         taught = inputs.get(_TAUGHT)
         of_teacher = 0.0 if taught is None else _teacher_share(recipe)
         losses, first = [], None
@@ -221,10 +234,22 @@ class PartsTrainer(Trainer):
                 loss = (1 - of_teacher) * loss + of_teacher * like
             losses.append(loss)
         loss = losses[0] if len(losses) == 1 else torch.stack(losses).mean()
-        loss = loss + method.penalty(change, progress).to(loss.device)
+        loss = loss * self._weight(inputs) + method.penalty(change, progress).to(loss.device)
         if not torch.isfinite(loss):
             raise self.diverged(f"the loss became {loss.item()}")
         return (loss, first) if return_outputs else loss
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        """Trainer's, of the batches that make one step; their rows are counted."""
+        batches, items = super().get_batch_samples(*args, **kwargs)
+        self._rows = [len(batch["targets"]) for batch in batches if "targets" in batch]
+        return batches, items
+
+    def _weight(self, inputs: Any) -> float:
+        """A batch's rows over the mean of those it makes a step with: an epoch's last has fewer."""
+        if len(set(self._rows)) < 2:
+            return 1.0
+        return float(len(inputs["targets"]) * len(self._rows) / sum(self._rows))
 
     def diverged(self, what: str) -> TrainingError:
         """The error for `what` is not finite, with the step and the rate."""
@@ -235,54 +260,16 @@ class PartsTrainer(Trainer):
         )
 
 
+def _check_schedule(name: str) -> None:
+    """Raises ValueError for one that transformers makes with settings of its own alone."""
+    try:
+        get_scheduler(name, torch.optim.SGD([torch.zeros(1)], lr=1.0), 0, 1)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"schedule {name!r} can't be used: {error}; choose another, such as linear"
+        ) from error
+
+
 def _teacher_share(recipe: Recipe) -> float:
     share = recipe.training.teacher_share
     return _TEACHER_SHARE if share is None else share
-
-
-# long: one call, one line an argument
-def _arguments(parts: Parts, seed: int, folder: Path, progress: bool) -> TrainingArguments:
-    """transformers' arguments for a recipe's training settings."""
-    training, rows = parts.recipe.training, len(parts.task.splits["train"])
-    processes = get_int_from_env(_WORLD_SIZES, 1)
-    per_step = training.batch_size * training.gradient_accumulation * processes
-    steps = training.max_steps or math.ceil(rows / per_step) * training.epochs
-    every = max(1, int(steps // training.evaluations)) if training.evaluations else 0
-    rate = training.learning_rate
-    if rate is None:
-        rate = parts.recipe.method.rate_for(parts.change, math.ceil(steps))
-    return TrainingArguments(
-        output_dir=str(folder),
-        num_train_epochs=training.epochs,
-        max_steps=training.max_steps or -1,
-        per_device_train_batch_size=training.batch_size,
-        per_device_eval_batch_size=2 * training.batch_size,
-        gradient_accumulation_steps=training.gradient_accumulation,
-        learning_rate=rate,
-        weight_decay=training.weight_decay,
-        warmup_steps=training.warmup,
-        lr_scheduler_type=training.schedule,
-        max_grad_norm=training.max_grad_norm,
-        bf16=training.precision == "bf16",
-        fp16=training.precision == "fp16",
-        seed=seed,
-        data_seed=seed,
-        eval_strategy="steps" if every else "no",
-        eval_steps=every or None,
-        save_strategy="steps" if every else "no",
-        save_steps=every or 500,
-        save_total_limit=1,
-        load_best_model_at_end=bool(every),
-        metric_for_best_model="score" if every else None,
-        greater_is_better=True,
-        logging_strategy="steps",
-        logging_steps=50,
-        logging_nan_inf_filter=False,
-        log_level_replica="error",
-        report_to=training.report_to,
-        disable_tqdm=not progress,
-        remove_unused_columns=False,
-        label_names=["targets"],
-        use_cpu=parts.base.device.type == "cpu",
-        dataloader_pin_memory=parts.base.device.type != "cpu",
-    )

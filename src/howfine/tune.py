@@ -21,12 +21,15 @@ from howfine import start as start_of
 from howfine.base import Base
 from howfine.container import write_atomically
 from howfine.delta import SUFFIX, Delta
-from howfine.errors import SettingError, StorageError, near
+from howfine.errors import DeltaError, HowfineError, SettingError, StorageError, near
 from howfine.evaluate import Score, evaluate
 from howfine.loop import Fit
 from howfine.recipe import Recipe
 from howfine.start import Start
 from howfine.task import Task
+
+# Rows that are scored at a time: at most, and for each that is trained at a time.
+_SCORED, _MORE = 64, 8
 
 
 @dataclass(frozen=True)
@@ -37,10 +40,10 @@ class Tuned:
     path: Path
     bytes: int
     score: Score
-    seconds: float  # training alone
-    steps: int
+    seconds: float  # training alone, of all phases
+    steps: int  # of all phases
     peak_bytes: int  # growth of the process's memory over the loaded base, at its highest
-    trainable: int  # parameters
+    trainable: int  # parameters of the last phase
 
     def as_dict(self) -> dict[str, Any]:
         """Everything but the delta itself, as JSON types."""
@@ -78,8 +81,7 @@ def tune(
     out = Path(out or f"runs/{short}-{recipe.name}{SUFFIX}")
     _check(task, split, seed, out)
     outside = regions.outside(recipe.outside, base)
-    if resume and not work:
-        raise SettingError("resume needs the folder of the checkpoints; name it with --work")
+    _check_work(recipe, work, resume)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(work or scratch)
         checkpoint = _claim(folder, _record(base, task, recipe, seed), resume)
@@ -89,10 +91,11 @@ def tune(
         ):
             packed = _trained(fit, checkpoint, folder)
     main = fit.trainer.is_world_process_zero()
-    score = _store(packed, out, base, task, split) if main else None
+    batch_size = recipe.training.batch_size
+    score = _store(packed, out, base, task, split, batch_size) if main else None
     fit.trainer.accelerator.wait_for_everyone()
     delta = Delta.load(out)
-    cost = {"peak_bytes": fit.peak_bytes, "trainable": fit.trainable}
+    cost = {"peak_bytes": max(before.peak_bytes, fit.peak_bytes), "trainable": fit.trainable}
     cost["steps"] = before.steps + fit.trainer.state.global_step
     score = score or evaluate(delta, base, task, split=split)
     return Tuned(delta, out, out.stat().st_size, score, before.seconds + fit.seconds, **cost)
@@ -105,6 +108,7 @@ class _Before:
     start: Start | None = None
     seconds: float = 0.0
     steps: int = 0
+    peak_bytes: int = 0
 
 
 def _starts(starts: str | Path | None, work: str | Path | None, out: Path) -> tuple[Path, bool]:
@@ -141,7 +145,7 @@ def _before(base: Base, task: Task, recipe: Recipe, seed: int, kept: Path) -> _B
         _fit_phase(base, task, first, seed, path, costs)
     spent = json.loads(costs.read_text())
     start = start_of.of_delta(Delta.load(path), base, recipe.readout, task.labels, recipe.method)
-    return _Before(start, spent["seconds"], spent["steps"])
+    return _Before(start, **spent)
 
 
 def _fit_phase(base: Base, task: Task, first: Recipe, seed: int, path: Path, costs: Path) -> None:
@@ -156,7 +160,9 @@ def _fit_phase(base: Base, task: Task, first: Recipe, seed: int, path: Path, cos
     steps = earlier.steps + fit.trainer.state.global_step
     if fit.trainer.is_world_process_zero():
         packed.save(path)
-        spent = {"seconds": earlier.seconds + fit.seconds, "steps": steps}
+        peak = max(earlier.peak_bytes, fit.peak_bytes)
+        seconds = earlier.seconds + fit.seconds
+        spent = {"seconds": seconds, "steps": steps, "peak_bytes": peak}
         write_atomically(costs, json.dumps(spent).encode())
     fit.trainer.accelerator.wait_for_everyone()
 
@@ -176,9 +182,26 @@ def _check(task: Task, split: str, seed: int, out: Path) -> None:
         )
 
 
+def _check_work(recipe: Recipe, work: str | Path | None, resume: bool) -> None:
+    """What has no place without a folder of checkpoints."""
+    if resume and not work:
+        raise SettingError("resume needs the folder of the checkpoints; name it with --work")
+    if resume and not recipe.training.evaluations:
+        raise SettingError(
+            "resume goes on from checkpoints, of which there are as many as evaluations, and those "
+            "are 0; set --evaluations, such as 10"
+        )
+    if "tensorboard" in recipe.training.report_to and not work:
+        raise SettingError(
+            "report_to tensorboard writes beside the checkpoints; name a folder for them with "
+            "--work"
+        )
+
+
 def _record(base: Base, task: Task, recipe: Recipe, seed: int) -> dict[str, Any]:
     """All that a training depends on, as JSON has it."""
     made_on = {"seed": seed, "base": base.fingerprint, "task": task.fingerprint}
+    made_on |= {"dtype": str(base.dtype), "metric": task.metric}
     return dict(json.loads(json.dumps({**recipe.as_dict(), **made_on})))
 
 
@@ -194,11 +217,11 @@ def _claim(folder: Path, record: dict[str, Any], resume: bool) -> Path | None:
             f"{folder} holds the checkpoint {newest.name} of an earlier training; add --resume to "
             "go on with it, or name another folder with --work"
         )
-    if newest and owner.is_file() and (theirs := json.loads(owner.read_text())) != record:
-        odd = sorted(key for key in record if theirs.get(key) != record[key])
+    theirs = json.loads(owner.read_text()) if newest and owner.is_file() else {}
+    if odd := sorted(key for key in theirs if theirs[key] != record.get(key)):
         raise SettingError(
             f"{folder} holds checkpoints of another training: {odd[0]} was {theirs.get(odd[0])}, "
-            f"now it is {record[odd[0]]}; repeat the same settings, or name another folder"
+            f"now it is {record.get(odd[0])}; repeat the same settings, or name another folder"
         )
     write_atomically(owner, (json.dumps(record, indent=2) + "\n").encode())
     return newest
@@ -226,22 +249,36 @@ def _trained(fit: Fit, checkpoint: Path | None, folder: Path) -> Delta:
         fit.train(checkpoint)
         return fit.pack()
     except (OSError, SafetensorError) as error:
+        if isinstance(error, OSError) and error.errno is None:
+            raise  # of a network, such as a tracker's
         raise StorageError(
             f"training checkpoints can't be kept in {folder}: {error}; no delta was written. Free "
             "some space, or name another folder with --work"
         ) from error
 
 
-def _store(packed: Delta, out: Path, base: Base, task: Task, split: str) -> Score:
+def _store(packed: Delta, out: Path, base: Base, task: Task, split: str, batch_size: int) -> Score:
     """Score the delta as read back from a file, and write it with that score in its header.
 
-    What stands at `out` is replaced once, at the very end, by the finished file.
+    What stands at `out` is replaced once, at the very end, by the finished file. Where scoring
+    fails, what was trained stays, in a file beside it that the error names.
     """
-    trial = out.with_name(f".{out.name}.trial")
+    name = out.name.removesuffix(SUFFIX)
+    trial = out.with_name(f"{name}.unscored{SUFFIX}")
     packed.save(trial)
+    told = f"the trained delta is kept at {trial}: score it with `howfine evaluate`"
+    # No gradients are kept, so that more rows fit; few are trained at once where memory is short.
+    rows = min(_SCORED, _MORE * batch_size)
     try:
-        score = evaluate(Delta.load(trial), base, task, split=split)
-    finally:
+        score = evaluate(Delta.load(trial), base, task, split=split, batch_size=rows)
+    except DeltaError:  # what it gives is no number
         trial.unlink()
+        raise
+    except HowfineError as error:
+        raise type(error)(f"{error}; {told}") from error
+    except BaseException as error:  # memory that is short, a user's Ctrl-C: nothing is to be lost
+        error.add_note(told)
+        raise
     packed.with_score(score.stated()).save(out)
+    trial.unlink()
     return score

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from howfine import surgery
+from howfine import gates, surgery
 from howfine.base import Base
 from howfine.change import Change, all_or_nothing
 from howfine.codec import rounded
@@ -75,13 +75,19 @@ def pack(change: Change) -> Tensors:
     }
 
 
-def stored(change: Change, store: str) -> Tensors:
-    """The trained tensors as a file gives them back: the base's plus a rounded difference."""
+def stored(change: Change, store: str, mine: Mapping[str, Tensor] | None = None) -> Tensors:
+    """The trained tensors as a file gives them back: the base's plus a rounded difference.
+
+    Of those that `mine` names, only what it has True for is stored: it spreads over the tensor.
+    """
     originals: dict[str, nn.Parameter] = change.parts["originals"]
-    return {
-        path: originals[path] + rounded(value - originals[path], store).to(value.device)
-        for path, value in change.trainable.items()
-    }
+    found = {}
+    for path, value in change.trainable.items():
+        apart = value.detach() - originals[path].detach()
+        if mine is not None and path in mine:
+            apart = gates.drop(apart, mine[path])
+        found[path] = originals[path] + rounded(apart, store).to(value.device)
+    return found
 
 
 def unpack(base: Base, tensors: Tensors) -> Change:

@@ -17,7 +17,7 @@ from torch import nn
 from transformers import Cache
 
 from howfine import first, inserted, surgery, whole
-from howfine.base import Base
+from howfine.base import ON_TOP, Base
 from howfine.change import Change, Undo, all_or_nothing
 from howfine.errors import SettingError
 from howfine.method import Method, Probe, Tensors
@@ -127,7 +127,7 @@ def _insert(base: Base, made: Mapping[int, nn.Module], undo: list[Undo]) -> None
     for layer, block in made.items():
         host = base.towers.get_submodule(_path(base, layer))
         compute = host.forward
-        undo.append(surgery.hold(host, surgery.ON_TOP, block))
+        undo.append(surgery.hold(host, ON_TOP, block))
         undo.append(surgery.rewire(host, _on_top(compute, block, base)))
 
 

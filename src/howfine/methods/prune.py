@@ -161,7 +161,8 @@ class Prune(Method):
         return found | units.named(kept)
 
     def stored(self, change: Change, store: str) -> Tensors:
-        return whole.stored(change.parts["beside"], store)
+        on = {path: gate.on for path, gate in change.parts["gated"].items()}
+        return whole.stored(change.parts["beside"], store, on)
 
     def unpack(self, base: Base, tensors: Tensors) -> Change:
         return whole.unpack(base, units.cleared(base, tensors))

@@ -45,13 +45,17 @@ def read(name: str, data: Path | None) -> Found:
     """
     data = files.named(name, data)
     parts = [_one(data / part) for part in name.split("+")]
-    splits = {split: [row for part in parts for row in part[split]] for split in parts[0]}
+    lacking = sorted({split for _, made in parts for split in made})
+    splits = {split: [row for part, _ in parts for row in part[split]] for split in SPLITS}
     most = max(len(row.options) for rows in splits.values() for row in rows)
     labels = tuple(str(number) for number in range(1, most + 1))
-    return Found(splits, labels, "accuracy", f"{name}, multiple choice with options of its own")
+    told = f"{name}, multiple choice with options of its own"
+    told += f"; {', '.join(lacking)} carved out of train" if lacking else ""
+    return Found(splits, labels, "accuracy", told)
 
 
-def _one(folder: Path) -> dict[str, list[Row]]:
+def _one(folder: Path) -> tuple[dict[str, list[Row]], list[str]]:
+    """A set's splits, and which of them it lacked."""
     found = {path.stem: _rows(path) for path in sorted(folder.glob("*.parquet"))}
     splits: dict[str, list[Row]] = {name: found[name] for name in SPLITS if name in found}
     if not splits:
@@ -61,7 +65,26 @@ def _one(folder: Path) -> dict[str, list[Row]]:
         )
     if "train" not in splits:
         splits["train"] = splits.pop("dev", [])
-    return completed(splits)
+    return _completed(splits), [name for name in SPLITS if name not in splits]
+
+
+def _completed(found: dict[str, list[Row]]) -> dict[str, list[Row]]:
+    """As `completed`, with all questions on one context, such as a story, on one side."""
+    together: dict[tuple[str, Any], list[Row]] = {}
+    for row in (row for rows in found.values() for row in rows):
+        together.setdefault(_context(row), []).append(row)
+    firsts = {
+        split: [row for row in rows if row is together[_context(row)][0]]
+        for split, rows in found.items()
+    }
+    return {
+        split: [each for row in rows for each in together[_context(row)]]
+        for split, rows in completed(firsts).items()
+    }
+
+
+def _context(row: Row) -> tuple[str, Any]:
+    return row.source, row.texts[1] or row.number
 
 
 def _rows(path: Path) -> list[Row]:
