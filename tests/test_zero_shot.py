@@ -193,7 +193,8 @@ def test_multiple_choice_sets(tmp_path: Path) -> None:
     with pytest.raises(TaskNotFound, match="holds no train"):
         Task.load("mc/arc_easy", data=data)
     stories = [f"w{story} w40" for story in range(30) for _ in range(4)]
-    asked = {"question": [f"w{n % 9}" for n in range(120)], "context": stories, "label": [0, 1] * 60}
+    asked = {"question": [f"w{n % 9}" for n in range(120)], "context": stories}
+    asked["label"] = [0, 1] * 60
     asked["choices"] = [["w1", f"w{2 + n % 7}"] for n in range(120)]
     (data / "mc" / "mctest500").mkdir()
     parquet.write_table(pyarrow.table(asked), data / "mc" / "mctest500" / "train.parquet")

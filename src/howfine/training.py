@@ -27,11 +27,13 @@ class Training:
     # Peak learning rate of the readout's head; None for the same where one is named,
     # up to 1e-2 (SGD: 1) beside a method that trains something, else 1e-3.
     readout_learning_rate: float | None = None
-    # AdamW's decoupled weight decay.
+    # AdamW's decoupled weight decay, of matrices; methods of scores, single entries and vectors go
+    # without, as their cards say.
     weight_decay: float = 0.01
     # Share of the steps that warm up linearly.
     warmup: float = 0.1
-    # Learning-rate schedule by transformers' name: linear, cosine, constant, …
+    # Learning-rate schedule by transformers' name: linear, cosine, constant (which has no warm-up;
+    # constant_with_warmup has), …
     schedule: str = "linear"
     # Gradient norm above which gradients are scaled down; 0 for never.
     max_grad_norm: float = 1.0
