@@ -27,8 +27,7 @@ class Training:
     # Peak learning rate of the readout's head; None for the same where one is named,
     # up to 1e-2 (SGD: 1) beside a method that trains something, else 1e-3.
     readout_learning_rate: float | None = None
-    # AdamW's decoupled weight decay, of matrices; methods of scores, single entries and vectors go
-    # without, as their cards say.
+    # AdamW's decoupled weight decay, of matrices; methods of scores, entries and vectors have none.
     weight_decay: float = 0.01
     # Share of the steps that warm up linearly.
     warmup: float = 0.1
