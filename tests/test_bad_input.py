@@ -217,7 +217,7 @@ def test_a_spoilt_task(
     inputs: Inputs, splits: dict[str, Any], flags: list[str], parts: list[str], tmp_path: Path
 ) -> None:
     made = inputs.made(task=task(tmp_path / "task", **splits))
-    contains(refused("tune", *made, *flags, "--out", tmp_path / "delta"), *parts)
+    contains(refused("tune", *made, *flags, "--out", tmp_path / "x.delta.safetensors"), *parts)
     assert [path.name for path in tmp_path.iterdir()] == ["task"]
 
 
@@ -281,7 +281,10 @@ def test_a_sample_of_nothing(inputs: Inputs, size: int) -> None:
 def test_a_wrong_setting(
     inputs: Inputs, changed: dict[str, Any], parts: list[str], tmp_path: Path
 ) -> None:
-    contains(refused("tune", *inputs.made(**changed), "--out", tmp_path / "x", code=2), *parts)
+    contains(
+        refused("tune", *inputs.made(**changed), "--out", tmp_path / "x.delta.safetensors", code=2),
+        *parts,
+    )
     assert list(tmp_path.iterdir()) == []
 
 
@@ -364,7 +367,15 @@ def test_a_recipe_file_that_is_no_text(tmp_path: Path) -> None:
 
 
 def test_a_loss_that_is_not_finite(inputs: Inputs, tmp_path: Path) -> None:
-    flags = ["--learning-rate", 1e30, "--batch-size", 2, "--out", tmp_path / "delta", "--json"]
+    flags = [
+        "--learning-rate",
+        1e30,
+        "--batch-size",
+        2,
+        "--out",
+        tmp_path / "x.delta.safetensors",
+        "--json",
+    ]
     sentence = refused("tune", *inputs.made(recipe="full"), *flags)
     contains(sentence, "the loss became nan at step 2 of 24", "recipe full, learning_rate 1e+30")
     contains(sentence, "nothing was written", "Lower --learning-rate")
@@ -409,14 +420,15 @@ def test_no_space_for_a_delta(
     inputs: Inputs, call: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A delta of before stays; nothing else does."""
-    out = tmp_path / "delta"
-    out.write_bytes(b"what was there before")
+    out = tmp_path / "x.delta.safetensors"
+    before = inputs.delta.read_bytes()
+    out.write_bytes(before)
     delta = Delta.load(inputs.delta)
     monkeypatch.setattr(call, no_space)
     with pytest.raises(StorageError) as caught:
         delta.save(out)
     contains(str(caught.value), out, "No space left on device", "nothing was left behind", "Free")
-    assert contents(tmp_path) == {out: b"what was there before"}
+    assert contents(tmp_path) == {out: before}
 
 
 def test_an_interrupted_write_leaves_nothing(
@@ -428,15 +440,17 @@ def test_an_interrupted_write_leaves_nothing(
     delta = Delta.load(inputs.delta)
     monkeypatch.setattr("os.fsync", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        delta.save(tmp_path / "delta")
+        delta.save(tmp_path / "x.delta.safetensors")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_full_disk_under_tune(inputs: Inputs, tmp_path: Path) -> None:
     with files_up_to(1000):
-        said = howfine_here("tune", *inputs.made(), *QUICK, "--out", tmp_path / "delta")
+        said = howfine_here(
+            "tune", *inputs.made(), *QUICK, "--out", tmp_path / "x.delta.safetensors"
+        )
     contains(
-        said.sentence, tmp_path, "delta", "can't be written: File too large", "Free some space"
+        said.sentence, tmp_path, "x.delta", "can't be written: File too large", "Free some space"
     )
     assert list(tmp_path.iterdir()) == []
 
@@ -444,9 +458,9 @@ def test_a_full_disk_under_tune(inputs: Inputs, tmp_path: Path) -> None:
 def test_a_full_disk_under_checkpoints(inputs: Inputs, tmp_path: Path) -> None:
     made = [*inputs.made(work=tmp_path / "work", evaluations=1), *QUICK]
     with files_up_to(5000):
-        said = howfine_here("tune", *made, "--out", tmp_path / "delta")
+        said = howfine_here("tune", *made, "--out", tmp_path / "x.delta.safetensors")
     contains(said.sentence, "training checkpoints can't be kept in", tmp_path / "work", "--work")
-    assert not (tmp_path / "delta").exists()
+    assert not (tmp_path / "x.delta.safetensors").exists()
 
 
 @pytest.mark.parametrize("size", [300, 5000])
@@ -465,6 +479,53 @@ def test_a_device_is_no_place_for_a_delta(inputs: Inputs, tmp_path: Path) -> Non
     with pytest.raises(StorageError, match="no regular file"):
         Delta.load(inputs.delta).save(tmp_path / "pipe")
     assert (tmp_path / "pipe").is_fifo()
+
+
+@pytest.mark.parametrize(
+    ("name", "held", "parts"),
+    [
+        ("mine.csv", b"text,label\nof ten years,1\n", ["called NAME.delta.safetensors", "name it"]),
+        ("new.csv", None, ["called NAME.delta.safetensors", "name it"]),
+        ("x.delta.safetensors", b"of ten years", ["is there and no delta file", "remove it first"]),
+        # Text that only speaks of one, and another safetensors file.
+        ("x.delta.safetensors", b'{"a": "b", "howfine": 1}', ["is there and no delta file"]),
+        ("x.delta.safetensors", b"\x02" + bytes(7) + b"{}", ["is there and no delta file"]),
+    ],
+)
+def test_nothing_but_a_delta_is_written_over(
+    inputs: Inputs,
+    name: str,
+    held: bytes | None,
+    parts: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """By no command that writes one, and before the work begins."""
+    monkeypatch.setattr("howfine.tune.Fit", None)
+    monkeypatch.setattr("howfine.extract.pair", None)
+    monkeypatch.setattr("howfine.compose.compose", None)
+    out = tmp_path / name
+    if held is not None:
+        out.write_bytes(held)
+        if name.endswith(".delta.safetensors"):
+            with pytest.raises(StorageError, match="is there and no delta file"):
+                Delta.load(inputs.delta).save(out)
+    for command in (
+        ["tune", *inputs.made(), *QUICK, "--out", out],
+        ["compose", "negate", inputs.delta, "-o", out],
+        ["extract", inputs.base, inputs.delta, out, "--density", 0.1],
+    ):
+        said = howfine_here(*command)
+        contains(said.sentence, out, *parts)
+    assert contents(tmp_path) == ({} if held is None else {out: held})
+
+
+def test_a_delta_and_an_empty_file_are_written_over(inputs: Inputs, tmp_path: Path) -> None:
+    out = tmp_path / "x.delta.safetensors"
+    out.touch()
+    for _ in range(2):
+        Delta.load(inputs.delta).save(out)
+        assert out.read_bytes() == inputs.delta.read_bytes()
 
 
 def test_a_file_is_no_folder(inputs: Inputs) -> None:

@@ -125,8 +125,8 @@ def test_an_encoder_saved_without_its_decoder_loads_and_merges(flag, tmp_path):
     config = json.loads((path / "config.json").read_text())
     (path / "config.json").write_text(json.dumps({**config, "is_encoder_decoder": flag}))
     base = Base.load(str(path))
-    tune(base, tiny_task(), "head-only", max_steps=1, out=tmp_path / "delta")
-    merge(tmp_path / "delta", tmp_path / "merged", base)
+    tune(base, tiny_task(), "head-only", max_steps=1, out=tmp_path / "x.delta.safetensors")
+    merge(tmp_path / "x.delta.safetensors", tmp_path / "merged", base)
     assert Base.load(str(tmp_path / "merged")).fingerprint == base.fingerprint
     assert not any("decoder" in name for name in load_file(tmp_path / "merged/model.safetensors"))
 
@@ -235,10 +235,10 @@ def test_the_longest_text_that_is_read_fits_the_position_table(name):
 
 def test_using_a_delta_draws_nothing_of_the_callers_random_numbers(tmp_path):
     base, task = tiny_base("bert"), tiny_task()
-    tune(base, task, "head-only", max_steps=1, out=tmp_path / "delta")
+    tune(base, task, "head-only", max_steps=1, out=tmp_path / "x.delta.safetensors")
     torch.manual_seed(5)
-    evaluate(tmp_path / "delta", base, task)
-    predict(tmp_path / "delta", ["w1 w2"], base)
+    evaluate(tmp_path / "x.delta.safetensors", base, task)
+    predict(tmp_path / "x.delta.safetensors", ["w1 w2"], base)
     drawn = torch.rand(1)
     torch.manual_seed(5)
     assert torch.equal(drawn, torch.rand(1))

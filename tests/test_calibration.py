@@ -265,7 +265,7 @@ def scores_task() -> Task:
 
 def test_regression_has_no_calibration(tmp_path: Path) -> None:
     base, task = tiny_base("bert"), scores_task()
-    tuned = tune(base, task, "bitfit", out=tmp_path / "x", **QUICK)
+    tuned = tune(base, task, "bitfit", out=tmp_path / "x.delta.safetensors", **QUICK)
     assert tuned.score.calibration is None
     assert evaluate(tuned.path, base, task).as_dict()["calibration"] is None
     with pytest.raises(SettingError, match="has no classes"):

@@ -76,10 +76,10 @@ def test_tune_says_what_it_made(inputs: Inputs) -> None:
 
 
 def test_tune_prints_json_and_nothing_else(inputs: Inputs, tmp_path: Path) -> None:
-    said = inputs.tune("--json", "--out", tmp_path / "x")
-    assert said.json["file"] == str(tmp_path / "x")
-    assert said.json["bytes"] == (tmp_path / "x").stat().st_size
-    assert said.json["score"]["value"] == header_of(tmp_path / "x")["score"][1]
+    said = inputs.tune("--json", "--out", tmp_path / "x.delta.safetensors")
+    assert said.json["file"] == str(tmp_path / "x.delta.safetensors")
+    assert said.json["bytes"] == (tmp_path / "x.delta.safetensors").stat().st_size
+    assert said.json["score"]["value"] == header_of(tmp_path / "x.delta.safetensors")["score"][1]
     assert said.json["steps"] == 2
     assert "%" not in said.err, "a progress bar beside --json"
 
@@ -240,7 +240,7 @@ def test_inspect_counts_where_a_base_changes(inputs: Inputs) -> None:
 def test_inspect_counts_in_a_stream_of_many_tensors_and_behind_a_map(
     inputs: Inputs, tmp_path: Path
 ) -> None:
-    out = tmp_path / "delta"
+    out = tmp_path / "x.delta.safetensors"
     inputs.tune("--out", out, recipe="sparse")
     found = howfine_here("inspect", out, "--base", inputs.base, "--json").json
     (joined,) = (p for p in found["parts"] if p["name"].startswith("method/*") and p["kept"])
@@ -288,9 +288,16 @@ def test_merge_keeps_what_the_base_states_and_nothing_of_the_last_batch(
     BertForMaskedLM(BertConfig(**TINY["bert"][1])).save_pretrained(tmp_path / "mlm")
     tiny_tokenizer().save_pretrained(tmp_path / "mlm")
     pretrained.state_pooling(tmp_path / "mlm", "mean", 32)
-    made = ("--base", tmp_path / "mlm", "--task", inputs.task, "--out", tmp_path / "delta")
+    made = (
+        "--base",
+        tmp_path / "mlm",
+        "--task",
+        inputs.task,
+        "--out",
+        tmp_path / "x.delta.safetensors",
+    )
     assert howfine_here("tune", "--recipe", "head-only", *made, *QUICK).code == 0
-    assert howfine_here("merge", tmp_path / "delta", tmp_path / "merged").code == 0
+    assert howfine_here("merge", tmp_path / "x.delta.safetensors", tmp_path / "merged").code == 0
     base, merged = Base.load(str(tmp_path / "mlm")), Base.load(str(tmp_path / "merged"))
     assert not any("pooler" in name for name in load_file(tmp_path / "merged/model.safetensors"))
     assert (merged.pooling, merged.fingerprint) == ("mean", base.fingerprint)
@@ -307,12 +314,19 @@ def test_merge_of_an_encoder_keeps_its_decoder(inputs: Inputs, tmp_path: Path) -
     torch.manual_seed(0)
     T5Model(T5Config(**TINY["t5"][1])).save_pretrained(tmp_path / "t5")
     tiny_tokenizer().save_pretrained(tmp_path / "t5")
-    made = ("--base", tmp_path / "t5", "--task", inputs.task, "--out", tmp_path / "delta")
+    made = (
+        "--base",
+        tmp_path / "t5",
+        "--task",
+        inputs.task,
+        "--out",
+        tmp_path / "x.delta.safetensors",
+    )
     assert howfine_here("tune", "--recipe", "full", *made, *QUICK).code == 0
-    assert howfine_here("merge", tmp_path / "delta", tmp_path / "merged").code == 0
+    assert howfine_here("merge", tmp_path / "x.delta.safetensors", tmp_path / "merged").code == 0
     merged = AutoModel.from_pretrained(tmp_path / "merged")
     before = AutoModel.from_pretrained(tmp_path / "t5")
-    base, delta = Base.load(str(tmp_path / "t5")), Delta.load(tmp_path / "delta")
+    base, delta = Base.load(str(tmp_path / "t5")), Delta.load(tmp_path / "x.delta.safetensors")
     with delta.applied(base):
         changed = base.tower.state_dict()
         own = merged.get_encoder().state_dict()
@@ -381,7 +395,7 @@ def test_study_and_report(inputs: Inputs, tmp_path: Path) -> None:
 
 
 def test_flags_override_the_recipe(inputs: Inputs, tmp_path: Path) -> None:
-    out = tmp_path / "delta"
+    out = tmp_path / "x.delta.safetensors"
     assert header_of(inputs.delta)["method"] == {"mask": {"initial_sparsity": 0.3}}
     kept = {p["kept"] / p["entries"] for p in parts_of(inputs.delta) if p["kept"] is not None}
     assert max(kept) == pytest.approx(0.7, abs=0.01)
@@ -413,8 +427,10 @@ def names_of(path: Path) -> set[str]:
 
 def test_a_recipe_of_ones_own(inputs: Inputs, tmp_path: Path) -> None:
     (tmp_path / "mine.yaml").write_text("method: {select: {train: [V]}}\nstore: sign\n")
-    inputs.tune("--out", tmp_path / "delta", "--warmup", 0, recipe=tmp_path / "mine.yaml")
-    assert {name.rpartition("self.")[2] for name in names_of(tmp_path / "delta")} == {
+    inputs.tune(
+        "--out", tmp_path / "x.delta.safetensors", "--warmup", 0, recipe=tmp_path / "mine.yaml"
+    )
+    assert {name.rpartition("self.")[2] for name in names_of(tmp_path / "x.delta.safetensors")} == {
         "value.weight"
     }
 
@@ -484,11 +500,13 @@ def test_help_is_at_once(code: str) -> None:
 
 def test_a_process_prints_json_alone_and_exits_as_it_should(inputs: Inputs, tmp_path: Path) -> None:
     made_on = ("--base", inputs.base, "--task", inputs.task, "--recipe", "bitfit", *QUICK)
-    done = howfine("tune", *made_on, "--evaluations", 2, "--out", tmp_path / "x", "--json")
+    done = howfine(
+        "tune", *made_on, "--evaluations", 2, "--out", tmp_path / "x.delta.safetensors", "--json"
+    )
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["bytes"] == (tmp_path / "x").stat().st_size
+    assert json.loads(done.stdout)["bytes"] == (tmp_path / "x.delta.safetensors").stat().st_size
     assert done.stderr == ""
-    assert list(tmp_path.iterdir()) == [tmp_path / "x"]
+    assert list(tmp_path.iterdir()) == [tmp_path / "x.delta.safetensors"]
 
 
 def test_only_the_first_of_several_processes_speaks(

@@ -581,15 +581,15 @@ def test_the_command_line(tmp_path: Path) -> None:
     assert said["bytes"] == out.stat().st_size
     assert sum(part.bytes for part in cost.parts(out)) == said["bytes"]
     assert same(Delta.load(out), union([a, b], base), base)
-    back = howfine_here("compose", "difference", out, b, "-o", tmp_path / "d", *on)
+    back = howfine_here("compose", "difference", out, b, "-o", tmp_path / f"d{SUFFIX}", *on)
     assert back.code == 0, back.err
-    assert same(Delta.load(tmp_path / "d"), Delta.load(a), base)
+    assert same(Delta.load(tmp_path / f"d{SUFFIX}"), Delta.load(a), base)
     for arguments in (
         ("sum", a, b, "--weights", "-0.5,0.7", "--store", "fp16"),
         ("scale", a, "-0.5"),
         ("negate", a),
     ):
-        said = howfine_here("compose", *arguments, "-o", tmp_path / "e", *on).json
+        said = howfine_here("compose", *arguments, "-o", tmp_path / f"e{SUFFIX}", *on).json
         assert (said["rounding"] > 0) == ("--store" in arguments)
     rows = howfine_here("compose", "overlap", a, out, *on).json
     assert all("--json" in howfine_here("compose", verb, "--help").out for verb in VERBS)
@@ -601,7 +601,7 @@ def test_the_command_line_refuses_and_writes_nothing(tmp_path: Path) -> None:
     base = Base.load(str(folder))
     a = tmp_path / f"a{SUFFIX}"
     graft(base, 0).save(a)
-    out = tmp_path / "none"
+    out = tmp_path / f"none{SUFFIX}"
     for arguments, said in (
         (("union", a, a), "overlap where disjoint"),
         (("union", a, "--head", "2"), "--head 2"),

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import random
+import stat
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -137,6 +139,24 @@ def test_what_cannot_be_folded_is_laid_out_flat(tmp_path: Path) -> None:
     for stated in (header(sha256="x" * 64), header(labels=["x" * (1 << 20)])):
         container.write(path, stated, groups)
         assert layout(path) == "flat"
+
+
+def test_a_link_stays_one_and_a_file_keeps_its_permissions(tmp_path: Path) -> None:
+    (tmp_path / "far").mkdir()
+    file, link = tmp_path / "far" / "file", tmp_path / "link"
+    link.symlink_to(Path("far") / "file")
+    before = os.umask(0o027)
+    try:
+        container.write_atomically(link, b"one")
+    finally:
+        os.umask(before)
+    assert link.is_symlink()
+    assert (file.read_bytes(), stat.S_IMODE(file.stat().st_mode)) == (b"one", 0o640)
+    file.chmod(0o600)
+    container.write_atomically(link, b"two")
+    assert link.is_symlink()
+    assert (file.read_bytes(), stat.S_IMODE(file.stat().st_mode)) == (b"two", 0o600)
+    assert {path.name for path in tmp_path.rglob("*")} == {"far", "file", "link"}
 
 
 @pytest.mark.parametrize("seed", range(3))

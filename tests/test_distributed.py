@@ -24,7 +24,7 @@ from torch.utils.data import BatchSampler
 
 from disk import howfine, task_folder
 from howfine.base import Base
-from howfine.delta import Delta
+from howfine.delta import SUFFIX, Delta
 from howfine.sampler import ByLength
 from tiny import LABELS, WORDS, tiny_tokenizer, tiny_tower
 
@@ -123,15 +123,17 @@ def test_two_processes_train_what_one_does(tmp_path: Path) -> None:
         "--json",
     ]
     work = tmp_path / "work"
-    one = result(howfine("tune", *made, "--batch-size", 8, "--out", tmp_path / "one"))
-    made_on_two = [*made, "--batch-size", 4, "--out", tmp_path / "two", "--work", work]
+    one = result(howfine("tune", *made, "--batch-size", 8, "--out", tmp_path / f"one{SUFFIX}"))
+    made_on_two = [*made, "--batch-size", 4, "--out", tmp_path / f"two{SUFFIX}", "--work", work]
     done = on_two_processes(tmp_path, "tune", *made_on_two)
     two = result(done)
     assert one["steps"] == two["steps"] == 15
     assert one["score"] == two["score"]
     assert len(list(work.glob("checkpoint-*"))) == 1
     base = Base.load(str(tmp_path / "base"))
-    first, second = (Delta.load(tmp_path / name).tensors(base) for name in ("one", "two"))
+    first, second = (
+        Delta.load(tmp_path / f"{name}{SUFFIX}").tensors(base) for name in ("one", "two")
+    )
     for group, other in zip(first, second, strict=True):
         assert group.keys() == other.keys()
         for path, value in group.items():
@@ -179,11 +181,16 @@ def test_minilm_scores_alike_on_two_processes(
     made = ["--base", still_minilm if still else "minilm", "--task", "rotten-tomatoes"]
     made += ["--recipe", recipe, *(["--dropout", 0] if still else [])]
     made += ["--train-size", 512, "--epochs", 1, "--json"]
-    one = result(howfine("tune", *made, "--batch-size", 32, "--out", tmp_path / "one"))
-    made_on_two = [*made, "--batch-size", 16, "--out", tmp_path / "two"]
+    one = result(howfine("tune", *made, "--batch-size", 32, "--out", tmp_path / f"one{SUFFIX}"))
+    made_on_two = [*made, "--batch-size", 16, "--out", tmp_path / f"two{SUFFIX}"]
     two = result(on_two_processes(tmp_path, "tune", *made_on_two))
     assert one["steps"] == two["steps"] == 16
     assert abs(one["score"]["value"] - two["score"]["value"]) <= 0.005
     assert abs(one["bytes"] - two["bytes"]) <= 0.01 * one["bytes"]
-    assert {path.name for path in tmp_path.iterdir()} == {"hosts", "one", "still", "two"}
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "hosts",
+        f"one{SUFFIX}",
+        "still",
+        f"two{SUFFIX}",
+    }
     assert one["score"]["value"] > 0.65  # a training that went nowhere is alike on any number

@@ -79,7 +79,7 @@ def test_the_weights_are_those_that_were_written(written):
 
 def test_a_delta_on_it_scores_the_same_from_its_file(written, tmp_path):
     _, folder = written
-    out = tmp_path / "delta"
+    out = tmp_path / "x.delta.safetensors"
     made = {"max_steps": 3, "batch_size": 8, "learning_rate": 1e-2}
     tuned = tune(str(folder), tiny_task(), "bitfit", out=out, train=("norm",), **made)
     again = evaluate(Delta.load(out), Base.load(str(folder)), tiny_task(), split="dev")

@@ -406,8 +406,14 @@ def test_the_region_to_keep_out_of_is_checked_and_part_of_the_record(tmp_path: P
     other = str(tmp_path / f"tuned{SUFFIX}")
     for file, message in ((other, "support file of another base"), ("gone", "is no delta file")):
         with pytest.raises(SettingError, match=message):
-            tune(tiny_base("bert"), tiny_task(), "sparse", outside=file, out=tmp_path / "x")
-    assert not (tmp_path / "x").exists()
+            tune(
+                tiny_base("bert"),
+                tiny_task(),
+                "sparse",
+                outside=file,
+                out=tmp_path / "x.delta.safetensors",
+            )
+    assert not (tmp_path / "x.delta.safetensors").exists()
 
 
 # --- bad input -----------------------------------------------------------------------------------

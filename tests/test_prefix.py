@@ -262,7 +262,12 @@ def test_gradient_checkpointing_gives_the_same_training(tmp_path: Path) -> None:
     assert files[0] == files[1]
     training = Training(gradient_checkpointing=True, eval_mode=True, max_steps=1)
     with pytest.raises(SettingError, match="has no effect with eval_mode"):
-        tune(base, tiny_task(), replace(recipe, training=training), out=tmp_path / "x")
+        tune(
+            base,
+            tiny_task(),
+            replace(recipe, training=training),
+            out=tmp_path / "x.delta.safetensors",
+        )
 
 
 def _counted(base: Base) -> list[int]:

@@ -511,7 +511,11 @@ def test_settings_of_towers_are_checked() -> None:
     many = Training(gradient_accumulation=2)
     chosen = Recipe("own", method("full"), READ, many)
     task, base = captioned_task(), tiny_towers()
-    raising(SettingError, "gradient_accumulation", lambda: tune(base, task, chosen, out="x"))
+    raising(
+        SettingError,
+        "gradient_accumulation",
+        lambda: tune(base, task, chosen, out="x.delta.safetensors"),
+    )
 
 
 def test_a_delta_of_two_towers_meets_other_bases(tmp_path: Path) -> None:

@@ -70,8 +70,10 @@ def run(
     folder.mkdir(exist_ok=True)
     settings = {**LEARNS, "learning_rate": RATES.get(recipe, 1e-2), **settings}
     task = settings.pop("task", None) or known_task()
-    tuned = tune(base or tiny_base("bert"), task, recipe, out=folder / "delta", **settings)
-    return tuned, (folder / "delta").read_bytes()
+    tuned = tune(
+        base or tiny_base("bert"), task, recipe, out=folder / "x.delta.safetensors", **settings
+    )
+    return tuned, (folder / "x.delta.safetensors").read_bytes()
 
 
 # What comes of a run.
@@ -410,7 +412,7 @@ def test_bad_settings_are_refused_before_training(
     with pytest.raises(SettingError, match=re.escape(message)):
         run(tmp_path, "mask", base, **setting)
     assert base.is_untouched()
-    assert not (tmp_path / "delta").exists()
+    assert not (tmp_path / "x.delta.safetensors").exists()
 
 
 def test_settings_are_judged_together(tmp_path: Path) -> None:
@@ -472,16 +474,16 @@ def test_a_run_that_fails_keeps_the_file_of_before(
                 run(tmp_path, "bitfit", epochs=2, batch_size=2)
         told = "\n".join([str(raised.value), *getattr(raised.value, "__notes__", [])])
         # What was trained is not lost with its score.
-        kept = tmp_path / f"delta.unscored{SUFFIX}"
+        kept = tmp_path / f"x.unscored{SUFFIX}"
         assert f"the trained delta is kept at {kept}: score it with `howfine evaluate`" in told
         assert Delta.load(kept).score == {}
-        assert (tmp_path / "delta").read_bytes() == good
-        assert {path.name for path in tmp_path.iterdir()} == {"delta", kept.name}
+        assert (tmp_path / f"x{SUFFIX}").read_bytes() == good
+        assert {path.name for path in tmp_path.iterdir()} == {f"x{SUFFIX}", kept.name}
     assert asked == [16]  # eight rows for each that was trained at once
 
 
 def test_a_folder_is_no_place_for_a_delta(tmp_path: Path) -> None:
-    (tmp_path / "delta").mkdir()
+    (tmp_path / "x.delta.safetensors").mkdir()
     with pytest.raises(StorageError, match="is there and no regular file"):
         run(tmp_path)
 
@@ -589,7 +591,7 @@ def test_a_killed_training_resumes_to_the_same_bytes(
     base, work = tiny_base("bert"), tmp_path / "work"
     with pytest.raises(Killed):
         run(tmp_path, recipe, base, work=work, **settings)
-    assert not (tmp_path / "delta").exists()
+    assert not (tmp_path / "x.delta.safetensors").exists()
     assert base.is_untouched()
     killed_at.clear()
     tuned, resumed = run(tmp_path, recipe, base, work=work, resume=True, **settings)
@@ -636,10 +638,15 @@ def test_a_process_killed_outright_resumes_to_the_same_bytes(tmp_path: Path) -> 
     ]
     made += ["--batch-size", 4, "--max-steps", 400, "--evaluations", 40, "--learning-rate", 0.5]
     done = disk.howfine(
-        "tune", *made, "--out", tmp_path / "whole", "--work", tmp_path / "whole-work"
+        "tune",
+        *made,
+        "--out",
+        tmp_path / "whole.delta.safetensors",
+        "--work",
+        tmp_path / "whole-work",
     )
     assert done.returncode == 0, done.stderr
-    work, out = tmp_path / "work", tmp_path / "resumed"
+    work, out = tmp_path / "work", tmp_path / "resumed.delta.safetensors"
     worker = disk.howfine_started("tune", *made, "--out", out, "--work", work)
     deadline = time.monotonic() + 120
     while not any(work.glob("checkpoint-??0")) and time.monotonic() < deadline:
@@ -649,7 +656,7 @@ def test_a_process_killed_outright_resumes_to_the_same_bytes(tmp_path: Path) -> 
     assert not out.exists()
     done = disk.howfine("tune", *made, "--out", out, "--work", work, "--resume")
     assert done.returncode == 0, done.stderr
-    assert out.read_bytes() == (tmp_path / "whole").read_bytes()
+    assert out.read_bytes() == (tmp_path / "whole.delta.safetensors").read_bytes()
 
 
 def test_checkpoints_hold_the_trainable_parameters_alone(tmp_path: Path) -> None:

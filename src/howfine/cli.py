@@ -76,6 +76,7 @@ def tune(
     --learning-rate 1e-3 --initial-sparsity 0.1; `howfine methods RECIPE` lists them.
     """
     from howfine.base import Base
+    from howfine.delta import check_target
     from howfine.distill import distilled
     from howfine.recipe import Recipe
     from howfine.tune import tune as run
@@ -87,6 +88,8 @@ def tune(
     found = found if shots is None else found.shots(shots, seed)
     loaded = Base.load(base or "minilm", kind=chosen.readout.kind, dtype=dtype, device=device)
     if teacher is not None:
+        if out is not None:
+            check_target(out)  # before the teacher reads all of train
         found = distilled(found, teacher, loaded, readout=chosen.readout, progress=not as_json)
     tuned = run(
         loaded, found, chosen, out=out, seed=seed, work=work, resume=resume, progress=not as_json

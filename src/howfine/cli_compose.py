@@ -129,7 +129,9 @@ def _write(
 ) -> None:
     """Compose and store; say how many bytes, and what rounding cost."""
     from howfine.compose import compose, stored
+    from howfine.delta import check_target
 
+    check_target(out)
     loaded = _base(base, files)
     made, error = compose(operation, files, loaded, **asked), 0.0
     if store is not None:

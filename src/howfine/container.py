@@ -111,8 +111,12 @@ def _json(value: Any) -> str:
 
 
 def write_atomically(path: Path, data: bytes) -> int:
-    """All of `data` at `path`, or an error and what was there before."""
+    """All of `data` at `path`, or an error and what was there before.
+
+    A link stays one: what it names is written. A file that is replaced keeps its permissions.
+    """
     temporary = ""
+    path = Path(os.path.realpath(path))
     try:
         if path.exists() and not path.is_file():  # renaming would put a file in a device's place
             raise OSError(errno.EINVAL, "it is there and no regular file")
@@ -122,7 +126,7 @@ def write_atomically(path: Path, data: bytes) -> int:
             stream.write(data)
             stream.flush()
             os.fsync(stream.fileno())
-        os.chmod(temporary, 0o644)
+        os.chmod(temporary, _permissions(path))
         os.replace(temporary, path)
     except OSError as error:
         raise StorageError(
@@ -133,6 +137,15 @@ def write_atomically(path: Path, data: bytes) -> int:
         if temporary:  # gone where it was renamed
             Path(temporary).unlink(missing_ok=True)
     return len(data)
+
+
+def _permissions(path: Path) -> int:
+    """Those of the file that is there, or else what the user's mask leaves a new one."""
+    if path.exists():
+        return path.stat().st_mode & 0o777
+    mask = os.umask(0o077)  # it can only be read by setting it: meanwhile to the strictest
+    os.umask(mask)
+    return 0o666 & ~mask
 
 
 def read(path: Path) -> tuple[dict[str, Any], dict[str, bytes]]:
@@ -211,7 +224,8 @@ def is_delta(path: Path) -> bool:
         return False
     with path.open("rb") as stream:
         size = int.from_bytes(stream.read(8), "little")
-        return b'"howfine"' in stream.read(min(size, _MAX_HEADER))
+        start = stream.read(size) if size <= _MAX_HEADER else b""
+        return start.startswith(b"{") and b'"howfine"' in start
 
 
 def parse_header(data: bytes) -> dict[str, Any]:

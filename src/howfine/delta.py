@@ -7,6 +7,7 @@ whose sizes bound what may be allocated.
 
 from __future__ import annotations
 
+import os
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,7 +21,7 @@ from howfine import container, plugins, streams
 from howfine.base import Base
 from howfine.change import Change
 from howfine.codec import PRECISIONS
-from howfine.errors import DamagedDelta, DeltaError, SettingError, WrongBase, near
+from howfine.errors import DamagedDelta, DeltaError, SettingError, StorageError, WrongBase, near
 from howfine.method import Method, Tensors, method, methods
 from howfine.readout import Head, Labels, Readout, Wired, readouts
 from howfine.streams import Stream
@@ -168,7 +169,11 @@ class Delta:
             return bool(self.readout.attach(base, self.labels).state_dict())
 
     def save(self, path: str | Path) -> int:
-        """Write atomically; returns the file's bytes. Raises StorageError, leaving no half file."""
+        """Write atomically; returns the file's bytes.
+
+        Raises StorageError, leaving no half file, and where a file that is no delta would go.
+        """
+        _check_replaces(Path(path))
         return container.write(Path(path), self.header(), streams.groups(self.streams))
 
     @classmethod
@@ -223,6 +228,34 @@ class Delta:
             streams=tuple(streams.parse(groups)),
             score=dict(zip(SCORE, header["score"], strict=True)) if "score" in header else {},
             base_kind=str(header.get("kind", "body")),
+        )
+
+
+def check_target(path: Path) -> None:
+    """What `Delta.save` would find out after the work, and the name's ending.
+
+    Raises SettingError for a name that is no delta's, StorageError where something else is there.
+    """
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise StorageError(f"{path} is there and no regular file; name another path to write to")
+    if not path.name.endswith(SUFFIX):
+        raise SettingError(f"{path}: a delta file is called NAME{SUFFIX}; name it so")
+    _check_replaces(path)
+
+
+def _check_replaces(path: Path) -> None:
+    """Raises StorageError for a file that is neither a delta nor empty: it is someone's work."""
+    try:
+        lost = os.path.isfile(path) and path.stat().st_size and not container.is_delta(path)
+    except OSError as error:
+        raise StorageError(
+            f"{path} is there and can't be read: {error.strerror or error}; name another path to "
+            "write to"
+        ) from error
+    if lost:
+        raise StorageError(
+            f"{path} is there and no delta file, and would be lost; choose another name or remove "
+            "it first"
         )
 
 

@@ -23,8 +23,8 @@ import torch
 
 from howfine import pair
 from howfine.base import Base
-from howfine.delta import SUFFIX, Delta
-from howfine.errors import SettingError, StorageError, TaskError, near
+from howfine.delta import Delta, check_target
+from howfine.errors import SettingError, TaskError, near
 from howfine.evaluate import Score
 from howfine.harvest import Weights
 from howfine.head import Answer
@@ -104,6 +104,7 @@ def extract(
     found = Task.load(task) if isinstance(task, str) else task
     asked = Asked(Path(out), store, bytes, density, loss, found, split, progress, gain)
     _check(asked, weigh)
+    check_target(asked.out)
     base_loaded = found is not None
     opened = pair.opened(before, after, loaded=base_loaded)
     with _trial(asked.out) as trial:
@@ -167,11 +168,7 @@ def _check(asked: Asked, weigh: str) -> None:
 
 @contextmanager
 def _trial(out: Path) -> Iterator[Path]:
-    """Where files are written to be measured; gone afterwards. Raises StorageError for no place."""
-    if out.exists() and not out.is_file():
-        raise StorageError(f"{out} is there and no regular file; name another path to write to")
-    if not out.name.endswith(SUFFIX):
-        raise SettingError(f"{out}: a delta file is called NAME{SUFFIX}; name it so")
+    """Where files are written to be measured; gone afterwards."""
     trial = out.with_name(f".{out.name}.trial")
     try:
         yield trial

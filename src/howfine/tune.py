@@ -20,7 +20,7 @@ from howfine import regions
 from howfine import start as start_of
 from howfine.base import Base
 from howfine.container import write_atomically
-from howfine.delta import SUFFIX, Delta
+from howfine.delta import SUFFIX, Delta, check_target
 from howfine.errors import DeltaError, HowfineError, SettingError, StorageError, near
 from howfine.evaluate import Score, evaluate
 from howfine.loop import Fit
@@ -173,13 +173,12 @@ def _check(task: Task, split: str, seed: int, out: Path) -> None:
         raise SettingError(f"split {split!r} is unknown. {near(split, task.splits)}")
     if not 0 <= seed < 2**32:
         raise SettingError(f"seed {seed}: expected a whole number from 0 to 2**32 - 1")
-    if os.path.exists(out) and not os.path.isfile(out):
-        raise StorageError(f"{out} is there and no regular file; name another path to write to")
     place = next(folder for folder in out.absolute().parents if os.path.exists(folder))
     if not place.is_dir() or not os.access(place, os.W_OK):
         raise StorageError(
             f"{out} can't be written: {place} is no folder that one may write to; choose another"
         )
+    check_target(out)
 
 
 def _check_work(recipe: Recipe, work: str | Path | None, resume: bool) -> None:
