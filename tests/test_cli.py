@@ -188,6 +188,18 @@ def test_distance_between_checkpoints(inputs: Inputs, tmp_path: Path) -> None:
     assert any(line.startswith(path) and "3.12%" in line for line in words)
 
 
+def test_what_is_not_finite_is_null_in_json(tmp_path: Path) -> None:
+    """A bias of zeros that moved has moved infinitely far, relative to itself."""
+    model, path = tiny_tower("bert"), "encoder.layer.1.output.dense.bias"
+    for number, name in enumerate(("before", "after")):
+        with torch.no_grad():
+            model.get_parameter(path).fill_(number)
+        model.save_pretrained(tmp_path / name)
+    said = howfine_here("distance", tmp_path / "before", tmp_path / "after", "--json")
+    assert {row["path"]: row["relative"] for row in said.json}[path] is None
+    assert " inf " in howfine_here("distance", tmp_path / "before", tmp_path / "after").out
+
+
 def test_distance_from_a_base_to_a_delta(inputs: Inputs) -> None:
     """A mask drops entries: L1 is the sum of the magnitudes that are gone."""
     rows = howfine_here("distance", inputs.base, inputs.delta, "--json").json

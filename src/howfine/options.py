@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shlex
 import sys
@@ -188,4 +189,17 @@ _RANKS = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK")
 def show(as_json: bool, result: Any, said: str) -> None:
     """Print the result, as JSON or in words; of several processes, the first one speaks."""
     if all(os.environ.get(name, "0") == "0" for name in _RANKS):
-        typer.echo(json.dumps(result, indent=2, ensure_ascii=False) if as_json else said)
+        typer.echo(_json(result) if as_json else said)
+
+
+def _json(result: Any) -> str:
+    """JSON has no infinity and no NaN: such a value is null."""
+    return json.dumps(_finite(result), indent=2, ensure_ascii=False, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
