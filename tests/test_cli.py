@@ -12,8 +12,9 @@ import subprocess
 import sys
 import time
 from importlib.metadata import version
-from importlib.util import find_spec
+from importlib.util import find_spec, module_from_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -526,3 +527,24 @@ def test_only_the_first_of_several_processes_speaks(
 ) -> None:
     monkeypatch.setitem(os.environ, "RANK", "1")
     assert howfine_here("inspect", inputs.delta) == Said(0, "", "")
+
+
+def test_a_system_without_resource_has_its_peak_from_psutil(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As on Windows, where the module has to be had all the same."""
+    found = find_spec("howfine.cost")
+    assert found is not None
+    assert found.loader is not None
+    again = module_from_spec(found)
+    monkeypatch.setitem(sys.modules, "howfine.cost", again)  # dataclasses look it up
+    monkeypatch.setitem(sys.modules, "resource", None)
+    monkeypatch.setattr("psutil.Process", lambda: SimpleNamespace(memory_info=memory_info))
+    monkeypatch.setattr("pathlib.Path.exists", lambda self: False)
+    found.loader.exec_module(again)
+    peaks = iter((5_000, 7_000))
+
+    def memory_info() -> SimpleNamespace:
+        return SimpleNamespace(peak_wset=next(peaks))
+
+    assert again.PeakMemory(torch.device("cpu")).growth() == 2_000

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import ctypes
 import gc
-import resource
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import torch
 
 from howfine import container
@@ -77,6 +77,10 @@ def _status(field: str) -> int:
 
 
 def _lifetime_peak() -> int:
+    try:
+        import resource
+    except ImportError:  # Windows, whose own count of it psutil reads
+        return int(psutil.Process().memory_info().peak_wset)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 
