@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -47,6 +48,21 @@ def test_a_folder_gives_what_was_saved(tmp_path):
     base = Base.load(str(base_folder(tmp_path)))
     assert base.fingerprint == tiny_base("bert").fingerprint
     assert base.tokenizer.pad_token == "[PAD]"
+
+
+@pytest.mark.parametrize("held", ["5", "null", "[1]", '"x"', '{"KEY": 5}', "{", "\xff"])
+def test_a_cache_of_something_else_is_no_cache(
+    held: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    file, cache = tmp_path / "file", tmp_path / "cache" / "howfine" / "sha256.json"
+    file.write_bytes(b"some bytes")
+    right = hashlib.sha256(b"some bytes").hexdigest()
+    assert fp.of_file(file) == right
+    (key,) = json.loads(cache.read_text())
+    cache.write_bytes(held.replace('"KEY"', json.dumps(key)).encode("latin-1"))
+    assert fp.of_file(file) == right
+    assert json.loads(cache.read_text()) == {key: right}
 
 
 def test_a_changed_folder_has_another_fingerprint_and_an_unchanged_one_is_cached(

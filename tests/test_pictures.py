@@ -417,6 +417,12 @@ def test_an_index_follows_its_folder(aligned: Path, tmp_path: Path) -> None:
     for path in (tmp_path / "cache").iterdir():  # a torn index is made anew
         path.write_bytes(path.read_bytes()[:-3])
     assert run().encoded == 4
+    (table,) = (tmp_path / "cache").glob("*.json")
+    told = json.loads(table.read_text())
+    for other in (5, [], {"paths": 5}, {**told, "faults": 1}, {**told, "states": {"x": 1}}):
+        table.write_text(json.dumps(other))
+        assert run().encoded == 4
+        assert json.loads(table.read_text())["states"] == told["states"]
     whole = {hit["path"]: hit["similarity"] for hit in run().hits[0]}
     fresh = search(delta, ["w1"], folder, cache=tmp_path / "other", top=9)
     assert {hit["path"]: hit["similarity"] for hit in fresh.hits[0]} == pytest.approx(whole)

@@ -117,9 +117,12 @@ def _cache_file() -> Path:
 
 def _read_cache(path: Path) -> dict[str, str]:
     try:
-        return dict(json.loads(path.read_text()))
+        found = json.loads(path.read_text())
     except (OSError, ValueError):  # no cache yet, or a torn one: hash again
         return {}
+    if not isinstance(found, dict):
+        return {}
+    return {key: value for key, value in found.items() if isinstance(value, str)}
 
 
 def _write_cache(path: Path, known: dict[str, str]) -> None:

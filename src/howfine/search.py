@@ -106,7 +106,9 @@ class _Index:
             index = self.faiss.deserialize_index(np.frombuffer(vectors.read_bytes(), np.uint8))
         except (OSError, ValueError, RuntimeError):  # no index yet, or a torn one: encode again
             return
-        if index.ntotal == len(told["paths"]) and told["check"] == fingerprint.of_file(vectors):
+        if not _whole(told) or told["check"] != fingerprint.of_file(vectors):
+            return
+        if index.ntotal == len(told["paths"]):
             self.paths, self.states, self.faults = told["paths"], told["states"], told["faults"]
             self.rows = index.reconstruct_n(0, index.ntotal)
 
@@ -153,6 +155,17 @@ class _Index:
             ]
             for both in zip(rows, scores, strict=True)
         ]
+
+
+def _whole(told: Any) -> bool:
+    """Whether JSON is what `_Index` writes: names of rows, and of files their states and faults."""
+    if not isinstance(told, dict) or not isinstance(told.get("paths"), list):
+        return False
+    tables = [told.get(key) for key in ("states", "faults")]
+    if not all(isinstance(table, dict) for table in tables) or "check" not in told:
+        return False
+    texts = [*told["paths"], *(value for table in tables if table for value in table.values())]
+    return all(isinstance(text, str) for text in texts)
 
 
 def _named(picture: Picture) -> str:
