@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from howfine.compose import compose, difference, negate, overlap, scale, scaled_
 from howfine.delta import SUFFIX, Delta
 from howfine.entries import flat_entries, sparse
 from howfine.errors import DamagedDelta, DeltaError, SettingError, WrongBase
+from howfine.joining import OnOverlap
 from howfine.method import Tensors, examples, method, methods
 from howfine.operands import operands
 from howfine.readout import readout
@@ -369,6 +371,9 @@ def test_masks_have_no_sums() -> None:
             refused()
     with pytest.raises(DeltaError, match="what both mean together is undefined"):
         union([a, graft(base, 0)], base)
+    for rule in get_args(OnOverlap):
+        with pytest.raises(SettingError, match="is a mask, which has none: what either mask drops"):
+            union([a, a], base, on_overlap=rule)
     rows = mask(base, 0, granularity="row")
     with pytest.raises(DeltaError, match="units of shape"):
         union([a, rows], base)
@@ -456,6 +461,8 @@ def test_nothing_left_is_refused(base: Base) -> None:
         scale([a], base, by=0)
     with pytest.raises(SettingError, match="no delta was given"):
         union([], base)
+    with pytest.raises(SettingError, match="1 of the two or more deltas"):
+        overlap([a], base)
     with pytest.raises(SettingError, match="changes nothing"):
         overlap([a, replace(a, streams=a.streams[-2:])], base)
 
@@ -609,10 +616,14 @@ def test_the_command_line_refuses_and_writes_nothing(tmp_path: Path) -> None:
         (("scale", a, "0"), "scaled by 0"),
         (("scale", a, "nan"), "one finite number"),
         (("negate", a, "--store", "int9"), "store 'int9' is unknown"),
+        (("union", a, a, "--on-overlap", "frist"), "Did you mean 'first'"),
     ):
         refused = howfine_here("compose", *arguments, "-o", out, "--base", folder)
         assert said in refused.sentence
         assert not out.exists()
+    alone = howfine_here("compose", "overlap", a, "--base", folder)
+    assert (alone.code, alone.out) == (2, "")
+    assert "give another one" in alone.sentence
 
 
 def test_another_readout_goes_with_its_head(base: Base) -> None:

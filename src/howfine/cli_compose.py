@@ -29,8 +29,11 @@ def union(
     files: Files,
     out: Out,
     on_overlap: Annotated[
-        str, typer.Option(help="Where several change an entry: refuse, first, last, mean or sum.")
-    ] = "refuse",
+        str | None,
+        typer.Option(
+            help="Where several change an entry: refuse (default), first, last, mean or sum."
+        ),
+    ] = None,
     head: HeadOf = None,
     store: Store = None,
     base: options.BaseName = None,

@@ -47,23 +47,30 @@ def union(
     deltas: Deltas,
     base: Base | None = None,
     *,
-    on_overlap: OnOverlap = "refuse",
+    on_overlap: OnOverlap | None = None,
     head: int | None = None,
 ) -> Delta:
     """The changes of all deltas; of masks, what any of them drops.
 
-    Where several change an entry: refuse, take the `first` or `last` one's value, or θ plus the
-    `mean` or `sum` of their δ there. `head` is the index of the delta whose readout is taken: the
-    first one's by default, if all have the same labels. Raises SettingError, DeltaError, WrongBase.
+    Where several change an entry: refuse (None, too), take the `first` or `last` one's value, or θ
+    plus the `mean` or `sum` of their δ there. Masks have no values to choose from, and take None.
+    `head` is the index of the delta whose readout is taken: the first one's by default, if all have
+    the same labels. Raises SettingError, DeltaError, WrongBase.
     """
-    if on_overlap not in get_args(OnOverlap):
+    if on_overlap is not None and on_overlap not in get_args(OnOverlap):
         raise SettingError(
             f"on_overlap {on_overlap!r} is unknown. {near(on_overlap, get_args(OnOverlap))}"
         )
     base, given = operands(deltas, base)
     if _are_masks(given):
+        if on_overlap is not None:
+            raise SettingError(
+                f"on_overlap {on_overlap!r} says which value an entry gets, and {given[0].name} is "
+                "a mask, which has none: what either mask drops is dropped. Leave it out"
+            )
         return _of_masks(base, given, joining.masks(given, differ=False), head)
-    return _result(base, given, joining.join(base, given, [1.0] * len(given), on_overlap), head)
+    rule = on_overlap or "refuse"
+    return _result(base, given, joining.join(base, given, [1.0] * len(given), rule), head)
 
 
 def scaled_sum(
@@ -177,8 +184,12 @@ class Overlap:
 def overlap(deltas: Deltas, base: Base | None = None) -> list[Overlap]:
     """Every ordered pair of deltas and what they share (Panigrahi et al. 2023, section 5).
 
-    Raises DeltaError, WrongBase, and SettingError for a delta that changes nothing.
+    Raises DeltaError, WrongBase, and SettingError for a delta alone and one that changes nothing.
     """
+    if len(deltas) < 2:
+        raise SettingError(
+            f"{len(deltas)} of the two or more deltas that an overlap is of: give another one"
+        )
     base, given = operands(deltas, base)
     found = [operand.region(base) for operand in given]
     for operand, region in zip(given, found, strict=True):
