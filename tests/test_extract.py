@@ -685,6 +685,8 @@ def refused(
         ({"store": "int8"}, "store 'int8' is unknown"),
         ({"bytes": 5000, "weigh": "hessian"}, "weigh 'hessian' is unknown"),
         ({"bytes": 5000, "weigh": "fisher"}, "measured on a task; give one"),
+        ({"store": "fp16", "weigh": "fisher", "task": tiny_task()}, "'fp16' keeps all alike"),
+        ({"store": "bitdelta", "weigh": "fisher", "task": tiny_task()}, "keeps all alike"),
         ({"bytes": 5000, "task": tiny_task(), "split": "val"}, "split 'val' is unknown"),
     ],
 )
@@ -763,6 +765,26 @@ def test_the_command_says_what_it_made(models: Models, tmp_path: Path) -> None:
     refused_one = howfine_here("extract", models.base, models.tuned, out, "--bytes", 10)
     assert refused_one.code == 2
     assert "header and head alone take" in refused_one.sentence
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        (["--no-gain"], "--no-gain:"),
+        (["--gain"], "--gain:"),
+        (["--split", "dev"], "--split:"),
+        (["--text", "text", "--label", "label"], "--text and --label:"),
+        (["--data", "."], "--data:"),
+    ],
+)
+def test_what_is_for_a_task_is_refused_without_one(
+    models: Models, tmp_path: Path, flags: list[str], named: str
+) -> None:
+    out = tmp_path / OUT
+    asked = howfine_here("extract", models.base, models.tuned, out, "--density", 0.1, *flags)
+    assert asked.code == 2
+    assert asked.sentence == f"{named} only for --task; give that, too, or neither"
+    assert not out.exists()
 
 
 def test_joined_streams_are_named_alike(models: Models) -> None:

@@ -30,14 +30,19 @@ def extract(
         float | None, typer.Option(help="The smallest file with (1 - LOSS) of AFTER's score.")
     ] = None,
     task: Annotated[str | None, typer.Option(help="As for tune: what scores are taken on.")] = None,
-    split: options.Split = "dev",
+    split: Annotated[
+        str | None, typer.Option(help="Of --task: train, dev or test. [default: dev]")
+    ] = None,
     store: Annotated[str, typer.Option(help="steps, sign, bitdelta, fp16 or fp32.")] = "steps",
     weigh: Annotated[
         str, typer.Option(help="none, or fisher: finer steps where the task is sensitive.")
     ] = "none",
     gain: Annotated[
-        bool, typer.Option(help="With a task: scale what is kept so that answers are AFTER's.")
-    ] = True,
+        bool | None,
+        typer.Option(
+            help="Of --task: scale what is kept so that answers are AFTER's. [default: gain]"
+        ),
+    ] = None,
     data: options.DataDir = None,
     text: options.TextColumns = None,
     label: options.LabelColumn = None,
@@ -47,11 +52,18 @@ def extract(
 
     One target: --bytes, --density, or --loss with a --task. The models are streamed.
     """
+    from howfine.errors import SettingError
     from howfine.extract import extract as run
 
+    of_task = {"split": split, "gain": gain, "text": text, "label": label, "data": data}
+    idle = [f"--{name}" for name, value in of_task.items() if value is not None]
+    if task is None and idle:
+        idle = ["--no-gain" if name == "--gain" and not gain else name for name in idle]
+        raise SettingError(f"{' and '.join(idle)}: only for --task; give that, too, or neither")
     found = options.load_task(options.stated_task(task, data, text, label)) if task else None
     targets: dict[str, Any] = {"bytes": most, "density": density, "loss": loss}
-    chosen: dict[str, Any] = {"store": store, "weigh": weigh, "split": split, "gain": gain}
+    chosen: dict[str, Any] = {"store": store, "weigh": weigh, "gain": gain is not False}
+    chosen["split"] = "dev" if split is None else split
     made = run(before, after, out, task=found, progress=not as_json, **targets, **chosen)
     options.show(as_json, made.as_dict(), _said(made))
 

@@ -154,6 +154,11 @@ def _check(asked: Asked, weigh: str) -> None:
         )
     if given and asked.store == "bitdelta":
         raise SettingError(f"store 'bitdelta' keeps every entry; leave {given[0]} out")
+    if not given and weigh != "none":  # the stores that need no target
+        raise SettingError(
+            f"weigh {weigh!r} decides which entries are kept and how finely; without a target "
+            f"store {asked.store!r} keeps all alike: give bytes, density or loss, or weigh none"
+        )
     if asked.density is not None and not 0 < asked.density < 1:
         raise SettingError(f"density: found {asked.density}, expected a share above 0 and below 1")
     if asked.loss is not None and not 0 <= asked.loss < 1:
