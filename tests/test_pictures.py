@@ -6,6 +6,8 @@ import csv
 import io
 import json
 import tarfile
+import tracemalloc
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -102,6 +104,67 @@ def test_sixteen_bits_are_scaled(ending: str) -> None:
     ramp = Image.fromarray(np.linspace(0, 65_535, 16).reshape(4, 4).astype(np.uint16))
     shown = np.asarray(Picture("x", encoded(ramp, ending)).open())[..., 0]
     assert np.array_equal(shown.ravel(), np.linspace(0, 255, 16).astype(np.uint8))
+
+
+def wide(mode: str) -> Image.Image:
+    """All that a picture of 16 or 32 bits may hold, and what it may not."""
+    rng = np.random.default_rng(0)
+    if mode == "F":
+        return Image.fromarray(rng.normal(200, 200, (300, 41)).astype(np.float32))
+    if mode == "I":
+        return Image.fromarray(rng.integers(-9_000, 90_000, (300, 41), dtype=np.int32))
+    values = np.arange(65_536, dtype=np.uint16).reshape(512, 128)
+    size = values.shape[::-1]
+    return Image.frombytes(mode, size, values.astype(">u2" if mode == "I;16B" else "<u2").tobytes())
+
+
+@pytest.mark.parametrize("mode", ["I;16", "I;16B", "I", "F"])
+def test_wide_pixels_are_scaled_as_one_formula_says(
+    mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In blocks, whose last one is shorter."""
+    monkeypatch.setattr(images, "_BLOCK", 41 * 64)
+    image = wide(mode)
+    assert image.mode == mode
+    values = np.asarray(image, dtype=np.float64)
+    whole = values.max() if mode == "F" else 65_535.0
+    expected = (255 * values.clip(0, whole) / whole).astype(np.uint8)
+    shown = np.asarray(images._shown(image))
+    assert shown.shape == (*expected.shape, 3)
+    assert np.array_equal(shown[..., 1], expected)
+
+
+def test_wide_pixels_take_little_memory() -> None:
+    """numpy's, which made five copies of eight bytes a pixel."""
+    values = np.zeros((2_000, 3_000), np.uint16)
+    picture = Picture("x", encoded(Image.fromarray(values), "PNG"))
+    tracemalloc.start()
+    picture.open()
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 4 * values.size
+
+
+def png_of(width: int, height: int) -> bytes:
+    """The beginning of a PNG of so many pixels, and no pixels."""
+    whole = bytearray(png(0))
+    whole[16:24] = width.to_bytes(4, "big") + height.to_bytes(4, "big")
+    whole[29:33] = zlib.crc32(whole[12:29]).to_bytes(4, "big")
+    return bytes(whole)
+
+
+@pytest.mark.parametrize("size", [(2**14, 2**13 + 1), (10**5, 10**5)])
+def test_too_many_pixels_are_told_before_they_are_read(size: tuple[int, int]) -> None:
+    picture = Picture("map.png", png_of(*size))
+    assert fault(picture) == "oversized picture"
+    with pytest.raises(TaskError, match=r"map\.png can't be used: oversized.* 134,217,728 pixels"):
+        picture.open()
+
+
+def test_a_large_cameras_picture_is_read() -> None:
+    """Of 102 million pixels, of which Pillow warns; a JPEG is glanced at as a small one."""
+    large = encoded(Image.new("L", (11_648, 8_736), 77), "JPEG")
+    assert fault(Picture("x", large)) == ""
 
 
 def test_damaged_notes_of_a_camera_are_passed_over() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import warnings
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -20,6 +21,12 @@ from howfine.errors import SettingError, TaskError
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 # Decoded pictures are kept in memory up to so many bytes, those used last.
 KEPT_BYTES = 2**29
+# More than any camera's picture of today (about 100 million), at 4 bytes each in memory and in
+# each copy. It is read off the file's first bytes, before the rest is decoded.
+MOST_PIXELS = 2**27
+_OVERSIZED = "oversized picture"
+# Numbers of wide pixels are computed with so many at a time.
+_BLOCK = 2**20
 # Checked at about this size, which a JPEG decodes at a fraction of the whole's time.
 _GLANCE = (32, 32)
 
@@ -53,13 +60,14 @@ class Picture:
     def open(self) -> Any:
         """A Pillow image in RGB, upright, on white where it is transparent.
 
-        Raises TaskError for bytes that Pillow can't decode to the end.
+        Raises TaskError for bytes that Pillow can't decode to the end, and for too many pixels.
         """
         image, reason = _opened(self.read())
         if image is None:
-            raise TaskError(
-                f"picture {self.name} can't be used: {reason}; get another copy, or take it out"
-            )
+            how = "get another copy"
+            if reason == _OVERSIZED:
+                how = f"make it one of at most {MOST_PIXELS:,} pixels"
+            raise TaskError(f"picture {self.name} can't be used: {reason}; {how}, or take it out")
         return image
 
 
@@ -76,7 +84,9 @@ def _opened(content: bytes, glance: tuple[int, int] | None = None) -> tuple[Any,
     """(the picture, "") or (None, why it can't be used); with `glance` at about that size."""
     pillow = _pillow()
     try:
-        with pillow.Image.open(io.BytesIO(content)) as opened:
+        with _unread(content) as opened:
+            if opened.width * opened.height > MOST_PIXELS:
+                return None, _OVERSIZED
             # A camera's MPO is one picture, with others of the same scene for other uses.
             if opened.format != "MPO" and getattr(opened, "n_frames", 1) > 1:
                 return None, "animated picture"
@@ -86,8 +96,21 @@ def _opened(content: bytes, glance: tuple[int, int] | None = None) -> tuple[Any,
             return _shown(opened), ""
     except MemoryError:
         raise
+    except pillow.Image.DecompressionBombError:  # of still more pixels
+        return None, _OVERSIZED
     except Exception:  # Pillow's readers raise whatever their bytes make them raise
         return None, "corrupt picture"
+
+
+def _unread(content: bytes) -> Any:
+    """A picture of which the first bytes alone are read.
+
+    Pillow warns of some of the pictures that are taken here.
+    """
+    pillow = _pillow()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", pillow.Image.DecompressionBombWarning)
+        return pillow.Image.open(io.BytesIO(content))
 
 
 def _shown(opened: Any) -> Any:
@@ -98,13 +121,26 @@ def _shown(opened: Any) -> Any:
     except Exception:  # what a camera noted is damaged, which says nothing of the picture
         image = opened
     if image.mode.startswith(("I", "F")):
-        values = np.asarray(image, dtype=np.float64)
-        whole = 65_535.0 if image.mode.startswith("I") else max(1.0, float(values.max()))
-        image = pillow.Image.fromarray((255 * values.clip(0, whole) / whole).astype(np.uint8))
+        image = pillow.Image.fromarray(_eight_bits(image))
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = pillow.Image.alpha_composite(pillow.Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
+
+
+def _eight_bits(image: Any) -> npt.NDArray[np.uint8]:
+    """(height, width) of a grey picture of 16 or 32 bits, which is never held wider than it is."""
+    width, height = image.size
+    made = np.empty((height, width), np.uint8)
+    rows = max(1, _BLOCK // width)
+    whole = max(1.0, image.getextrema()[1]) if image.mode.startswith("F") else None
+    for top in range(0, height, rows):
+        values = np.asarray(image.crop((0, top, width, min(top + rows, height))))
+        if whole is None:
+            made[top : top + rows] = values.clip(0, 65_535) // 257
+        else:
+            made[top : top + rows] = 255 * values.astype(np.float64).clip(0, whole) / whole
+    return made
 
 
 def _pillow() -> Any:
