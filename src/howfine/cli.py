@@ -47,6 +47,7 @@ def _all(
     pass
 
 
+# long: an option takes a line or three
 @app.command(context_settings=_OPEN)
 def tune(
     context: typer.Context,

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 _Target = Annotated[int | None, typer.Option("--bytes", help="The largest file that fits.")]
 
 
+# long: an option takes a line or three
 def extract(
     before: Annotated[str, typer.Argument(help="The base: 'minilm', a folder, or a name.")],
     after: Annotated[
