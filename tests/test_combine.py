@@ -17,8 +17,8 @@ from howfine import surgery
 from howfine.base import Base
 from howfine.combine import combine
 from howfine.delta import SUFFIX, Delta
-from howfine.errors import DeltaError, SettingError, TaskError, WrongBase
-from howfine.evaluate import predict
+from howfine.errors import BaseInUse, DeltaError, SettingError, TaskError, WrongBase
+from howfine.evaluate import evaluate, predict
 from howfine.method import Method, examples, method
 from howfine.readout import Readout, readout
 from tiny import (
@@ -268,6 +268,44 @@ def test_the_base_is_not_to_be_called_beside(tmp_path: Path) -> None:
     assert base.is_untouched()
 
 
+def test_a_delta_of_its_own_is_refused_while_tasks_are_combined() -> None:
+    """By the library's own error, of predict and of evaluate."""
+    base = tiny_base("bert")
+    deltas = {kind: fitted(base, kinds()[kind]) for kind in ("adapter", "full")}
+    with combine(deltas, base) as tasks:
+        (expected,) = tasks.outputs([("adapter", "w1 w2")])
+        with pytest.raises(BaseInUse, match="leave the context of the tasks"):
+            predict(deltas["full"], ["w1"], base)
+        with pytest.raises(BaseInUse, match="leave the context of the tasks"):
+            evaluate(deltas["full"], base, tiny_task())
+        with pytest.raises(SettingError, match="another change of this kind is on"):
+            predict(deltas["adapter"], ["w1"], base)
+        (found,) = tasks.outputs([("adapter", "w1 w2")])
+        torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
+    assert base.is_untouched()
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_tasks_that_are_never_entered_leave_the_base_alone(strict: bool) -> None:
+    base = tiny_base("bert")
+    deltas = {"one": fitted(base, kinds()["adapter"])}
+    tasks, other = (combine(deltas, base, strict=strict) for _ in range(2))
+    assert base.is_untouched()
+    for ask in (tasks.predict, tasks.outputs):
+        with pytest.raises(SettingError, match="context was not entered"):
+            ask([("one", "w1")])
+    with tasks:
+        assert len(tasks.predict([("one", "w1")])) == 1
+        with pytest.raises(SettingError, match="combined on this base already"), other:
+            pass
+    assert base.is_untouched()
+    with other:
+        assert len(other.predict([("one", "w1")])) == 1
+    with pytest.raises(SettingError, match="context was left"), tasks:
+        pass
+    assert base.is_untouched()
+
+
 def test_bad_input_is_named(tmp_path: Path) -> None:
     base = tiny_base("bert")
     deltas = {"mood": fitted(base, kinds()["adapter"])}
@@ -278,6 +316,15 @@ def test_bad_input_is_named(tmp_path: Path) -> None:
             tasks.predict([("moods", "w1")])
         with pytest.raises(TaskError, match=r"task 'mood': found inputs of 1 and 2 texts"):
             tasks.predict([("mood", "w1"), ("mood", ("w1", "w2"))])
+        for odd in (5, None, ("w1", 5), b"w1", {"text": "w1"}):
+            with pytest.raises(TaskError, match=r"task 'mood': found .*, expected a text, a pair"):
+                tasks.predict([("mood", odd)])  # type: ignore[list-item]
+        for rows in (None, 5, "mood", [None], [("mood",)], {"mood": "w1"}):
+            for ask in (tasks.predict, tasks.outputs, tasks.stream):
+                with pytest.raises(
+                    SettingError, match="expected (a pair of|rows: pairs of) a task"
+                ):
+                    ask(rows)  # type: ignore[arg-type]
         assert tasks.predict([]) == []
     with pytest.raises(WrongBase, match="tiny-bert"):
         combine(deltas, tiny_base("roberta"))

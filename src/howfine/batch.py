@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from howfine.errors import BaseInUse
+
 
 @dataclass
 class Batch:
@@ -70,7 +72,7 @@ def current() -> Batch | None:
 def worn_rows(count: int) -> Tensor:
     """(B,) which change each row of the running batch wears.
 
-    Raises RuntimeError where there is no batch of so many rows: several changes are on, and nothing
+    Raises BaseInUse where there is no batch of so many rows: several changes are on, and nothing
     says which of them a row is for.
     """
     rows, beams = _rows(count)
@@ -94,9 +96,10 @@ def _rows(count: int) -> tuple[Tensor, int]:
     batch = current()
     held = 0 if batch is None or batch.rows is None else len(batch.rows)
     if batch is None or batch.rows is None or not held or count % held:
-        raise RuntimeError(
+        raise BaseInUse(
             "several changes are on this base, each for its own rows, and this forward pass does "
-            "not say which row wears which; run it through howfine.combine"
+            "not say which row wears which; run it through howfine.combine, or leave the context "
+            "of the tasks that are combined first"
         )
     return batch.rows, count // held
 

@@ -37,6 +37,8 @@ Named = Mapping[str, Delta | str | Path] | Iterable[tuple[str, Delta | str | Pat
 def combine(deltas: Named, base: Base | None = None, *, strict: bool = False) -> Combined:
     """Several tasks on one base, by the names given: a mapping, or pairs. A context manager.
 
+    The base is changed on entering it, and as it was on leaving it.
+
         with howfine.combine({"mood": "sst2.delta.safetensors", "same": other}) as tasks:
             tasks.predict([("mood", "a gripping film"), ("same", ("one text", "another"))])
 
@@ -69,15 +71,11 @@ class Combined:
     """Tasks on one base: see `combine`."""
 
     def __init__(self, base: Base, deltas: Mapping[str, Delta], strict: bool) -> None:
-        held = base.tower.__dict__
-        if _HELD in held:
-            raise SettingError(
-                "tasks are combined on this base already, whose rows are numbered from 0 as these "
-                "would be; leave that one first, or give all tasks to one"
-            )
         self.base = base
+        self._check_free()
         self._lock = threading.RLock()  # the base's modules are everyone's
-        self._open = True
+        self._strict = strict
+        self._open: bool | None = None  # None before the context is entered
         self._streams: set[streaming.Pieces] = set()
         self._tasks: dict[str, Worn] = {}
         for number, (name, delta) in enumerate(deltas.items()):
@@ -87,9 +85,13 @@ class Combined:
             self._tasks[name] = Worn(number, delta, tensors, made, takes)
         self._shared: set[str] = set()
         self._changes: list[Change] | None = None
-        if not strict:
-            self._share()
-        held[_HELD] = True
+
+    def _check_free(self) -> None:
+        if _HELD in self.base.tower.__dict__:
+            raise SettingError(
+                "tasks are combined on this base already, whose rows are numbered from 0 as these "
+                "would be; leave that one first, or give all tasks to one"
+            )
 
     def _share(self) -> None:
         """Find out which tasks can share a pass, and put their changes on."""
@@ -125,11 +127,11 @@ class Combined:
     def outputs(self, rows: Sequence[tuple[str, Texts]]) -> list[Tensor]:
         """The readouts' outputs, one for each row, in order; shapes differ from task to task.
 
-        Raises SettingError for an unknown task and after the context was left, TaskError for what a
+        Raises SettingError for an unknown task and outside of the context, TaskError for what a
         task can't read.
         """
         with self._lock:
-            return self._outputs(rows)
+            return self._outputs(_listed(rows))
 
     def stream(self, rows: Sequence[tuple[str, Texts]]) -> Iterator[tuple[int, str]]:
         """Texts as they are written: (number of the row, the next of its words).
@@ -137,6 +139,7 @@ class Combined:
         A row's pieces together are its text. Raises SettingError for tasks that write nothing, or
         by a beam search, and what `outputs` raises.
         """
+        rows = _listed(rows)
         for name in dict.fromkeys(_pair(row, "a task and a text")[0] for row in rows):
             asked = self._task(name).asked
             if asked is None or asked.beams > 1:
@@ -200,7 +203,7 @@ class Combined:
 
     def predict(self, rows: Sequence[tuple[str, Texts]]) -> list[dict[str, Any]]:
         """Answers of (task, text) rows, as `howfine.predict` gives them for one task."""
-        answers = []
+        rows, answers = _listed(rows), []
         for (name, _), output in zip(rows, self.outputs(rows), strict=True):
             delta = self._tasks[name].delta
             told = delta.readout.told(self.base, delta.labels, output.unsqueeze(0))
@@ -249,6 +252,8 @@ class Combined:
         return found
 
     def _check_open(self) -> None:
+        if self._open is None:
+            raise SettingError("these tasks' context was not entered; write `with … as tasks:`")
         if not self._open:
             raise SettingError("these tasks' context was left; combine them anew")
 
@@ -258,6 +263,13 @@ class Combined:
         self._changes = None
 
     def __enter__(self) -> Combined:
+        with self._lock:
+            if self._open is None:
+                self._check_free()
+                if not self._strict:
+                    self._share()
+                self.base.tower.__dict__[_HELD] = self._open = True
+            self._check_open()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -268,6 +280,15 @@ class Combined:
                 self._open = False
                 self._take_off()
                 self.base.tower.__dict__.pop(_HELD, None)
+
+
+def _listed(rows: Any) -> list[tuple[str, Texts]]:
+    try:
+        return list(rows)
+    except TypeError:
+        raise SettingError(
+            f"found {rows!r:.80}, expected rows: pairs of a task and a text"
+        ) from None
 
 
 def _pair(found: Any, of: str) -> tuple[str, Any]:

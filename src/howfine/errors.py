@@ -5,7 +5,8 @@
     ├── BaseError           a pretrained model that can't be had or used
     │   ├── BaseNotFound        no such folder, package or hub name (or no network to ask)
     │   ├── WrongBase           a delta meets a model it was not made on
-    │   └── UnknownArchitecture no anatomy row for this model type
+    │   ├── UnknownArchitecture no anatomy row for this model type
+    │   └── BaseInUse           tasks are combined on a base, and a pass is none of theirs
     ├── TaskError           examples that can't be learned from
     │   ├── TaskNotFound        no such task, file or hub dataset (or no network to ask)
     │   ├── MissingColumn       a named column is not in the data
@@ -53,6 +54,10 @@ class WrongBase(BaseError):
 
 class UnknownArchitecture(BaseError):
     """No anatomy row for this model type."""
+
+
+class BaseInUse(BaseError, RuntimeError):
+    """Tasks are combined on a base, and a pass is none of theirs."""
 
 
 class TaskError(HowfineError):

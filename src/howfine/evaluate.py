@@ -191,11 +191,9 @@ def predict(
 
 
 def examples_of(texts: Sequence[str | tuple[str, str] | Example]) -> list[Example]:
-    """Texts, or pairs of texts, as examples. Raises TaskError for a mixture."""
+    """Texts, or pairs of texts, as examples. Raises TaskError for a mixture, and others."""
     examples = [
-        text
-        if isinstance(text, Example)
-        else Example(texts=(text,) if isinstance(text, str) else tuple(text), label=0)
+        text if isinstance(text, Example) else Example(texts=_texts(text), label=0)
         for text in texts
     ]
     counts = sorted({len(example.texts) for example in examples})
@@ -206,6 +204,13 @@ def examples_of(texts: Sequence[str | tuple[str, str] | Example]) -> list[Exampl
             "surplus tabs out"
         )
     return examples
+
+
+def _texts(found: Any) -> tuple[str, ...]:
+    texts = (found,) if isinstance(found, str) else found
+    if isinstance(texts, tuple | list) and all(isinstance(text, str) for text in texts):
+        return tuple(texts)
+    raise TaskError(f"found {found!r:.80}, expected a text, a pair of texts or an Example")
 
 
 def opened(delta: Delta | str | Path, base: Base | None) -> tuple[Delta, Base]:
