@@ -2,6 +2,7 @@
 
 import re
 import shlex
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,8 @@ from howfine.recipe import Recipe
 from howfine.task import Task
 from tiny import tiny_tower
 
-TEXT = (Path(__file__).parent.parent / "README.md").read_text()
+ROOT = Path(__file__).parent.parent
+TEXT = (ROOT / "README.md").read_text()
 SNIPPETS = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
 COMMANDS = [
     line.removeprefix("$ ").partition("#")[0].strip()
@@ -85,6 +87,16 @@ def test_every_verb_is_in_the_table():
     table = set(re.findall(r"`([a-z-]+)`", " ".join(re.findall(r"^\| (`.*?) \|", TEXT, re.M))))
     assert len(verbs) >= 9
     assert set(verbs) == table
+
+
+def test_the_extras_are_those_that_something_uses():
+    """A server is planned: its extra is none to install while nothing imports its packages."""
+    stated = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = set(stated["optional-dependencies"])
+    code = "".join(path.read_text() for path in (ROOT / "src").rglob("*.py"))
+    extras -= set() if re.search(r"\bimport (fastapi|uvicorn)|from fastapi", code) else {"serve"}
+    (listed,) = re.findall(r"^Extras: (.*?)\. ", TEXT, re.DOTALL | re.MULTILINE)
+    assert set(re.findall(r"`(\w+)`(?!\))", listed)) == extras
 
 
 def test_the_public_names_are_all_there():
