@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 import errno
+import json
 import os
 import resource
 from collections.abc import Callable, Iterator
@@ -19,9 +20,10 @@ import torch
 
 from console import howfine_here, settle
 from disk import base_folder, howfine, task_folder
+from howfine import pair
 from howfine.base import Base
 from howfine.delta import Delta
-from howfine.errors import SettingError, StorageError
+from howfine.errors import BaseNotFound, SettingError, StorageError
 from howfine.evaluate import predict
 from howfine.method import method
 from howfine.plan import Plan
@@ -127,6 +129,93 @@ def test_a_base_whose_weights_are_cut_off(inputs: Inputs, tmp_path: Path) -> Non
     whole = (cut / "model.safetensors").read_bytes()
     (cut / "model.safetensors").write_bytes(whole[:5000])
     contains(refused("tune", *inputs.made(base=cut)), f"base '{cut}' can't be loaded")
+
+
+def in_config(**stated: object) -> Callable[[Path], object]:
+    def spoil(folder: Path) -> None:
+        path = folder / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | stated))
+
+    return spoil
+
+
+def in_file(name: str, content: bytes) -> Callable[[Path], object]:
+    def spoil(folder: Path) -> None:
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(content)
+        if name.endswith((".bin", ".gguf", ".index.json")):
+            (folder / "model.safetensors").unlink()
+
+    return spoil
+
+
+def a_list_in_bin(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    torch.save([1, 2], folder / "pytorch_model.bin")
+
+
+POOLING = "1_Pooling/config.json"
+# What makes transformers fail in ways of its own, by what the sentence says.
+DAMAGED_BASES = [
+    ("EOFError. Expected", in_file("pytorch_model.bin", b"")),
+    ("UnpicklingError", in_file("pytorch_model.bin", b"garbage" * 100)),
+    ("TypeError", a_list_in_bin),
+    ("copy of its config.json and weights", in_file("model.safetensors.index.json", b"[]")),
+    ("cannot mmap an empty file", in_file("model.gguf", b"")),
+    ("copy of its tokenizer", in_file("tokenizer.json", b"{}")),
+    ("copy of its tokenizer", in_file("tokenizer.json", b"[]")),
+    ("copy of its tokenizer", in_file("tokenizer_config.json", b"[]")),
+    ("'hidden_size' expected int", in_config(hidden_size="x")),
+    ("'hidden_size' expected int", in_config(hidden_size=None)),
+    ("ZeroDivisionError", in_config(num_attention_heads=0)),
+    ("has 2 blocks, of -1 attention heads", in_config(num_attention_heads=-1)),
+    ("KeyError: 'nonsense'", in_config(hidden_act="nonsense")),
+    ("negative dimension -5", in_config(vocab_size=-5)),
+    ("has 0 blocks, of 4 attention heads", in_config(num_hidden_layers=0)),
+    ("has 0 blocks, of 4 attention heads", in_config(num_hidden_layers=-1)),
+    ("copy of its config.json.", in_file("config.json", b"5")),
+    (f"{POOLING} of the base", in_file(POOLING, b"{")),
+    ("it holds []; expected an object of pooling modes", in_file(POOLING, b"[]")),
+    (f"{POOLING} of the base", in_file(POOLING, b"\xff")),
+]
+
+
+@pytest.mark.parametrize(("said", "spoil"), DAMAGED_BASES)
+def test_a_damaged_base_is_one_sentence(
+    said: str, spoil: Callable[[Path], object], tmp_path: Path
+) -> None:
+    path = another(tmp_path, "bert")
+    spoil(path)
+    with pytest.raises(BaseNotFound) as caught:
+        Base.load(path)
+    contains(str(caught.value), said, path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "spoil", [in_config(hidden_act="nonsense"), in_config(num_hidden_layers=0)]
+)
+def test_a_measurement_refuses_a_damaged_base(
+    spoil: Callable[[Path], object], tmp_path: Path
+) -> None:
+    """It reads a base's folder by itself, as it goes."""
+    path = another(tmp_path, "bert")
+    spoil(path)
+    with pytest.raises(BaseNotFound):
+        pair.opened(str(path), path, loaded=False)
+
+
+def test_memory_that_runs_out_says_nothing_of_the_base(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = another(tmp_path, "bert")
+
+    def full(*_: object, **__: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", full)
+    with pytest.raises(MemoryError):
+        Base.load(path)
 
 
 @pytest.mark.parametrize("device", ["warp", "cuda:99"])

@@ -25,7 +25,7 @@ from transformers import AutoModel, AutoTokenizer
 
 from console import Said, howfine_here, settle
 from disk import base_folder, howfine, plan_file, task_folder
-from howfine import container, pretrained
+from howfine import container, stated
 from howfine.base import Base
 from howfine.delta import Delta
 from howfine.method import methods
@@ -300,7 +300,7 @@ def test_merge_keeps_what_the_base_states_and_nothing_of_the_last_batch(
 
     BertForMaskedLM(BertConfig(**TINY["bert"][1])).save_pretrained(tmp_path / "mlm")
     tiny_tokenizer().save_pretrained(tmp_path / "mlm")
-    pretrained.state_pooling(tmp_path / "mlm", "mean", 32)
+    stated.state_pooling(tmp_path / "mlm", "mean", 32)
     made = (
         "--base",
         tmp_path / "mlm",

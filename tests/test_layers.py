@@ -26,7 +26,7 @@ ROOMS = [
         *("text_metrics", "consensus", "images", "retrieval", "pooling", "processes"),
         *("widths", "subwords"),
     ),
-    ("task", "checks", "tasks", "tasks.*", "base", "pretrained"),
+    ("task", "checks", "tasks", "tasks.*", "base", "pretrained", "stated"),
     ("surgery", "change"),
     ("method", "readout", "units", "cuts", "macs"),
     (

