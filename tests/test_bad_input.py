@@ -25,6 +25,7 @@ from howfine.base import Base
 from howfine.delta import Delta
 from howfine.errors import BaseNotFound, SettingError, StorageError
 from howfine.evaluate import predict
+from howfine.merge import in_folder
 from howfine.method import method
 from howfine.plan import Plan
 from howfine.readout import readout
@@ -630,6 +631,43 @@ def test_merge_writes_over_nothing(inputs: Inputs, tmp_path: Path) -> None:
     sentence = refused("merge", inputs.delta, tmp_path / "mine")
     contains(sentence, tmp_path / "mine", "exists already; choose another folder")
     assert contents(tmp_path) == {tmp_path / "mine" / "thesis.txt": b"of ten years"}
+
+
+def test_a_folder_is_made_where_nothing_else_is(tmp_path: Path) -> None:
+    """Leftovers of a killed process, and a folder of the user's own, stay where they are."""
+    other = tmp_path / ".out.partial"
+    other.mkdir()
+    (other / "thesis.txt").write_bytes(b"of ten years")
+    (tmp_path / "plain").mkdir()
+
+    def fill(name: str) -> Callable[[Path], None]:
+        return lambda folder: (folder / name).touch()
+
+    def both(folder: Path) -> None:
+        in_folder(tmp_path / "out", fill("first"))
+        fill("second")(folder)
+
+    with pytest.raises(StorageError, match="out can't be written"):
+        in_folder(tmp_path / "out", both)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["first"]
+    assert contents(other) == {other / "thesis.txt": b"of ten years"}
+    assert sorted(tmp_path.iterdir()) == [other, tmp_path / "out", tmp_path / "plain"]
+    assert (tmp_path / "out").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+def test_a_folder_that_is_not_made_leaves_none_of_those_around_it(tmp_path: Path) -> None:
+    def full(folder: Path) -> None:
+        (folder / "half").touch()
+        no_space()
+
+    with pytest.raises(StorageError, match="No space left"):
+        in_folder(tmp_path / "a" / "b" / "out", full)
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "file").touch()
+    with pytest.raises(StorageError, match="out can't be written"):
+        in_folder(tmp_path / "file" / "out", full)
+    in_folder(tmp_path / "a" / "b" / "out", lambda folder: (folder / "whole").touch())
+    assert (tmp_path / "a" / "b" / "out" / "whole").exists()
 
 
 # Texts that are odd and yet texts.

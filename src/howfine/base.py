@@ -123,8 +123,7 @@ class Base:
         # Hashed once for each state of a folder; what a hub name stands for may change unseen.
         known = fp.cached(source, kind) if Path(source).is_dir() else None
         own = BODY if kind == IMAGE_BODY else kind
-        base = cls(name, tower, tokenizer, kind=own, fingerprint=known)
-        base.check_sizes()
+        base = cls(name, tower, tokenizer, kind=own, fingerprint=known).checked()
         # The fingerprint is taken before the cast, so that it names the checkpoint and not the
         # number format it happens to be used in.
         found = base.fingerprint
@@ -136,8 +135,8 @@ class Base:
         base.towers.to(device=torch.device(device), dtype=DTYPES[dtype])
         return base
 
-    def check_sizes(self) -> None:
-        """Raises BaseNotFound for a model without blocks, or without heads in them."""
+    def checked(self) -> Base:
+        """Itself. Raises BaseNotFound for a model without blocks, or without heads in them."""
         heads = getattr(self.config, self.anatomy.heads, 1)
         if self.depth < 1 or (isinstance(heads, int) and heads < 1):
             raise BaseNotFound(
@@ -145,6 +144,7 @@ class Base:
                 "expected at least one of either; mend the numbers in its config.json, or give "
                 "another base"
             )
+        return self
 
     def settle_pooling(self, source: str, missing: list[str]) -> None:
         """Pooling as the folder states it; no pooler where the checkpoint has none."""

@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import json
 import shutil
+import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -52,12 +54,18 @@ def merge(delta: Delta | str | Path, out: str | Path, base: Base | None = None) 
 def in_folder(out: Path, write: Callable[[Path], None]) -> Path:
     """Let `write` fill a new folder, which is at `out` when it is whole.
 
-    Raises StorageError where `out` exists or can't be written; nothing is left behind.
+    It is filled in a place of its own beside `out`, which nobody else has or guesses. Raises
+    StorageError where `out` exists or can't be written; nothing is left behind.
     """
     if out.exists():
         raise StorageError(f"{out} exists already; choose another folder or remove it first")
-    partial = out.with_name(f".{out.name}.partial")
+    missing = [parent for parent in out.parents if not parent.exists()]
+    place = None
     try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        place = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
+        partial = place / out.name  # mkdtemp lets nobody else in; a plain folder may be shared
+        partial.mkdir()
         with pretrained.quiet_transformers():
             write(partial)
         partial.rename(out)
@@ -68,7 +76,11 @@ def in_folder(out: Path, write: Callable[[Path], None]) -> Path:
             "choose another place"
         ) from error
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        if place is not None:
+            shutil.rmtree(place, ignore_errors=True)
+        for parent in missing:  # the innermost first
+            with suppress(OSError):  # it holds `out`, or what somebody else put in
+                parent.rmdir()
     return out
 
 
@@ -109,10 +121,12 @@ def _whole(base: Base) -> Any:
         if info["missing_keys"]:  # the encoder is all there is
             kind: Any = transformers.MODEL_FOR_TEXT_ENCODING_MAPPING[type(base.config)]
             model = kind.from_pretrained(base.name, dtype=torch.float32)
-    except (OSError, ValueError, KeyError) as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # a folder is foreign input: what it makes fail is not foreseen
         raise BaseNotFound(
             f"the base {base.name} is an encoder, and the decoder that belongs to it can't be "
-            f"loaded: {str(error).strip().splitlines()[0]} Load the base by a name that can be had"
+            f"loaded: {pretrained.reason_of(error)}. Load the base by a name that can be had"
         ) from error
     encoder = model.get_encoder()
     if fingerprint.of_parameters(nn.ModuleDict({base.tower_name: encoder})) != base.fingerprint:

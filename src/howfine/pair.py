@@ -108,9 +108,8 @@ def _outlined(name: str, kind: str) -> tuple[Base, Source] | None:
     if not Path(folder).is_dir():
         return None
     try:
-        base = Base(name, pretrained.outline(folder, kind), kind=kind)
+        base = Base(name, pretrained.outline(folder, kind), kind=kind).checked()
         checkpoint = Checkpoint.open(folder)
-        base.check_sizes()
     except MemoryError:
         raise
     except Exception:  # a folder is foreign input; loading it whole tells what is wrong with it
