@@ -24,13 +24,14 @@ from howfine import (
     report_page,
     report_tables,
     report_where,
+    stored,
     wording,
 )
 from howfine.delta import Delta
 from howfine.errors import SettingError
 from howfine.ledger import Ledger
 from howfine.plan import Plan
-from howfine.report import Report, report, summarise
+from howfine.report import Report, _hand_over, report, summarise
 from howfine.start import weight_at
 from howfine.study import study
 from synthetic import (
@@ -787,6 +788,66 @@ def test_another_report_replaces_the_earlier_file_and_no_other(folder: Any) -> N
     assert {path.name for path in folder.glob("*.delta.safetensors")} == {
         mine.name, second["file"]
     }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "content", [b'{"recommended": null}', b'{"recommended": {"file": 5}}', b"{", b"[]", b"\xff"]
+)
+def test_an_earlier_report_that_cannot_be_read_is_as_if_there_was_none(
+    content: bytes, folder: Any
+) -> None:
+    (folder / "report.json").write_bytes(content)
+    result: Any = {"recommended": {"file": None, "key": "k"}}
+    _hand_over(folder, [], result)
+    assert (folder / "report.json").read_bytes() == content  # `report` writes it last
+
+
+def spoilt(folder: Any, name: str, **values: Any) -> None:
+    """The first run's record, or study.json, with other values; "missing" takes one away."""
+    path = folder / name
+    first, *rest = path.read_text().splitlines() if name == "runs.jsonl" else [path.read_text()]
+    found = {**json.loads(first), **values}
+    kept = {key: value for key, value in found.items() if value != "missing"}
+    path.write_text("\n".join([json.dumps(kept), *rest]) + "\n")
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("runs.jsonl", {"score": "missing"}),
+        ("runs.jsonl", {"predictions": "missing"}),
+        ("runs.jsonl", {"predictions": "<i2:eJx"}),
+        ("runs.jsonl", {"predictions": "<i2:eJxjYGRgYGBi"}),
+        ("runs.jsonl", {"predictions": "nonsense:eJwDAAAAAAE="}),
+        ("runs.jsonl", {"predictions": 5}),
+        ("runs.jsonl", {"dev_score": None}),
+        ("runs.jsonl", {"record": {}}),
+        ("runs.jsonl", {"steps": 0}),
+        ("runs.jsonl", {"metric": "nonsense"}),
+        ("study.json", {"task": 5}),
+        ("study.json", {"task": {"name_or_path": "rte", "nonsense": 1}}),
+        ("study.json", {"task": {"name_or_path": 5}}),
+        ("study.json", {"keys": 5}),
+        ("study.json", {"keys": [5]}),
+        ("study.json", {"made_on": None}),
+        ("study.json", {"margin": "wide"}),
+        ("study.json", {"kind": 5}),
+    ],
+    ids=str,
+)
+def test_a_damaged_study_is_one_sentence(name: str, values: dict[str, Any], folder: Any) -> None:
+    spoilt(folder, name, **values)
+    with pytest.raises(SettingError) as caught:
+        stored.read(folder, tiny_base("bert"), tiny_task())
+    for part in (str(folder / name), *values, "run the study again"):
+        assert part in str(caught.value)
+
+
+@pytest.mark.parametrize("content", [b"\xff", b"[" * 200_000])
+def test_a_study_that_is_no_text_is_one_sentence(content: bytes, folder: Any) -> None:
+    (folder / "study.json").write_bytes(content)
+    with pytest.raises(SettingError, match="is not JSON"):
+        stored.read(folder, tiny_base("bert"), tiny_task())
 
 
 def test_without_files_the_report_says_so(folder: Any) -> None:

@@ -17,7 +17,7 @@ from disk import base_folder, howfine, howfine_started, outcome, plan_file, runs
 from howfine import queue
 from howfine import study as study_module
 from howfine.answer import groups, recommend
-from howfine.errors import SettingError, TrainingError
+from howfine.errors import SettingError, StorageError, TrainingError
 from howfine.evaluate import evaluate
 from howfine.ledger import Ledger, pack_predictions, unpack_predictions
 from howfine.report import report
@@ -379,6 +379,39 @@ def test_a_torn_last_line_of_a_ledger_is_left_out(tmp_path):
     assert [json.loads(line) for line in ledger.path.read_text().splitlines()] == [
         {"key": "a", "n": 2}
     ]
+
+
+@pytest.mark.parametrize(
+    "line", [b"{}", b"5", b'{"key": 5}', b"\xff", b'{"key": "b", "n"', b"[" * 200_000], ids=range(6)
+)
+def test_a_line_that_is_no_record_is_named(line, tmp_path):
+    ledger = Ledger(tmp_path / "l.jsonl")
+    ledger.path.write_bytes(b'{"key": "a"}\n' + line + b'\n{"key": "c"}\n')
+    with pytest.raises(SettingError, match=r"l\.jsonl, line 2, is no record.*take that line out"):
+        ledger.records()
+    before = ledger.path.read_bytes()
+    with pytest.raises(SettingError):
+        ledger.add({"key": "d"})
+    assert ledger.path.read_bytes() == before
+
+
+def test_a_ledger_that_is_a_folder_is_one_sentence(tmp_path):
+    with pytest.raises(SettingError, match="can't be read"):
+        Ledger(tmp_path).records()
+
+
+def test_a_damaged_record_is_not_taken_over(tmp_path):
+    """Where the database is a new one, the ledger is all that is known of the runs."""
+    first, *_ = runs_of(SMALL, tiny_base("bert"), tiny_task())
+    Ledger(tmp_path / "runs.jsonl").replace([{"key": first.key}])
+    with pytest.raises(SettingError, match=f"record of run {first.key} is damaged: found recipe"):
+        study(tiny_base("bert"), tiny_task(), SMALL, out=tmp_path)
+
+
+def test_a_file_is_no_place_for_a_study(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(StorageError, match="file can't be made.*choose another place"):
+        study(tiny_base("bert"), tiny_task(), SMALL, out=tmp_path / "file")
 
 
 def started(folder: Path, out: Path, *more: object) -> subprocess.Popen[bytes]:

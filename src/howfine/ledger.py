@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from howfine import container, retrieval
+from howfine.errors import SettingError
 
 Record = dict[str, Any]
 
@@ -26,15 +27,32 @@ class Ledger:
         return iter(self.records().values())
 
     def records(self) -> dict[str, Record]:
-        """Records by key. A last line cut short by a kill is left out."""
+        """Records by key. A last line cut short by a kill is left out.
+
+        Raises SettingError for any other line that is no record.
+        """
         if not self.path.exists():
             return {}
+        try:
+            lines = self.path.read_bytes().split(b"\n")
+        except OSError as error:
+            raise SettingError(
+                f"{self.path} can't be read: {error.strerror or error}; expected a file of "
+                "records, one a line: take away what is there instead"
+            ) from error
         found = {}
-        for line in self.path.read_text().splitlines():
-            try:
-                record = json.loads(line)
-            except json.JSONDecodeError:  # the torn last line of a killed writer
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
                 continue
+            try:
+                record = _record(line)
+            except (ValueError, RecursionError) as error:
+                if number == len(lines) and isinstance(error, json.JSONDecodeError):
+                    continue  # the torn last line of a killed writer, without its end
+                raise SettingError(
+                    f"{self.path}, line {number}, is no record of a run ({error}); expected a JSON "
+                    "object with a key: take that line out, and run again what it was of"
+                ) from error
             found[record["key"]] = record
         return found
 
@@ -46,6 +64,14 @@ class Ledger:
         """Write the records given, and nothing else, atomically."""
         lines = "".join(json.dumps(record, sort_keys=True) + "\n" for record in records)
         container.write_atomically(self.path, lines.encode())
+
+
+def _record(line: bytes) -> Record:
+    """Raises ValueError for what is no JSON object with a key."""
+    record = json.loads(line.decode("utf-8"))
+    if not isinstance(record, dict) or not isinstance(record.get("key"), str):
+        raise ValueError(f"found {record!r:.40}")
+    return record
 
 
 def pack_predictions(predictions: np.ndarray) -> str:
@@ -63,7 +89,14 @@ def pack_predictions(predictions: np.ndarray) -> str:
 
 
 def unpack_predictions(text: str) -> np.ndarray:
-    """The inverse of `pack_predictions`."""
+    """The inverse of `pack_predictions`. Raises ValueError for what that can't have made."""
+    try:
+        return _unpacked(text)
+    except (zlib.error, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(str(error)) from error
+
+
+def _unpacked(text: str) -> np.ndarray:
     kind, _, data = text.partition(":")
     if kind.startswith("vectors"):
         values = np.frombuffer(zlib.decompress(base64.b64decode(data)), dtype=np.float32)

@@ -41,7 +41,7 @@ from howfine.compare import delta_distance
 from howfine.container import write_atomically
 from howfine.delta import SUFFIX, Delta
 from howfine.distance import Distance, table
-from howfine.errors import StorageError
+from howfine.errors import SettingError, StorageError
 from howfine.ledger import Record
 from howfine.task import Task
 
@@ -230,10 +230,23 @@ def _ceiling_distances(
     return delta_distance(Delta.load(folder / best["file"]), base)
 
 
+def _earlier_file(path: Path) -> str | None:
+    """The file that an earlier report recommended; one that can't be read is as if there was none.
+
+    It is written anew.
+    """
+    try:
+        recommended = stored.read_json(path).get("recommended")
+    except SettingError:
+        return None
+    file = recommended.get("file") if isinstance(recommended, dict) else None
+    return file if isinstance(file, str) else None
+
+
 def _hand_over(folder: Path, records: Sequence[Record], result: Report) -> None:
     """Copy the recommended delta to the top of the folder, in place of an earlier report's."""
     name, key = result["recommended"]["file"], result["recommended"]["key"]
-    earlier = stored.read_json(folder / "report.json").get("recommended", {}).get("file")
+    earlier = _earlier_file(folder / "report.json")
     if earlier and earlier != name and earlier == Path(earlier).name and earlier.endswith(SUFFIX):
         (folder / earlier).unlink(missing_ok=True)
     if name is None:

@@ -17,9 +17,11 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
+from howfine import stored
 from howfine.base import Base
 from howfine.container import write_atomically
 from howfine.delta import SUFFIX
+from howfine.errors import StorageError
 from howfine.evaluate import evaluate
 from howfine.ledger import Ledger, Record, pack_predictions
 from howfine.plan import Plan, Run, runs_of
@@ -55,7 +57,7 @@ def study(
         named["data"] = str(data)
     task = Task.load(task, data=data) if isinstance(task, str) else task
     folder = Path(out)
-    folder.mkdir(parents=True, exist_ok=True)
+    _make(folder)
     runs = runs_of(plan, base, task)
     stated: dict[str, Any] = {"base": base.name, "kind": base.kind, "task": named}
     stated |= {"made_on": {"base": base.fingerprint, "task": task.fingerprint}}
@@ -64,6 +66,16 @@ def study(
     worker = _Worker(base, task, runs, folder, storage, keep)
     worker.join(progress)
     return worker.export()
+
+
+def _make(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StorageError(
+            f"{folder} can't be made: {error.strerror or error}; expected a study's folder, or "
+            "none yet: choose another place"
+        ) from error
 
 
 class _Worker:
@@ -86,6 +98,8 @@ class _Worker:
         done = self.queue.settled()
         for key, record in self.ledger.records().items():  # the database may be a new one
             fits = key in self.runs and key not in done and "error" not in record
+            if fits:
+                stored.check_record(record, self.ledger.path)
             if fits and self._has_file(record):
                 self.queue.add(record)
 
@@ -129,7 +143,7 @@ def _place(folder: Path) -> str:
     path = folder / "place"
     if not path.exists():
         write_atomically(path, uuid.uuid4().hex.encode())
-    return path.read_text()
+    return path.read_text(encoding="utf-8", errors="replace")
 
 
 def run_once(run: Run, base: Base, task: Task, folder: Path, keep: bool) -> Record:
