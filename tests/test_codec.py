@@ -8,6 +8,7 @@ import random
 import tracemalloc
 import zlib
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -21,6 +22,7 @@ from howfine.codec import (
     PRECISIONS,
     Coded,
     combinatorial_bits,
+    count_places,
     decode_places,
     decode_values,
     encode_places,
@@ -77,6 +79,7 @@ def round_trip(mask: torch.Tensor) -> Coded:
     back = decode_places(coded, mask.numel())
     assert back.dtype == torch.bool
     assert torch.equal(back, mask.reshape(-1))
+    assert count_places(coded, mask.numel()) == mask.count_nonzero()
     return coded
 
 
@@ -447,7 +450,12 @@ def test_damaged_places(coding: str) -> None:
         if found is not None and name in ("gaps", "histogram", "grid"):
             # Raw bits are as good as others; whatever else is wrong must show.
             assert (name, len(payload)) == (coding, len(coded.payload))
-        outcome(decode_places, damaged, rng.choice([0, 1, count - 1, count + 1, 2 * count]))
+        if found is not None:
+            assert count_places(damaged, count) == found.count_nonzero()
+        other = rng.choice([count, 0, 1, count - 1, count + 1, 2 * count])
+        outcome(decode_places, damaged, other)
+        with suppress(DamagedDelta):
+            assert 0 <= count_places(damaged, other) <= other
 
 
 @pytest.mark.parametrize("coding", ["bits", "rank", "gaps", "histogram"])
@@ -542,6 +550,25 @@ def test_hostile_values() -> None:
     ):
         with pytest.raises(DamagedDelta):
             decode_values(coded, count)
+
+
+@pytest.mark.parametrize("coding", ["rank", "gaps", "histogram", "zlib", "grid", "all"])
+def test_places_are_counted_without_a_mask(coding: str) -> None:
+    """Of 2^31 - 2^16 entries a mask has two billion bytes, and its bits 268 million."""
+    rows = (1 << 15) - 1
+    count, level = rows << 16, (1 << 16).to_bytes(4, "little")
+    payload, params, expected = {
+        "rank": (b"\x06" + bytes(12), (), 3),
+        "gaps": (b"\x90\x03" + bytes(12), (), 200),
+        "histogram": (b"\x91\x03" + bytes(12), (), count - 200),
+        "zlib": (zlib.compress(b"\1" + bytes(count // 8 - 1), 1, -15), (), 1),
+        "grid": (zlib.compress(bytes(rows + (1 << 16)) + level, 1, -15), (rows,), 1 << 16),
+        "all": (b"", (), count),
+    }[coding]
+    tracemalloc.start()
+    assert count_places(Coded(coding, params, payload), count) == expected
+    assert tracemalloc.get_traced_memory()[1] < 4_000_000
+    tracemalloc.stop()
 
 
 def peak_of(decode: Callable[[Coded, int], torch.Tensor], coded: Coded, count: int) -> int:

@@ -19,6 +19,7 @@ from hostile.make import (
     take_apart,
 )
 from howfine import container, folded, streams
+from howfine.cost import parts
 from howfine.delta import SCORE, SUFFIX, Delta
 from howfine.errors import DamagedDelta, HowfineError, UnsupportedFormat
 from howfine.method import method
@@ -154,6 +155,25 @@ def test_a_declared_terabyte_is_not_allocated(base, files, tmp_path):
     path.write_bytes(put_together(header, {**groups, container.INDEX: container.pack_index(rows)}))
     with pytest.raises(DamagedDelta, match="more than any change"), Delta.load(path).applied(base):
         pass
+
+
+@pytest.mark.parametrize("streams", [60_000, 500])
+def test_declared_places_are_counted_without_masks(streams, files, tmp_path):
+    """Each of them would be a mask of two billion bytes, and take seconds."""
+    header, groups = take_apart(files[0])
+    payload = b"\x02" + bytes(4)  # one place, the first
+    rows = [[f"method/{n}", [2**31 - 1], "rank", len(payload), 0] for n in range(streams)]
+    groups = {container.INDEX: container.pack_index(rows), "places": payload * streams}
+    path = tmp_path / f"many{SUFFIX}"
+    path.write_bytes(put_together(header, groups))
+    assert path.stat().st_size < 600_000
+    start = time.perf_counter()
+    if streams > 500:
+        with pytest.raises(DamagedDelta, match="declares 128,849,018,820,000 places in 60,000"):
+            parts(path)
+    else:
+        assert sum(part.kept or 0 for part in parts(path)) == streams
+    assert time.perf_counter() - start < 10
 
 
 def test_a_deflated_bomb_is_not_inflated(files, tmp_path):

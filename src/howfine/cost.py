@@ -12,8 +12,10 @@ import psutil
 import torch
 
 from howfine import container
-from howfine.codec import combinatorial_bits
+from howfine.codec import VALUES, combinatorial_bits
 from howfine.delta import Delta
+from howfine.errors import DamagedDelta
+from howfine.streams import MOST_PLACES
 
 
 class PeakMemory:
@@ -98,9 +100,18 @@ class Part:
 
 
 def parts(path: str | Path) -> list[Part]:
-    """Every byte of a delta file, accounted for: the parts' bytes add up to the file's."""
+    """Every byte of a delta file, accounted for: the parts' bytes add up to the file's.
+
+    Raises DamagedDelta for a file that declares more places than any model has parameters.
+    """
     path = Path(path)
     delta = Delta.load(path)
+    declared = sum(stream.count for stream in delta.streams if stream.coded.coding not in VALUES)
+    if declared > MOST_PLACES:
+        raise DamagedDelta(
+            f"{path} declares {declared:,} places in {len(delta.streams):,} streams, more than any "
+            f"model has parameters ({MOST_PLACES:,}); it is damaged: get a fresh copy"
+        )
     codings = {"header": "json", "index": "deflate"}
     found = [
         Part(name, codings.get(name, "raw"), 0, None, size, None)

@@ -21,6 +21,7 @@ from howfine.base import Base
 from howfine.codec import (
     VALUES,
     Coded,
+    count_places,
     decode_places,
     decode_values,
     encode_places,
@@ -30,8 +31,8 @@ from howfine.entries import flat_entries, sparse
 from howfine.errors import DamagedDelta
 from howfine.method import Tensors
 
-# Places of one stream that are counted without a base to check them against.
-MOST_PLACES = 2**31
+# Places of all streams that are counted without a base to check them against.
+MOST_PLACES = 2**40
 # Stands for a path where a stream is of several tensors; behind it, which ones.
 JOINED = "*"
 _MOST_AXES = 8  # of a tensor; a convolution has five
@@ -62,16 +63,10 @@ class Stream:
         return len(self.coded.payload) + (len(self.values.payload) if self.values else 0)
 
     def kept(self) -> int | None:
-        """Places set, for a set of places; None for values."""
+        """Places set, for a set of places; None for values. No mask of them is made."""
         if self.coded.coding in VALUES:
             return None
-        if self.coded.coding in ("none", "all"):
-            return self.count if self.coded.coding == "all" else 0
-        if self.count > MOST_PLACES:
-            raise DamagedDelta(
-                f"stream {self.name!r} declares {self.count:,} places, more than any matrix has"
-            )
-        return int(decode_places(self.coded, self.count).count_nonzero())
+        return count_places(self.coded, self.count)
 
 
 def encode(owner: str, tensors: Mapping[str, Tensor], store: str, base: Base) -> list[Stream]:

@@ -31,6 +31,7 @@ Only the padding after the last bit of a DEFLATE stream escapes the decoders: zl
 """
 
 from howfine.codec.coded import PRECISIONS, VALUES, Coded
+from howfine.codec.counting import count_places
 from howfine.codec.places import combinatorial_bits, decode_places, encode_places
 from howfine.codec.steps import entropy_bits
 from howfine.codec.values import decode_values, encode_steps_of, encode_values, rounded
@@ -40,6 +41,7 @@ __all__ = [
     "VALUES",
     "Coded",
     "combinatorial_bits",
+    "count_places",
     "decode_places",
     "decode_values",
     "encode_places",
