@@ -2,8 +2,10 @@
 
 import json
 import time
+import tracemalloc
 import zlib
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -21,7 +23,7 @@ from hostile.make import (
 from howfine import container, folded, streams
 from howfine.cost import parts
 from howfine.delta import SCORE, SUFFIX, Delta
-from howfine.errors import DamagedDelta, HowfineError, UnsupportedFormat
+from howfine.errors import DamagedDelta, DeltaError, HowfineError, UnsupportedFormat
 from howfine.method import method
 from howfine.readout import readout
 from tiny import tiny_base, tiny_task
@@ -174,6 +176,68 @@ def test_declared_places_are_counted_without_masks(streams, files, tmp_path):
     else:
         assert sum(part.kept or 0 for part in parts(path)) == streams
     assert time.perf_counter() - start < 10
+
+
+def test_labels_are_different_texts(files, tmp_path):
+    header, groups = take_apart(files[0])
+    path = tmp_path / f"labels{SUFFIX}"
+    for labels in (["no", "no"], [""] * 150_000, [1, 2], "ny", None, {"no": 1, "yes": 2}):
+        path.write_bytes(put_together({**header, "labels": labels}, groups))
+        with pytest.raises(DamagedDelta, match="malformed .ValueError: .*labels"):
+            Delta.load(path)
+
+
+@pytest.mark.parametrize("kept", [True, False], ids=["head", "no head"])
+def test_no_head_is_made_for_labels_that_have_none(kept, base, files, tmp_path):
+    """100,000 labels are 700 kB of header, and would be a head of 13 MB, or of gigabytes."""
+    header, groups = take_apart(files[2])
+    if not kept:
+        rows = [row for row in container.unpack_index(groups) if row[0].startswith("method/")]
+        size = sum(row[3] for row in rows)
+        groups = {container.INDEX: container.pack_index(rows), "fp32": groups["fp32"][:size]}
+    path = tmp_path / f"labels{SUFFIX}"
+    labels = [f"{number:x}" for number in range(100_000)]
+    path.write_bytes(put_together({**header, "labels": labels}, groups))
+    delta = Delta.load(path)
+    made = []
+    with mock.patch.object(torch.nn.Linear, "reset_parameters", lambda self: made.append(self)):
+        if kept:
+            with pytest.raises(DamagedDelta, match="readout tensors don't fit"):
+                delta.applied(base).__enter__()
+        else:
+            with pytest.raises(DeltaError, match="has no head"):
+                delta.check_head(base)
+    assert [linear.weight.device.type for linear in made] == ["meta"]
+
+
+@pytest.mark.parametrize("head", [b"\0" * 8, (90).to_bytes(8, "little"), b"GGUFGGUF"])
+def test_a_large_file_that_is_none_of_ours_is_not_read(head, tmp_path):
+    path = tmp_path / f"large{SUFFIX}"
+    table = b'{"__metadata__":{}}'.ljust(90)
+    with path.open("wb") as stream:
+        stream.write(head + table)
+        stream.truncate(1 << 32)  # takes no room on the disk
+    tracemalloc.start()
+    start = time.perf_counter()
+    with pytest.raises(DamagedDelta):
+        Delta.load(path)
+    assert time.perf_counter() - start < 1
+    assert tracemalloc.get_traced_memory()[1] < 10_000_000
+    tracemalloc.stop()
+
+
+@pytest.mark.parametrize("entry", ["[]", "{}", '"aa"', "[[[[]]]]"])
+def test_an_index_of_millions_of_entries_is_not_read(entry, files, tmp_path):
+    header, groups = take_apart(files[0])
+    text = f"[{','.join([entry] * (15_000_000 // (len(entry) + 1)))}]"
+    path = tmp_path / f"entries{SUFFIX}"
+    path.write_bytes(put_together(header, {**groups, "index": zlib.compress(text.encode(), 1)}))
+    del text
+    tracemalloc.start()
+    with pytest.raises(DamagedDelta, match="more than 1,048,576 entries"):
+        Delta.load(path)
+    assert tracemalloc.get_traced_memory()[1] < 60_000_000
+    tracemalloc.stop()
 
 
 def test_a_deflated_bomb_is_not_inflated(files, tmp_path):

@@ -8,9 +8,16 @@ import torch
 
 from howfine.errors import SettingError
 from howfine.pooling import pool
-from howfine.readout import readout
+from howfine.readout import readout, readouts
 from howfine.task import Example
-from tiny import LABELS, tiny_base, tiny_task
+from tiny import (
+    LABELS,
+    tiny_base,
+    tiny_language_base,
+    tiny_task,
+    tiny_towers,
+    tiny_writer,
+)
 
 
 @pytest.fixture
@@ -103,3 +110,35 @@ def test_a_reference_class_is_a_row_less(labels):
 def test_a_regression_has_no_reference_class():
     with pytest.raises(SettingError, match="a regression has no classes"):
         readout("classifier", reference=True).attach(tiny_base("bert"), ())
+
+
+HEADS = {
+    "classifier": (tiny_base, "bert", {"reference": True}),
+    "label_embedding": (tiny_base, "bert", {"words": ("w1", "w2")}),
+    "verbalizer": (tiny_language_base, "bert", {"words": ("w1", "w2")}),
+    "multiple_choice": (tiny_language_base, "bert", {"answers": ("w1", "w2")}),
+    "language_model": (tiny_writer, "gpt2", {"max_new_tokens": 8}),
+    "typed_segments": (tiny_writer, "gpt2", {"max_new_tokens": 8}),
+    "contrastive": (tiny_towers, "vit", {"width": 8}),
+}
+
+
+@pytest.mark.parametrize("name", readouts())
+def test_the_shapes_of_a_head_are_known_without_memory_for_it(name, monkeypatch):
+    make, family, settings = HEADS[name]
+    base, read = make(family), readout(name, **settings)
+    labels = () if read.writes or read.aligns else LABELS
+    packed = read.pack(read.attach(base, labels))
+    devices = []
+    pack = type(read).pack
+
+    def watched(self, head):
+        devices.extend(value.device.type for value in head.state_dict().values())
+        return pack(self, head)
+
+    monkeypatch.setattr(type(read), "pack", watched)
+    before = torch.get_rng_state()
+    shapes = read.packed_shapes(base, labels)
+    assert shapes == {key: tuple(value.shape) for key, value in packed.items()}
+    assert set(devices) <= {"meta"}
+    assert torch.equal(torch.get_rng_state(), before)

@@ -9,10 +9,11 @@ import errno
 import hashlib
 import json
 import os
+import stat
 import tempfile
 import zlib
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import safetensors
 
@@ -35,6 +36,7 @@ _PLAIN = ("base", "sha256", "kind", "check")
 # A JSON header or index beyond this is not ours: reading stops before memory is spent on it.
 _MAX_HEADER = 1 << 20
 _MAX_INDEX = 1 << 24
+_MAX_ENTRIES = 1 << 20
 
 
 def write(path: Path, header: dict[str, Any], groups: dict[str, bytes]) -> int:
@@ -154,20 +156,16 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, bytes]]:
     The header of a folded file has 32 digits of the base's fingerprint. Raises DamagedDelta, or
     UnsupportedFormat for a newer format version.
     """
-    data = _data(path)
     try:
-        header = parse_header(data)
-        tensors = safetensors.deserialize(data)
+        with path.open("rb") as stream:
+            header, start = _begun(path, stream)
+            # Only now, as any file may be given here, also one of many gigabytes.
+            tensors = safetensors.deserialize(start + stream.read())
+    except OSError as error:
+        raise _unreadable(path, error) from error
     except (safetensors.SafetensorError, ValueError, RecursionError) as error:
         raise _not_whole(path, error) from None
-    version = header.get("howfine")
-    if not isinstance(version, int) or isinstance(version, bool) or version < 1:
-        raise DamagedDelta(f"{path} has no format version; it was not written by howfine")
-    if version > FORMAT:
-        raise UnsupportedFormat(
-            f"{path} has format version {version}, this howfine reads up to {FORMAT}; "
-            "upgrade howfine"
-        )
+    version = header["howfine"]
     groups = {name: bytes(tensor["data"]) for name, tensor in tensors}
     if version >= 2 and header.keys() == {"howfine"} and groups.keys() == {FOLDED}:
         try:
@@ -180,14 +178,42 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, bytes]]:
     return header, groups
 
 
+def _begun(path: Path, stream: BinaryIO) -> tuple[dict[str, Any], bytes]:
+    """The JSON header of a file of ours, and all bytes up to its end; no more are read.
+
+    Raises as `read` does, or ValueError.
+    """
+    state = os.fstat(stream.fileno())
+    start = stream.read(8)
+    size = int.from_bytes(start, "little")
+    whole = state.st_size if stat.S_ISREG(state.st_mode) else 8 + size  # a pipe has none
+    if len(start) < 8 or size > min(_MAX_HEADER, whole - 8):
+        raise ValueError(f"{whole} bytes, with a header said to be of {size}")
+    start += stream.read(size)
+    header = parse_header(start)
+    version = header.get("howfine")
+    if not isinstance(version, int) or isinstance(version, bool) or version < 1:
+        raise DamagedDelta(f"{path} has no format version; it was not written by howfine")
+    if version > FORMAT:
+        raise UnsupportedFormat(
+            f"{path} has format version {version}, this howfine reads up to {FORMAT}; "
+            "upgrade howfine"
+        )
+    return header, start
+
+
 def _data(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise DamagedDelta(
-            f"{path} can't be read: {error.strerror or error}; expected a delta file "
-            "(*.delta.safetensors)"
-        ) from error
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: Path, error: OSError) -> DamagedDelta:
+    return DamagedDelta(
+        f"{path} can't be read: {error.strerror or error}; expected a delta file "
+        "(*.delta.safetensors)"
+    )
 
 
 def _not_whole(path: Path, error: Exception) -> DamagedDelta:
@@ -260,6 +286,8 @@ def unpack_index(groups: dict[str, bytes]) -> list[list[Any]]:
     text = inflate.decompress(groups[INDEX], _MAX_INDEX)
     if not inflate.eof or inflate.unused_data:
         raise ValueError("the index is not one whole deflated text of bounded size")
+    if sum(map(text.count, (b",", b"[", b"{"))) > _MAX_ENTRIES:  # each takes some 70 bytes, read
+        raise ValueError(f"the index has more than {_MAX_ENTRIES:,} entries in its rows")
     rows = json.loads(text)
     if not isinstance(rows, list):
         raise ValueError("the index is not a list")

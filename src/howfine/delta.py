@@ -15,8 +15,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from howfine import container, plugins, streams
 from howfine.base import Base
 from howfine.change import Change
@@ -165,8 +163,7 @@ class Delta:
         """Whether nothing is stored of a head that has parameters."""
         if any(stream.name.startswith("readout/") for stream in self.streams):
             return False
-        with torch.random.fork_rng(devices=[]):  # what it draws is thrown away
-            return bool(self.readout.attach(base, self.labels).state_dict())
+        return bool(self.readout.packed_shapes(base, self.labels))
 
     def save(self, path: str | Path) -> int:
         """Write atomically; returns the file's bytes.
@@ -224,7 +221,7 @@ class Delta:
             base_fingerprint=str(header["sha256"]),
             method=plugins.build("method", methods(), method_name, method_settings),
             readout=plugins.build("readout", readouts(), readout_name, readout_settings),
-            labels=tuple(map(str, header["labels"])),
+            labels=_labels(header["labels"]),
             streams=tuple(streams.parse(groups)),
             score=dict(zip(SCORE, header["score"], strict=True)) if "score" in header else {},
             base_kind=str(header.get("kind", "body")),
@@ -257,6 +254,15 @@ def _check_replaces(path: Path) -> None:
             f"{path} is there and no delta file, and would be lost; choose another name or remove "
             "it first"
         )
+
+
+def _labels(stated: Any) -> Labels:
+    """Raises ValueError for what is no list of different texts."""
+    if not isinstance(stated, list) or not all(isinstance(label, str) for label in stated):
+        raise ValueError(f"labels {stated!r:.40}, expected a list of class names")
+    if len(set(stated)) < len(stated):
+        raise ValueError(f"{len(stated)} labels, of which {len(set(stated))} are different")
+    return tuple(stated)
 
 
 def only_weights(base: Base, otherwise: str) -> None:

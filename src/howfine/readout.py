@@ -199,17 +199,34 @@ class Readout(ABC):
         """The head's tensors."""
         return {name: value.detach().clone() for name, value in head.state_dict().items()}
 
-    def unpack(self, base: Base, labels: Labels, tensors: Tensors) -> Head:
-        """A head with stored tensors. Raises DamagedDelta where they don't fit."""
-        with torch.random.fork_rng(devices=[]):  # what it draws is overwritten
-            head = self.attach(base, labels)
+    def packed_shapes(self, base: Base, labels: Labels) -> dict[str, tuple[int, ...]]:
+        """Shapes of what `pack` gives, by name; no memory is taken for them.
+
+        Labels are words of a file, and any number of them costs little there.
+        """
+        with torch.random.fork_rng(devices=[]):
+            try:
+                with torch.device("meta"):
+                    packed = self.pack(self.attach(base, labels))
+            except (RuntimeError, NotImplementedError):  # a plugin's head that needs real tensors
+                packed = self.pack(self.attach(base, labels))
+        return {name: tuple(value.shape) for name, value in packed.items()}
+
+    def check_fits(self, base: Base, labels: Labels, tensors: Tensors) -> None:
+        """Raises DamagedDelta where tensors are not of the shapes that a head has."""
         found = {name: tuple(value.shape) for name, value in tensors.items()}
-        expected = {name: tuple(value.shape) for name, value in head.state_dict().items()}
+        expected = self.packed_shapes(base, labels)
         if found != expected:
             raise DamagedDelta(
                 f"readout tensors don't fit the base {base.name}: found {found}, expected "
                 f"{expected}; the file is damaged, or made for another model"
             )
+
+    def unpack(self, base: Base, labels: Labels, tensors: Tensors) -> Head:
+        """A head with stored tensors. Raises DamagedDelta where they don't fit."""
+        self.check_fits(base, labels, tensors)
+        with torch.random.fork_rng(devices=[]):  # what it draws is overwritten
+            head = self.attach(base, labels)
         head.load_state_dict(tensors)
         return head.to(base.device)
 

@@ -20,7 +20,7 @@ from torch.nn import functional
 from howfine import language, template
 from howfine.base import Base
 from howfine.batch import Batch, running, to_device
-from howfine.errors import DamagedDelta, SettingError
+from howfine.errors import SettingError
 from howfine.readout import Head, Labels, Readout, Wired
 from howfine.task import Example
 
@@ -120,15 +120,9 @@ class LabelEmbedding(Readout):
         return {name: state[name].detach().clone()}
 
     def unpack(self, base: Base, labels: Labels, tensors: dict[str, Tensor]) -> Head:
+        self.check_fits(base, labels, tensors)
         with torch.random.fork_rng(devices=[]):  # what it draws is overwritten, or never read
             head = self.attach(base, labels)
-        expected = {name: tuple(value.shape) for name, value in self.pack(head).items()}
-        found = {name: tuple(value.shape) for name, value in tensors.items()}
-        if found != expected:
-            raise DamagedDelta(
-                f"readout tensors don't fit the base {base.name}: found {found}, expected "
-                f"{expected}; the file is damaged, or made for another model"
-            )
         with torch.no_grad():
             for value in head.state_dict().values():  # what is not stored is nothing, each time
                 value.zero_()
