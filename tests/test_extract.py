@@ -32,6 +32,7 @@ from howfine.delta import Delta
 from howfine.errors import BaseError, BaseNotFound, DeltaError, HowfineError, SettingError
 from howfine.evaluate import Score, evaluate, logits
 from howfine.extract import extract
+from howfine.head import answer_of
 from howfine.merge import merge
 from howfine.method import holding, method, methods
 from howfine.readout import readout
@@ -41,7 +42,7 @@ from howfine.spread import Search, Spread
 from howfine.start import weight_at
 from howfine.targets import Asked, _blank
 from howfine.task import Task
-from tiny import LABELS, fit_a_little, tiny_task, tiny_tokenizer, tiny_tower, wire
+from tiny import LABELS, fit_a_little, tiny_base, tiny_task, tiny_tokenizer, tiny_tower, wire
 
 OUT = "out.delta.safetensors"
 
@@ -792,3 +793,13 @@ def test_joined_streams_are_named_alike(models: Models) -> None:
     chosen = [base.paths()[2], base.paths()[5]]
     found = streams.Stream(streams.joined_name("method", chosen, base), (1,), None)  # type: ignore[arg-type]
     assert streams.members_of(found, base.paths()) == chosen
+
+
+def test_classes_that_a_config_gives_one_name_are_numbered() -> None:
+    """A delta's classes have names of their own, or its answers would say nothing."""
+    head = {"classifier.weight": torch.randn(3, 32), "classifier.bias": torch.zeros(3)}
+    config = {"id2label": {"0": "same", "1": "same", "2": "other"}}
+    assert answer_of(tiny_base("bert"), config, head).labels == ("LABEL_0", "LABEL_1", "LABEL_2")
+    config["id2label"]["1"] = "different"
+    named = answer_of(tiny_base("bert"), config, head).labels
+    assert named == ("same", "different", "other")

@@ -55,6 +55,11 @@ def small(
     return Task("small", splits, labels, metric, "made up")
 
 
+def test_classes_have_names_of_their_own() -> None:
+    with pytest.raises(TaskError, match="has 2 classes of the name 'no', expected a name of its"):
+        small(labels=("no", "no"))
+
+
 def folder(root: Path, **splits: list[tuple[str, Any]]) -> Path:
     for split, rows in splits.items():
         write_csv(root / f"{split}.csv", rows)

@@ -166,6 +166,12 @@ def learnable(task: Asked) -> None:
 
 
 def _varied(task: Asked) -> None:
+    if len(set(task.labels)) < len(task.labels):
+        twice = next(label for label in task.labels if task.labels.count(label) > 1)
+        raise TaskError(
+            f"task {task.name!r} has {task.labels.count(twice)} classes of the name {twice!r}, "
+            "expected a name of its own for each; rename them, or make them one class"
+        )
     classes = {example.label for example in task.splits["train"]}
     if task.labels and len(classes) == 1:
         raise BadSplit(

@@ -58,6 +58,8 @@ def answer_of(base: Base, config: Mapping[str, Any], head: Tensors) -> Answer:
     bias = next((each for each in head.values() if each.ndim == 1), torch.zeros(len(weight)))
     classes = config.get("id2label") or {str(i): f"LABEL_{i}" for i in range(len(weight))}
     labels = tuple(str(classes.get(str(i), f"LABEL_{i}")) for i in range(len(weight)))
+    if len(set(labels)) < len(labels):  # an answer would not say which class is meant
+        labels = tuple(f"LABEL_{i}" for i in range(len(weight)))
     labels = () if len(weight) == 1 else labels
     readout: Any = default_readout()
     try:

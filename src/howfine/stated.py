@@ -33,7 +33,7 @@ def preprocessing(source: str, revision: str | None) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError) as error:
         raise BaseNotFound(
             f"{IMAGE_PROCESSOR_NAME} of the image base {source!r} can't be read: "
-            f"{str(error).splitlines()[0]}; get a fresh copy, or take it out"
+            f"{_reason(error)}; get a fresh copy, or take it out"
         ) from error
     return found
 
@@ -52,10 +52,14 @@ def pooling(source: str) -> str | None:
             raise ValueError(f"it holds {stated!r:.40}")
     except (OSError, ValueError, RecursionError) as error:
         raise BaseNotFound(
-            f"{path} of the base {source!r} can't be read: {str(error).splitlines()[0]}; expected "
-            "an object of pooling modes: get a fresh copy, or take it out"
+            f"{path} of the base {source!r} can't be read: {_reason(error)}; expected an object of "
+            "pooling modes: get a fresh copy, or take it out"
         ) from error
     return next((mode for key, mode in _POOLING.items() if stated.get(key)), None)
+
+
+def _reason(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def state_pooling(folder: Path, mode: str, width: int) -> None:

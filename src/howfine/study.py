@@ -141,7 +141,7 @@ class _Worker:
 def _place(folder: Path) -> str:
     """An identity of the folder that it keeps when it is moved, also to another machine."""
     path = folder / "place"
-    if not path.exists():
+    if not path.is_file():  # a folder in its place is told by whoever writes
         write_atomically(path, uuid.uuid4().hex.encode())
     return path.read_text(encoding="utf-8", errors="replace")
 
