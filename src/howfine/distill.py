@@ -1,10 +1,10 @@
 """Distillation: a student learns what a teacher answers for the training examples.
 
 Of texts, those that a teacher writes (Kim & Rush 2016, "Sequence-level knowledge distillation";
-Lin, Madotto & Fung 2020 for adapters): they are of fewer shapes than people's, and a narrow change
-learns them more easily. Of classes, the teacher's probabilities beside the labels (Hinton, Vinyals
-& Dean 2015, "Distilling the knowledge in a neural network", at temperature 1); of scores, its
-scores. Only train gets other answers; dev and test stay what they are.
+Lin, Madotto & Fung 2020 for adapters): they are of fewer shapes than people's, so that a narrow
+change may learn them more easily. Of classes, the teacher's probabilities beside the labels
+(Hinton, Vinyals & Dean 2015, "Distilling the knowledge in a neural network", at temperature 1); of
+scores, its scores. Only train gets other answers; dev and test stay what they are.
 """
 
 from __future__ import annotations
