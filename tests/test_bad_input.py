@@ -540,7 +540,7 @@ def test_a_full_disk_under_tune(inputs: Inputs, tmp_path: Path) -> None:
             "tune", *inputs.made(), *QUICK, "--out", tmp_path / "x.delta.safetensors"
         )
     contains(
-        said.sentence, tmp_path, "x.delta", "can't be written: File too large", "Free some space"
+        said.sentence, tmp_path, "x.unscored", "can't be written: File too large", "Free some space"
     )
     assert list(tmp_path.iterdir()) == []
 

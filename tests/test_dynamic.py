@@ -261,7 +261,7 @@ def test_imitation_asks_for_nothing_but_answers(name: str) -> None:
         moved[unread] += 3 * torch.randn(moved[unread].shape, generator=generator)
         assert float(read.imitation(moved, read.learned(one))) == pytest.approx(0, abs=1e-6)
         assert float(read.imitation(moved, like)) == pytest.approx(
-            float(read.imitation(one, other)), rel=1e-5
+            float(read.imitation(one, like)), rel=1e-5
         )
 
 
