@@ -107,7 +107,7 @@ def test_retraining_begins_at_the_base_with_the_places(made: Any, bench: Any) ->
 
 
 def test_tasks_become_one_with_all_labels(bench: Any) -> None:
-    one, two = tiny_task(), tiny_task(pair=True)
+    one, two = tiny_task(), replace(tiny_task(pair=True), name="pairs")
     together = bench.several.mixture([one, two], [0, len(one.labels)], range(2))
     assert len(together.labels) == len(one.labels) + len(two.labels)
     assert {len(example.texts) for example in together.splits["train"]} == {2}

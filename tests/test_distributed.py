@@ -148,7 +148,8 @@ def test_a_training_that_fails_ends_on_both(tmp_path: Path) -> None:
     made = ["--task", task_folder(tmp_path), "--recipe", "full", "--learning-rate", 1e30]
     tiny_tower("bert").save_pretrained(tmp_path / "base")
     tiny_tokenizer().save_pretrained(tmp_path / "base")
-    made += ["--base", tmp_path / "base", "--batch-size", 2, "--out", tmp_path / "out", "--json"]
+    made += ["--base", tmp_path / "base", "--batch-size", 2, "--json"]
+    made += ["--out", tmp_path / "x.delta.safetensors"]
     done = on_two_processes(tmp_path, "tune", *made)
     assert done.returncode == 1
     assert done.stdout == ""
