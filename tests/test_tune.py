@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,7 +22,7 @@ from torch import nn
 import disk
 import howfine
 from console import settle
-from howfine import container, trainer
+from howfine import callbacks, container, trainer
 from howfine.base import Base
 from howfine.delta import SUFFIX, Delta
 from howfine.errors import (
@@ -234,15 +235,24 @@ def test_there_are_no_more_evaluations_than_asked(asked: int, done: int, tmp_pat
 
 
 def test_seconds_are_of_training_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = trainer.PartsTrainer._remember
+    """By a clock that steps take 1 of, an evaluation 100 and a checkpoint 1,000."""
+    now = [0.0]
+    monkeypatch.setattr(callbacks, "time", SimpleNamespace(perf_counter=lambda: now[0]))
 
-    def slow(self: Any) -> None:
-        time.sleep(0.5)
-        real(self)
+    def timed(real: Any, takes: int) -> Any:
+        def slow(*args: Any) -> Any:
+            now[0] += takes
+            return real(*args)
 
-    monkeypatch.setattr(trainer.PartsTrainer, "_remember", slow)
+        return slow
+
+    own = trainer.PartsTrainer
+    steps = {"training_step": 1, "_remember": 100, "_save_optimizer_and_scheduler": 1000}
+    for name, takes in steps.items():
+        monkeypatch.setattr(own, name, timed(getattr(own, name), takes))
     tuned, _ = run(tmp_path, "bitfit", max_steps=4, evaluations=4)
-    assert tuned.seconds < 1.5  # four evaluations took two seconds
+    assert tuned.seconds == 4
+    assert now[0] >= 4404
 
 
 def test_what_phases_before_took_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -259,8 +259,8 @@ def _trained(fit: Fit, checkpoint: Path | None, folder: Path) -> Delta:
 def _store(packed: Delta, out: Path, base: Base, task: Task, split: str, batch_size: int) -> Score:
     """Score the delta as read back from a file, and write it with that score in its header.
 
-    What stands at `out` is replaced once, at the very end, by the finished file. Where scoring
-    fails, what was trained stays, in a file beside it that the error names.
+    What stands at `out` is replaced once, at the very end, by the finished file. Where that fails,
+    what was trained stays, in a file beside it that the error names.
     """
     name = out.name.removesuffix(SUFFIX)
     trial = out.with_name(f"{name}.unscored{SUFFIX}")
@@ -270,6 +270,7 @@ def _store(packed: Delta, out: Path, base: Base, task: Task, split: str, batch_s
     rows = min(_SCORED, _MORE * batch_size)
     try:
         score = evaluate(Delta.load(trial), base, task, split=split, batch_size=rows)
+        packed.with_score(score.stated()).save(out)
     except DeltaError:  # what it gives is no number
         trial.unlink()
         raise
@@ -278,6 +279,5 @@ def _store(packed: Delta, out: Path, base: Base, task: Task, split: str, batch_s
     except BaseException as error:  # memory that is short, a user's Ctrl-C: nothing is to be lost
         error.add_note(told)
         raise
-    packed.with_score(score.stated()).save(out)
     trial.unlink()
     return score
