@@ -11,6 +11,7 @@ import os
 import platform
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import date
@@ -59,6 +60,12 @@ def arguments(about: str, minutes: float = 90.0) -> argparse.ArgumentParser:
     parser.add_argument("--minutes", type=float, default=minutes)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--page", action="store_true", help="write the page, run nothing")
+    parser.add_argument(
+        "--precision",
+        choices=("fp32", "bf16"),
+        default="fp32",
+        help="number format of trainings; each row says its own",
+    )
     return parser
 
 
@@ -123,7 +130,7 @@ class Bench:
 
     def fit(self, cell: Cell, task: Task, seed: int, **common: Any) -> Record:
         """Train, store, load again, score on test."""
-        recipe = cell.made(**common)
+        recipe = cell.made(**{"precision": self.options.precision, **common})
         base = self.base(recipe.readout.kind)
         with tempfile.TemporaryDirectory() as folder:
             done = tune(base, task, recipe, out=Path(folder) / f"x{SUFFIX}", seed=seed)
@@ -140,6 +147,7 @@ class Bench:
             "trainable": done.trainable,
             "steps": done.steps,
             "seconds": round(done.seconds, 1),
+            "precision": recipe.training.precision,
             "predictions": pack_predictions(test.predictions),
         }
 
@@ -195,6 +203,19 @@ def _points(row: Record) -> float:
 def _run(row: Record) -> tuple[Any, ...]:
     """What tells the runs of a cell apart."""
     return row.get("split"), row["seed"]
+
+
+def formats(results: Results) -> str:
+    """The number formats of the trainings in words, with how many are in each where they differ.
+
+    Rows of `unimc` and `prefix_tuning` that do not say theirs were made in bf16.
+    """
+    trained = [row for row in results.records if "seconds" in row]
+    found = Counter(row.get("precision", "bf16") for row in trained)
+    said = {form: "bf16 autocast" if form == "bf16" else form for form in found}
+    if len(found) == 1:
+        return "".join(said.values())
+    return " and ".join(f"{said[form]} ({n} trainings)" for form, n in found.most_common())
 
 
 Verdict = tuple[str, bool | None]  # figures in words; None where runs are lacking

@@ -31,7 +31,7 @@ LEDGER = ROOT / "bench" / "ledgers" / "unimc.jsonl"
 PAGE = ROOT / "docs" / "results" / "unimc.md"
 LEARNED = "mc/commonsenseqa+mc/arc_easy+mc/arc_challenge+mc/openbookqa+mc/dream+mc/mctest160"
 ROWS, SEEDS = 3000, (0, 1, 2)
-COMMON = {"epochs": 2, "batch_size": 16, "max_length": 128, "precision": "bf16"}
+COMMON = {"epochs": 2, "batch_size": 16, "max_length": 128}
 RATE = 5e-5
 VARIANTS: dict[str, dict[str, Any]] = {
     "both losses": {},
@@ -90,13 +90,17 @@ def learn(bench: Bench, path: Path, variant: str, seed: int, settings: dict[str,
 def train(bench: Bench, path: Path, seed: int, settings: dict[str, Any]) -> Record:
     """Full training on the multiple-choice sets, scored on their own dev."""
     task = loaded(bench, LEARNED).subset(train=ROWS, dev=TEST // 2)
-    recipe = Recipe.load("unimc").override(learning_rate=RATE, **COMMON, **settings)
+    precision = bench.options.precision
+    recipe = Recipe.load("unimc").override(
+        learning_rate=RATE, precision=precision, **COMMON, **settings
+    )
     done = tune(bench.base("masked_or_causal_lm"), task, recipe, out=path, seed=seed)
     return {
         "score": done.score.value,
         "train_size": ROWS,
         "trainable": done.trainable,
         "seconds": round(done.seconds, 1),
+        "precision": precision,
     }
 
 
@@ -205,7 +209,7 @@ def page(results: Results) -> None:
 MiniLM (6 × 384) with a masked language model's head, continued on 9 M tokens of English: it knows
 few facts. Trained whole on {ROWS:,} questions of {sets};
 {c["epochs"]} epochs, batch {c["batch_size"]}, rate {RATE:g}, {c["max_length"]} tokens,
-{c["precision"]} autocast, seeds {seeds}. Then asked, untrained, at most {TEST:,} test rows of each
+{claims.formats(results)}, seeds {seeds}. Then asked, untrained, at most {TEST:,} test rows of each
 task. Scores of chance and of the most frequent answer: {said or "none"}."""
     names = [UNTRAINED, *VARIANTS]
     parts = ["## Claims", "", *claims.verdicts(results, CLAIMS), "", "## Scores", ""]
