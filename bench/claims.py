@@ -213,9 +213,10 @@ def formats(results: Results) -> str:
     trained = [row for row in results.records if "seconds" in row]
     found = Counter(row.get("precision", "bf16") for row in trained)
     said = {form: "bf16 autocast" if form == "bf16" else form for form in found}
-    if len(found) == 1:
+    if len(found) < 2:
         return "".join(said.values())
-    return " and ".join(f"{said[form]} ({n} trainings)" for form, n in found.most_common())
+    (most, _), *rest = found.most_common()
+    return f"{said[most]} ({', '.join(f'{n} of {len(trained)} in {said[f]}' for f, n in rest)})"
 
 
 Verdict = tuple[str, bool | None]  # figures in words; None where runs are lacking

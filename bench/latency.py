@@ -31,8 +31,8 @@ from transformers import PreTrainedTokenizerFast, XLMRobertaConfig, XLMRobertaMo
 from howfine import vocabulary
 from howfine.base import Base
 from howfine.container import write_atomically
+from howfine.cuts import smaller
 from howfine.method import method
-from howfine.slicing import smaller
 
 LEDGER = Path(__file__).parent / "ledgers" / "latency.jsonl"
 SHAPE = {

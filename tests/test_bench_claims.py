@@ -38,7 +38,7 @@ def test_warp(bench: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     level = {"warp-20": 0.8, "warp-8": 0.79, "warp-1": 0.78, "warp-0": 0.7, "full": 0.85}
     runs = [
         {"task": task, "cell": cell, "seed": seed, "score": level.get(cell, 0.75)}
-        for cell in [each.name for each in warp.CELLS]
+        for cell in [each.name for each in [*warp.CELLS, *warp.STARTS]]
         for task in warp.TASKS
         for seed in warp.SEEDS
     ]

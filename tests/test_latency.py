@@ -9,16 +9,16 @@ import pytest
 import torch
 import yaml
 
-from howfine import latency
+from howfine import latency, timing
 from howfine.base import Base
 from howfine.delta import Delta
 from howfine.errors import SettingError
 from howfine.evaluate import evaluate
-from howfine.latency import Timed
 from howfine.method import method
 from howfine.report import report
 from howfine.slicing import sliced
 from howfine.study import study
+from howfine.timing import Timed
 from tiny import fit_a_little, tiny_base, tiny_task
 
 
@@ -39,7 +39,7 @@ def timed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         calls.append(count)
         return Timed(count * rows * tokens / 64_000, 1.0, count)
 
-    monkeypatch.setattr(latency, "_timed", took)
+    monkeypatch.setattr(timing, "of_model", took)
     return calls
 
 

@@ -28,7 +28,7 @@ ROOMS = [
     ),
     ("task", "checks", "tasks", "tasks.*", "base", "pretrained", "stated"),
     ("surgery", "change"),
-    ("method", "readout", "units", "cuts", "macs"),
+    ("method", "readout", "units", "cuts", "macs", "timing", "budgets"),
     (
         *("whole", "entries", "overlay", "probe", "language", "template", "tokens", "slots"),
         *(

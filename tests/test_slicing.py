@@ -14,12 +14,13 @@ from transformers import AutoModel
 
 from console import howfine_here
 from howfine.base import Base
+from howfine.cuts import trial
 from howfine.delta import SUFFIX, Delta
 from howfine.errors import BaseNotFound, SettingError, StorageError
 from howfine.evaluate import evaluate, predict
 from howfine.method import method
 from howfine.readout import readout
-from howfine.slicing import Sliced, sliced, trial
+from howfine.slicing import Sliced, sliced
 from howfine.widths import KEY
 from tiny import (
     LABELS,

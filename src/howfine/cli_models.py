@@ -67,8 +67,9 @@ def cut(
 
     from howfine.delta import Delta
     from howfine.errors import SettingError
-    from howfine.latency import ROWS, TOKENS, largest
+    from howfine.latency import largest
     from howfine.slicing import sliced as run
+    from howfine.timing import ROWS, TOKENS
 
     if keep is not None and latency_ms is not None:
         raise SettingError("--keep and --latency-ms both say a size; give one of them")

@@ -6,6 +6,7 @@ where every one has keys and values of its own and no table of positions of its 
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from howfine import widths
 from howfine.anatomy import FEEDS
-from howfine.base import Base
+from howfine.base import IMAGE, Base
 from howfine.errors import SettingError
 
 # Of two outputs, relative to the largest, in float32 and in steps of other formats: more is no
@@ -106,3 +107,51 @@ def check_same(base: Base, whole: Tensor, small: Tensor, what: str) -> None:
             f"{apart:.1e} of the largest), so its architecture can't be cut like this; please tell "
             "its name to howfine's authors"
         )
+
+
+def smaller(base: Base, *, or_same: bool = False) -> Any:
+    """The base's tower, with the change that is on it, without what gives nothing; a copy.
+
+    Raises SettingError where that is nothing, unless it may be the same.
+    """
+    model = copy.deepcopy(base.tower)
+    found = of(base, model)
+    if not found and or_same:
+        return model
+    if not found:
+        raise SettingError(
+            "nothing can be cut: what leads out of each head and each neuron is not 0 everywhere, "
+            "or its layer can't be cut; give a delta of a recipe that switches whole units off"
+        )
+    for path, cut in found.items():
+        widths.put(model, path, cut.applied(model.get_submodule(path), base))
+    _check_same(base, model)
+    return model
+
+
+@torch.no_grad()
+def _check_same(base: Base, model: Any) -> None:
+    """Raises SettingError unless a smaller model computes what the base does."""
+    was_training, inputs = base.tower.training, trial(base, 2, 8)
+    base.tower.eval()
+    try:
+        whole = base.tower(**inputs)[0]
+        small = model.eval()(**inputs)[0]
+    finally:
+        base.tower.train(was_training)
+    check_same(base, whole, small, "these units")
+
+
+def trial(base: Base, rows: int, tokens: int) -> dict[str, Tensor]:
+    """Inputs of the base, drawn from a seed."""
+    generator = torch.Generator().manual_seed(0)
+    if base.tower_name == IMAGE:
+        size = base.config.image_size
+        sides = (size, size) if isinstance(size, int) else tuple(size)
+        return {"pixel_values": torch.randn(rows, 3, *sides, generator=generator).to(base.device)}
+    count = base.tower.get_input_embeddings().num_embeddings
+    ids = torch.randint(count, (rows, tokens), generator=generator).to(base.device)
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    if base.anatomy.decoder is not None:
+        inputs["decoder_input_ids"] = ids
+    return inputs

@@ -28,12 +28,12 @@ import torch
 
 from howfine import (
     answer,
-    latency,
     report_latency,
     report_page,
     report_pictures,
     report_where,
     stored,
+    timing,
     wording,
 )
 from howfine.base import Base, TwoTowers
@@ -202,7 +202,7 @@ def _matrices(distances: Sequence[Distance]) -> list[dict[str, Any]]:
 
 def _machine() -> dict[str, Any]:
     return {
-        "cpu": latency.cpu(),
+        "cpu": timing.cpu(),
         "cores": os.cpu_count(),
         "torch": torch.__version__,
         "howfine": version("howfine"),

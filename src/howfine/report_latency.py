@@ -12,16 +12,16 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypedDict
 
-from howfine import latency, units, wording
+from howfine import latency, timing, units, wording
 from howfine.base import IMAGE, Base, TwoTowers
 from howfine.container import write_atomically
 from howfine.delta import Delta
 from howfine.errors import HowfineError, SettingError
 from howfine.evaluate import evaluate
-from howfine.latency import Timed
 from howfine.ledger import Record
 from howfine.report_tables import Cell, Table
 from howfine.task import Task
+from howfine.timing import Timed
 
 # Of the heads, and of the neurons, at which a file of all sizes is shown.
 SIZES = (1.0, 0.7, 0.5, 0.3, 0.1)
@@ -55,7 +55,7 @@ def measure(
     kept = {key: delta for key, delta in _deltas(folder, records).items() if _has_units(delta)}
     if not kept:
         return None
-    tokens = min(latency.TOKENS, base.room)
+    tokens = min(timing.TOKENS, base.room)
     known = _Known(folder / KEPT, base, task, tokens)
     whole = known.time("base", None)
     ceiling = next(group for group in groups if group["role"] == "ceiling")
@@ -114,7 +114,7 @@ class _Known:
 
     def time(self, name: str, delta: Delta | None, keep: float | None = None) -> Row:
         """Milliseconds and parameters: of the base, or of it with a delta on at a size."""
-        place = f"{latency.machine(self.base)}, {self.tokens} tokens: {name} {keep}"
+        place = f"{timing.machine(self.base)}, {self.tokens} tokens: {name} {keep}"
         try:
             return asdict(Timed(**self.found[place])) | {"keep": keep}
         except (KeyError, TypeError):  # not measured yet

@@ -18,10 +18,9 @@ from typing import Any
 
 import torch
 import transformers
-from torch import Tensor
 
 from howfine import cuts, pretrained, vocabulary, widths
-from howfine.base import IMAGE, Base, TwoTowers
+from howfine.base import Base, TwoTowers
 from howfine.delta import SUFFIX, Delta, only_weights
 from howfine.errors import SettingError
 from howfine.evaluate import opened
@@ -83,7 +82,7 @@ def sliced(
     fewer = None if texts is None else vocabulary.used(base, texts, least, words)
     with _changed(delta, base) as head:
         only_weights(base, "which a smaller model would lose; keep the delta beside its base")
-        model = smaller(base, or_same=fewer is not None or keep == 1)
+        model = cuts.smaller(base, or_same=fewer is not None or keep == 1)
         if fewer is not None:
             vocabulary.cut(base, model, fewer)
     plain = _state_widths(base, model)
@@ -139,26 +138,6 @@ def _changed(delta: Delta | None, base: Base) -> Iterator[Head | None]:
         yield head
 
 
-def smaller(base: Base, *, or_same: bool = False) -> Any:
-    """The base's tower, with the change that is on it, without what gives nothing; a copy.
-
-    Raises SettingError where that is nothing, unless it may be the same.
-    """
-    model = copy.deepcopy(base.tower)
-    found = cuts.of(base, model)
-    if not found and or_same:
-        return model
-    if not found:
-        raise SettingError(
-            "nothing can be cut: what leads out of each head and each neuron is not 0 everywhere, "
-            "or its layer can't be cut; give a delta of a recipe that switches whole units off"
-        )
-    for path, cut in found.items():
-        widths.put(model, path, cut.applied(model.get_submodule(path), base))
-    _check_same(base, model)
-    return model
-
-
 def _left(base: Base, model: Any, part: str) -> tuple[int, ...]:
     """How many heads, or neurons, each layer of a model has, from the bottom up."""
     inputs, found = base.anatomy.linear_axes.index("in"), []
@@ -168,34 +147,6 @@ def _left(base: Base, model: Any, part: str) -> tuple[int, ...]:
             before = base.parameter(path).shape[inputs]
             found.append(size * base.units_into(path) // before)
     return tuple(found)
-
-
-@torch.no_grad()
-def _check_same(base: Base, model: Any) -> None:
-    """Raises SettingError unless a smaller model computes what the base does."""
-    was_training, inputs = base.tower.training, trial(base, 2, 8)
-    base.tower.eval()
-    try:
-        whole = base.tower(**inputs)[0]
-        small = model.eval()(**inputs)[0]
-    finally:
-        base.tower.train(was_training)
-    cuts.check_same(base, whole, small, "these units")
-
-
-def trial(base: Base, rows: int, tokens: int) -> dict[str, Tensor]:
-    """Inputs of the base, drawn from a seed."""
-    generator = torch.Generator().manual_seed(0)
-    if base.tower_name == IMAGE:
-        size = base.config.image_size
-        sides = (size, size) if isinstance(size, int) else tuple(size)
-        return {"pixel_values": torch.randn(rows, 3, *sides, generator=generator).to(base.device)}
-    count = base.tower.get_input_embeddings().num_embeddings
-    ids = torch.randint(count, (rows, tokens), generator=generator).to(base.device)
-    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    if base.anatomy.decoder is not None:
-        inputs["decoder_input_ids"] = ids
-    return inputs
 
 
 def _state_widths(base: Base, model: Any) -> bool:

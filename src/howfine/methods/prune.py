@@ -20,6 +20,7 @@ import torch
 
 from howfine import gates, surgery, units, whole
 from howfine.base import Base
+from howfine.budgets import Budget
 from howfine.change import Change, all_or_nothing
 from howfine.errors import SettingError
 from howfine.method import Method, Probe, Tensors, as_parameter
@@ -36,8 +37,10 @@ class Prune(Method):
     starts_at_base: ClassVar[bool] = False
     start: ClassVar[Any] = "optional"
 
-    # Share of the heads, and of the neurons, that stay on; of each layer at least one.
-    keep: float = 0.5
+    # How much stays on: a share of the heads, and of the neurons (0.5), of parameters
+    # ('0.5 encoder', '0.5 parameters'), of multiply-adds ('0.5 macs@128'), or a time here
+    # ('5 ms@1x64'); of each layer at least one of both.
+    keep: float | str = 0.5
     # Which units may go off.
     units: Kinds = "both"
     # How important a unit is: by the loss's gradient of each example, of each position, of each
@@ -53,10 +56,8 @@ class Prune(Method):
     beside: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if not 0 < self.keep <= 1:
-            raise SettingError(
-                f"prune keep {self.keep}: expected a share of the units, above 0 and at most 1"
-            )
+        budget = Budget.parse(self.keep)
+        object.__setattr__(self, "keep", budget.amount if budget.of == "units" else str(budget))
         if self.rounds < 1 or (self.rounds > 1 and not self.beside):
             raise SettingError(
                 f"prune rounds {self.rounds}: expected 1 or more, and something beside that trains "
@@ -66,7 +67,7 @@ class Prune(Method):
     def attach(self, base: Base, probe: Probe | None = None) -> Change:
         start: Tensors = dict(probe.start) if probe is not None else {}
         training = whole.going_on(base, self.beside, start)
-        kept = self._kept(base, probe, start, self._share(1))
+        final, kept = self._kept(base, probe, start, 1)
         with all_or_nothing() as undo:
             beside = whole.attach(base, training, start)
             undo.append(beside.remove)
@@ -84,18 +85,27 @@ class Prune(Method):
                     value = as_parameter(gates.drop(weight, on), base.parameter(path))
                     undo.append(surgery.replace(base.towers, path, value))
             parts = {"kept": kept, "beside": beside, "gated": gated, "base": base, "probe": probe}
-            return Change(dict(beside.trainable), undo, parts)
+            return Change(dict(beside.trainable), undo, parts | {"final": final})
 
-    def _share(self, number: int) -> float:
-        """What stays on in a round, from 1."""
-        return 1 - (1 - self.keep) * min(number, self.rounds) / self.rounds
+    def _share(self, final: float, number: int) -> float:
+        """What stays on in a round, from 1, of which the last one's is `final`."""
+        return 1 - (1 - final) * min(number, self.rounds) / self.rounds
 
-    def _kept(self, base: Base, probe: Probe | None, start: Tensors, share: float) -> Tensors:
-        """(units,) which are on, by the path of the matrix that they lead into."""
+    def _kept(
+        self, base: Base, probe: Probe | None, start: Tensors, number: int
+    ) -> tuple[float, Tensors]:
+        """The share of the last round, and (units,) which are on in this one.
+
+        These are by the path of the matrix that they lead into.
+        """
         counts = units.counts(base, self.units)
-        return units.strongest(
-            base, self._importance(base, counts, probe, start), share, self.scope
-        )
+        scores = self._importance(base, counts, probe, start)
+
+        def strongest(share: float) -> Tensors:
+            return units.strongest(base, scores, share, self.scope)
+
+        final = Budget.parse(self.keep).share(base, counts, strongest)
+        return final, strongest(self._share(final, number))
 
     def _importance(
         self, base: Base, counts: Mapping[str, int], probe: Probe | None, start: Tensors
@@ -117,7 +127,7 @@ class Prune(Method):
         return "steps" if self.rounds > 1 else ""
 
     def passes(self, change: Change, progress: float) -> Iterator[float]:
-        share = self._share(1 + int(progress / _GOING * self.rounds))
+        share = self._share(change.parts["final"], 1 + int(progress / _GOING * self.rounds))
         if self._over(change, share):
             self._go_on(change, share)
         yield 0.0
@@ -143,7 +153,7 @@ class Prune(Method):
             gate.on.copy_(on)
 
     def finished(self, change: Change) -> bool:
-        return self.rounds == 1 or not self._over(change, self.keep)
+        return self.rounds == 1 or not self._over(change, change.parts["final"])
 
     def pack(self, base: Base, change: Change) -> Tensors:
         kept = _kept_now(change)
