@@ -117,6 +117,7 @@ def page(rows: list[Row], date: str) -> str:
     for row in steps:
         limit = row["limit"]
         row["holds"] = None if limit is None else row["ratio"] <= limit
+        row["peer_holds"] = row["to_peer"] <= 1 if "to_peer" in row else None
         row["peak_mb"] = round(row["peak_bytes"] / 1e6)
         row["memory_ratio"] = round(row["peak_bytes"] / full_peak, 2)
         if row.get("peak_limit"):
@@ -168,7 +169,8 @@ interleaved rounds, with quartiles. Each table is of one run; two tables may be 
 
 MiniLM (6 × 384), 16 sentences of 64 tokens, fp32, AdamW, {_threads(steps)} threads; all methods in
 every one of {_rounds(steps)} rounds. Memory is the growth of a fresh process over the loaded base.
-Limits are fixed shares of `full`, or the peer's own figure in this run where that is less.
+A method's peer is PEFT's of its kind (for `sparse`, LoRA); it ran next to it in every round, and
+what is asked is at most its time and its memory.
 
 {
         table(
@@ -180,6 +182,9 @@ Limits are fixed shares of `full`, or the peer's own figure in this run where th
                 "quartiles": "ratio_quartiles",
                 "at most": "limit",
                 "": "holds",
+                "time to its peer": "to_peer",
+                "quartiles ": "to_peer_quartiles",
+                "  ": "peer_holds",
                 "peak MB": "peak_mb",
                 "memory to full": "memory_ratio",
                 "MB at most": "peak_limit_mb",

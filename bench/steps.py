@@ -3,8 +3,9 @@
     python bench/steps.py [--rounds 13] [--threads 2] [--out FILE.jsonl]
 
 MiniLM, 16 sentences of 64 tokens, AdamW. Time: all methods in every round, in an order shuffled
-anew, medians over rounds; ratios are medians of per-round ratios. Memory: a fresh process for each
-method, growth of the high-water mark over the loaded base.
+anew, a method next to its peer; medians over rounds; ratios, to full fine-tuning and to the peer,
+are medians of per-round ratios. Memory: a fresh process for each method, growth of the high-water
+mark over the loaded base.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ PEFT: dict[str, tuple[str, dict[str, Any]]] = {
     PREFIX: ("PrefixTuningConfig", _VIRTUAL),
     PROMPT: ("PromptTuningConfig", _VIRTUAL),
 }
-# Whose time and memory are a method's limits, besides those below.
+# Whose time and memory are a method's limits, besides those below: at most as much.
 PEERS = {
     "sparse, 0.1 % of the matrices": LORA,
     "sparse, 0.1 % of the matrices, in q, v": LORA,
@@ -135,11 +136,9 @@ def _adamw(parameters: list[nn.Parameter], head: nn.Module) -> torch.optim.Optim
 
 def times(rounds: int) -> dict[str, list[float]]:
     work = Work(Base.load())
-    names = [*METHODS, *PEFT]
-    found: dict[str, list[float]] = {name: [] for name in names}
+    found: dict[str, list[float]] = {name: [] for name in [*METHODS, *PEFT]}
     for number in range(rounds):
-        random.Random(number).shuffle(names)
-        for name in names:
+        for name in _order(random.Random(number)):
             with work.ready(name) as step:
                 step()
                 start = time.perf_counter()
@@ -147,6 +146,16 @@ def times(rounds: int) -> dict[str, list[float]]:
                     step()
                 found[name].append((time.perf_counter() - start) / STEPS)
     return found
+
+
+def _order(drawn: random.Random) -> list[str]:
+    """All methods, peers and those that are held against them next to each other."""
+    groups: dict[str, list[str]] = {}
+    for name in [*METHODS, *PEFT]:
+        groups.setdefault(PEERS.get(name, name), []).append(name)
+    for group in groups.values():
+        drawn.shuffle(group)
+    return [name for group in drawn.sample([*groups.values()], len(groups)) for name in group]
 
 
 def peak(name: str) -> int:
@@ -157,6 +166,16 @@ def peak(name: str) -> int:
         for _ in range(STEPS):
             step()
     return memory.growth()
+
+
+def _against(seconds: list[float], of_peer: list[float]) -> dict[str, Any]:
+    """How long a step takes to one of its peer in the same round."""
+    ratios = [a / b for a, b in zip(seconds, of_peer, strict=True)]
+    quartiles = statistics.quantiles(ratios, n=4)[::2]
+    return {
+        "to_peer": round(statistics.median(ratios), 3),
+        "to_peer_quartiles": [round(q, 3) for q in quartiles],
+    }
 
 
 def _peak_of(name: str, threads: int) -> int:
@@ -182,15 +201,14 @@ def main() -> None:
     grown = {name: _peak_of(name, options.threads) for name in found}
     for name, seconds in found.items():
         ratios, peer = ratios_of[name], PEERS.get(name)
-        limits = [LIMITS.get(name), peer and statistics.median(ratios_of[peer])]
-        limit = min((each for each in limits if each is not None), default=None)
         row = {
             "bench": "step",
             "method": name,
             "ms": round(1000 * statistics.median(seconds), 1),
             "ratio": round(statistics.median(ratios), 3),
             "ratio_quartiles": [round(q, 3) for q in statistics.quantiles(ratios, n=4)[::2]],
-            "limit": limit if limit is None else round(limit, 3),
+            "limit": LIMITS.get(name),
+            **(_against(seconds, found[peer]) if peer else {}),
             "peak_bytes": grown[name],
             "peak_limit": grown[peer] if peer else None,
             "rounds": options.rounds,
