@@ -66,7 +66,7 @@ ROOMS = [
         ),
         *("compose", "extract", "gain", "targets", "zero_shot", "combine", "passes"),
         *("streaming", "distill", "features", "directions", "search", "knowledge", "slicing"),
-        *("export", "vocabulary", "latency", "attach"),
+        *("export", "vocabulary", "latency", "attach", "semi_structured"),
     ),
     ("ledger", "answer", "plan", "stored"),
     ("queue", "study"),

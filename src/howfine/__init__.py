@@ -37,6 +37,7 @@ if TYPE_CHECKING:  # the same names as _HOME, for type checkers and editors; a t
     from howfine.recipe import Recipe
     from howfine.report import report
     from howfine.search import search
+    from howfine.semi_structured import semi_structured
     from howfine.slicing import sliced
     from howfine.study import study
     from howfine.task import Task
@@ -74,6 +75,7 @@ __all__ = [
     "readouts",
     "report",
     "search",
+    "semi_structured",
     "sliced",
     "study",
     "tune",
@@ -109,6 +111,7 @@ _HOME = {
     "readouts": "readout",
     "report": "report",
     "search": "search",
+    "semi_structured": "semi_structured",
     "sliced": "slicing",
     "study": "study",
     "tune": "tune",
