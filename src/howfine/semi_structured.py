@@ -36,8 +36,8 @@ def semi_structured(
     if not found:
         raise SettingError(
             "no linear module of this model has 2 of every 4 neighbouring inputs at 0, in "
-            f"multiples of {_ROWS} rows and {_COLUMNS} columns; tune with a 2:4 mask (howfine methods), and "
-            "merge the file"
+            f"multiples of {_ROWS} rows and {_COLUMNS} columns; tune with a 2:4 mask "
+            "(howfine methods), and merge the file"
         )
     for name, module in found.items():
         weight = module.weight
