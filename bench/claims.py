@@ -205,12 +205,12 @@ def _run(row: Record) -> tuple[Any, ...]:
     return row.get("split"), row["seed"]
 
 
-def formats(results: Results) -> str:
+def formats(records: Iterable[Record]) -> str:
     """The number formats of the trainings in words, with how many are in each where they differ.
 
-    Rows of `unimc` and `prefix_tuning` that do not say theirs were made in bf16.
+    Those that don't say theirs were made before rows did, in bf16.
     """
-    trained = [row for row in results.records if "seconds" in row]
+    trained = [row for row in records if "seconds" in row]
     found = Counter(row.get("precision", "bf16") for row in trained)
     said = {form: "bf16 autocast" if form == "bf16" else form for form in found}
     if len(found) < 2:

@@ -48,7 +48,7 @@ OTHERS = (("structured", (0.001, 0.0025, 0.01)), ("non-adaptive", (0.001, 0.01))
 WHOLE = "sst2"
 # Penalties of a gate for D10: ten and a hundred times the paper's, which "structured" has.
 PENALTIES = (1.25e-6, 1.25e-5)
-COMMON = {"epochs": 3, "batch_size": 16, "precision": "bf16", "readout_learning_rate": 2e-3}
+COMMON = {"epochs": 3, "batch_size": 16, "readout_learning_rate": 2e-3}
 FULL_RATE, DIFF_RATE, GATE_PENALTY, LAST_RATE = 1e-4, 2e-4, 1.25e-7, 3e-4
 
 
@@ -150,6 +150,7 @@ class Bench:
             record: Record = {"key": key, "task": task.name, "cell": cell, "seed": seed}
             record |= {"score": score.value, "metric": score.metric, "n": score.n}
             record |= {"bytes": tuned.bytes, "seconds": round(tuned.seconds, 1)}
+            record |= {"precision": recipe.training.precision}
             record |= {"rows": len(task.splits["train"]), **self.anatomy(tuned.delta)}
         record |= {"machine": f"{os.cpu_count()} CPU cores ({platform.machine()})"}
         self.ledger.add({**record, "date": date.today().isoformat()})

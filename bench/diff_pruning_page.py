@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from claims import formats
+
 from howfine.container import write_atomically
 from howfine.ledger import Record
 
@@ -82,8 +84,9 @@ def _intro(
 
 Written by `python bench/diff_pruning.py` from {len(found.records)} runs of {dates[0]} to
 {dates[-1]} on {machines}. Base MiniLM (6 × 384, the embedded base), whole official dev or test
-sets, {len(seeds)} seeds. Training: {parts}; {settings}; the learning rate of differences is that of
-the table in the script. Scores are of files, loaded again. The letters are those of the claims that
+sets, {len(seeds)} seeds. Training: {parts}; {settings}; in
+{formats(found.records)}; the learning rate of differences is that of the table in the script.
+Scores are of files, loaded again. The letters are those of the claims that
 were taken from Guo, Rush & Kim 2021 (arXiv 2012.07463) on BERT-large and whole GLUE: what is
 checked here is whether they carry over to a small base and a thousand rows.
 

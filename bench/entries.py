@@ -60,6 +60,8 @@ class Entry:
             found, own = Recipe.load(self.what), dict(self.settings)
         if self.epochs:
             own["epochs"] = self.epochs
+        if found.start is not None and "precision" in common:
+            own["start_precision"] = common["precision"]
         return found.override(**{**common, "learning_rate": rate, **own})
 
 
@@ -73,25 +75,23 @@ OURS = [
     Entry("top-layers", "top-layers", "layers"),
     Entry("mask", "mask", "mask"),
     Entry("mask-top", "mask", "mask", {"where": ("matrices@-1",)}),
-    Entry("sparse", "sparse", "entries", {"start_precision": "bf16"}),
-    Entry("sparse-tiny", "sparse-tiny", "vectors", {"start_precision": "bf16"}),
-    Entry(
-        "sparse-tiny-2x", "sparse-tiny", "vectors", {"start_precision": "bf16", "density": 0.024}
-    ),
-    Entry("sparse-tiny-4x", "sparse-tiny", "vectors", {"start_precision": "bf16", "density": 0.05}),
-    Entry("sparse-tiny-8x", "sparse-tiny", "vectors", {"start_precision": "bf16", "density": 0.1}),
-    Entry("sparse-tiny-16x", "sparse-tiny", "vectors", {"start_precision": "bf16", "density": 0.2}),
+    Entry("sparse", "sparse", "entries"),
+    Entry("sparse-tiny", "sparse-tiny", "vectors"),
+    Entry("sparse-tiny-2x", "sparse-tiny", "vectors", {"density": 0.024}),
+    Entry("sparse-tiny-4x", "sparse-tiny", "vectors", {"density": 0.05}),
+    Entry("sparse-tiny-8x", "sparse-tiny", "vectors", {"density": 0.1}),
+    Entry("sparse-tiny-16x", "sparse-tiny", "vectors", {"density": 0.2}),
     Entry(
         "sparse-tiny-4x-long",
         "sparse-tiny",
         "vectors",
-        {"start_precision": "bf16", "density": 0.05},
+        {"density": 0.05},
         epochs=LONG,
     ),
     Entry("bias-norm", "bias-norm", "vectors"),
     Entry("lora-xs-int4", "lora-xs", "cores", {"store": "int4", "reference": True}),
     Entry("head-only-int4", "head-only", "head", {"store": "int4", "reference": True}),
-    Entry("diff-pruning", "diff-pruning", "entries", {"start_precision": "bf16"}),
+    Entry("diff-pruning", "diff-pruning", "entries"),
     Entry("intrinsic", "intrinsic", "random map"),
     Entry("lora-xs", "lora-xs", "cores"),
     Entry("tiny-lora", "tiny-lora", "shared cores"),

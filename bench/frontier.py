@@ -64,7 +64,7 @@ SIZES = {
     "rte": Size(400, max_length=128),
 }
 SEEDS = (0, 1, 2)
-COMMON = {"epochs": 3, "batch_size": 32, "precision": "bf16"}
+COMMON = {"epochs": 3, "batch_size": 32}
 # To see that every entry trains, saves, loads and scores; its figures mean nothing.
 SMOKE_SIZE, SMOKE = Size(64, heldout=64), {**COMMON, "max_steps": 4}
 
@@ -95,6 +95,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--part", default="0/1")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--ledgers", default=str(ROOT / "bench" / "ledgers"))
     parser.add_argument("--page", action="store_true")
     parser.add_argument("--retry", action="store_true")
@@ -212,7 +213,8 @@ class Bench:
         """Train, store, load again and score."""
         size = SMOKE_SIZE if self.options.smoke else SIZES[task.name]
         common = SMOKE if self.options.smoke else COMMON
-        recipe = entry.recipe(rate, **common, max_length=size.max_length)
+        precision = self.options.precision
+        recipe = entry.recipe(rate, **common, precision=precision, max_length=size.max_length)
         with tempfile.TemporaryDirectory() as folder:
             if entry.side == "peft":
                 peer = peers.tune(self.base, task, recipe, Path(folder), seed)
@@ -236,6 +238,7 @@ class Bench:
             "seconds": round(done.seconds, 2),
             "steps": done.steps,
             "trainable": done.trainable,
+            "precision": precision,
             **more,
         }
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import frontier_plot
+from claims import formats
 from entries import HEAD_RATE, LONG, RATES, Entry
 from frontier_results import FULL, HOPELESS, KEPT, STEADY, TUNED_ON, Row, TaskResults
 
@@ -79,7 +80,7 @@ The test rows are the official validation set of GLUE, and the test split of rot
 held-out rows are rows of train that nothing was trained on.
 
 - **Training** is the same for all: {common["epochs"]} epochs, batch {common["batch_size"]}, AdamW,
-  linear schedule with a tenth of warm-up, gradients clipped at 1, {common["precision"]} autocast,
+  linear schedule with a tenth of warm-up, gradients clipped at 1, in {formats(runs)},
   one linear layer on the mean of the last hidden states. A recipe of several phases has more
   steps; the ledger has them. Entries that end in -long have {LONG} epochs: few
   numbers take more steps, and the small ones of both sides get them. PEFT's methods run in

@@ -167,8 +167,8 @@ def page(results: Results) -> None:
 LM-BFF's 16-shot splits {splits}, {len(SEEDS)} training seeds (one for the numbers
 of masks and their place);
 {steps} steps of batch {c["batch_size"]} (the paper: 6,000 of 32), the best of {states}
-states on dev, in {claims.formats(results)}. Tests: at most {TEST:,} rows of the official validation
-sets or LM-BFF's own. Accuracy everywhere."""
+states on dev, in {claims.formats(results.records)}. Tests: at most {TEST:,} rows of the
+official validation sets or LM-BFF's own. Accuracy everywhere."""
     parts = ["## Claims", "", *claims.verdicts(results, CLAIMS), "", "## Scores", ""]
     parts += claims.table(results, TASKS, [cell.name for cell in CELLS])
     claims.write(PAGE, "PERFECT: few examples without words", about, results, parts)

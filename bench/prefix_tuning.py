@@ -232,7 +232,7 @@ def page(results: Results) -> None:
 `stories15M`, a LLaMA (6 × 288, 15.2 M parameters) trained on English children's stories. Task: E2E,
 slots of a restaurant into a sentence; {TRAIN:,} of 42,061 train rows, {TEST} of 630 test sources
 with all their references, {DEV} of dev for the rate. {STEPS} steps of batch {BATCH} (few rows:
-{LOW_STEPS}), {claims.formats(results)}, mean over target tokens, greedy. *words-p*: p free
+{LOW_STEPS}), {claims.formats(results.records)}, mean over target tokens, greedy. *words-p*: p free
 input vectors in front (embedding-only); *infix-p*: keys and values of p positions between source
 and target; *rows-p*: keys and values that train themselves, without the net; *from words*: the keys
 and values of "{WORDS}". The paper's figures are of GPT-2 with whole E2E; what is checked is whether

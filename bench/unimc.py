@@ -209,8 +209,8 @@ def page(results: Results) -> None:
 MiniLM (6 × 384) with a masked language model's head, continued on 9 M tokens of English: it knows
 few facts. Trained whole on {ROWS:,} questions of {sets};
 {c["epochs"]} epochs, batch {c["batch_size"]}, rate {RATE:g}, {c["max_length"]} tokens,
-{claims.formats(results)}, seeds {seeds}. Then asked, untrained, at most {TEST:,} test rows of each
-task. Scores of chance and of the most frequent answer: {said or "none"}."""
+{claims.formats(results.records)}, seeds {seeds}. Then asked, untrained, at most {TEST:,} test
+rows of each task. Scores of chance and of the most frequent answer: {said or "none"}."""
     names = [UNTRAINED, *VARIANTS]
     parts = ["## Claims", "", *claims.verdicts(results, CLAIMS), "", "## Scores", ""]
     parts += claims.table(results, [*ASKED, "held-out questions"], names)

@@ -251,7 +251,7 @@ def test_ladders_name_entries_and_grow(bench: Any) -> None:
 def test_an_error_is_recorded_word_for_word(bench: Any, tmp_path: Path) -> None:
     """PEFT refuses layer-norm tuning without targets; the run goes on, and doesn't try again."""
     options = SimpleNamespace(
-        device="cpu", minutes=1.0, smoke=True, retry=False, data=None, threads=1
+        device="cpu", minutes=1.0, smoke=True, retry=False, data=None, threads=1, precision="fp32"
     )
     made = bench.frontier.Bench.__new__(bench.frontier.Bench)
     made.ledger = bench.frontier.Ledger(tmp_path / "frontier.jsonl")
