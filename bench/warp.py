@@ -199,7 +199,7 @@ MiniLM (6 × 384) with a masked language model's head, continued on 9 M tokens o
 rows: {sizes}; {some["epochs"]} epochs, batch {some["batch_size"]}, seeds {listed(SEEDS)}. FewGLUE's
 CB and RTE: 32 rows, {more["epochs"]} epochs, batch {more["batch_size"]}, seeds {listed(FEW_SEEDS)}.
 All in {claims.formats(results.records)}, the best of {states} states on {DEV} rows of dev. Tests
-are the official validation sets. `full` is full fine-tuning with a linear layer. `warp-20 from SNLI`
+are the official validation sets. `full` is full fine-tuning with a linear layer. `{TRANSFER}`
 begins with the vectors of a training on {NLI_ROWS:,} rows of SNLI with the same seed. Starts and
 dropout (claims 7 and 8) are compared on the tasks of short texts."""
     parts = ["## Claims", "", *claims.verdicts(results, CLAIMS), "", "## Scores", ""]
