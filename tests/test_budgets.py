@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.multiprocessing.spawn import start_processes
 
 from howfine import fingerprint, timing, units
 from howfine.base import Base
@@ -54,6 +55,8 @@ def left(base: Base, keep: float | str, **settings: Any) -> tuple[int, int, int]
     ("said", "expected"),
     [
         (0.5, Budget(0.5)),
+        ("0.12345678 macs", Budget(0.12345678, "macs")),
+        ("0.9999996 parameters", Budget(0.9999996, "parameters")),
         ("0.5", Budget(0.5)),
         (1, Budget(1.0)),
         ("5e-1 units", Budget(0.5)),
@@ -132,7 +135,7 @@ def test_one_kind_alone_pays_for_all() -> None:
 )
 def test_a_budget_too_small_names_the_nearest_which_holds(name: str, of: str) -> None:
     base = tiny_base(name)
-    with pytest.raises(SettingError, match="one head and one neuron of each layer") as told:
+    with pytest.raises(SettingError, match="smallest share of heads and neurons") as told:
         left(base, f"0.001 {of}")
     nearest = str(told.value).rpartition("nearest keep is ")[2].strip("'")
     heads, neurons, _ = left(base, nearest)
@@ -194,3 +197,35 @@ def test_rounds_end_within_the_budget(tmp_path: Path) -> None:
         gone -= sum(p.numel() for p in smaller(base).parameters())
     more = 4 * WIDE * 8 + 3 * 8 + 2 * WIDE + 1
     assert 0.5 * matrices <= gone < 0.5 * matrices + more
+
+
+def pruned_for_a_time(rank: int, folder: str) -> None:
+    """One of two processes: a clock of its own, by which it would prune other units."""
+    meeting = f"file://{folder}/meeting"
+    torch.distributed.init_process_group("gloo", init_method=meeting, rank=rank, world_size=2)
+    try:
+        timing.of_model = lambda base, model, rows, tokens: Timed(  # type: ignore[assignment]
+            sum(p.numel() for p in model.parameters()) * (1 + rank) / 1000, 1.0, 1
+        )
+        fingerprint.cache_folder = lambda: Path(folder) / str(rank)  # type: ignore[assignment]
+        base = tiny_base("bert")
+        with method("prune", keep="18 ms@1x8", by="magnitude").attach(base) as change:
+            kept = [int(on.sum()) for on in change.parts["kept"].values()]
+        refused = ""
+        try:
+            method("prune", keep="0.001 ms@1x8", by="magnitude").attach(base)
+        except SettingError as error:
+            refused = str(error)
+        torch.save([kept, refused], Path(folder) / f"{rank}.pt")
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_processes_that_train_together_prune_the_same(tmp_path: Path) -> None:
+    """Though each measures other times: the first one's count, and its refusal, too."""
+    start_processes(pruned_for_a_time, (str(tmp_path),), nprocs=2, start_method="spawn")
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+    assert first == second
+    assert min(first[0]) < max(HEADS, INNER)
+    assert "the fastest this base gets here" in first[1]

@@ -26,7 +26,7 @@ from howfine.base import Base
 from howfine.directions import classify, encoder
 from howfine.errors import BadSplit, HowfineError, MissingColumn, SettingError, TaskError
 from howfine.images import Picture, fault, pixels
-from howfine.metrics import METRICS
+from howfine.metrics import METRICS, bootstrap_interval
 from howfine.readouts.contrastive import cut
 from howfine.search import search
 from howfine.task import Example, Task
@@ -396,6 +396,23 @@ def test_recall_is_that_of_plain_loops(block: int, monkeypatch: pytest.MonkeyPat
     assert found is not None
     whole = found(predictions, targets)
     assert METRICS["mean_recall"].resampled(whole[None])[0] == pytest.approx(mean)
+
+
+def test_captions_of_one_picture_are_drawn_together() -> None:
+    """Each caption five times says nothing more: no interval may be narrower for it."""
+    rng = np.random.default_rng(1)
+    shown = rng.normal(size=(60, 8)).astype(np.float32)
+    texts = shown + 1.2 * rng.normal(size=shown.shape).astype(np.float32)
+    once, owner = np.concatenate([shown, texts], axis=1), np.arange(60)
+    for name in ("text_to_image_r1", "text_to_image_r5", "image_to_text_r1"):
+        found = [
+            bootstrap_interval(
+                METRICS[name], [retrieval.as_objects(np.repeat(once, n, 0))], np.repeat(owner, n)
+            )
+            for n in (1, 5)
+        ]
+        assert found[0] == pytest.approx(found[1]), name
+        assert found[0][1] - found[0][0] > 0.1
 
 
 @pytest.mark.parametrize("seed", range(5))

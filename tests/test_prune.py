@@ -246,6 +246,16 @@ def test_units_go_off_in_equal_parts_and_stay_off(by: Any, scope: Any) -> None:
     assert seen == pytest.approx(expected, abs=0.01)
 
 
+def test_the_last_round_is_what_was_asked_to_the_unit() -> None:
+    """Where a share of all units is a half, its sum over rounds may be rounded another way."""
+    base = tiny_base("bert", num_hidden_layers=5, num_attention_heads=12, hidden_size=48)
+    chosen = method("prune", keep=0.175, rounds=2, beside=("all",), by="magnitude")
+    with chosen.attach(base) as change:
+        for progress in (0.0, 0.4, 0.7, 1.0):
+            list(chosen.passes(change, progress))
+        assert chosen.finished(change)
+
+
 def test_each_round_ranks_by_what_is_left() -> None:
     """By the gradient of the pruned, trained model; not by that of the first."""
     base = tiny_base("bert")

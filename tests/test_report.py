@@ -10,6 +10,7 @@ import re
 import shutil
 from datetime import date
 from html.parser import HTMLParser
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -103,7 +104,9 @@ def test_report_json_has_the_keys_that_were_promised(result: Report) -> None:
         "runs", "distance", "where", "where_runs", "pictures", "latency", "machine", "date",
         "command",
     }  # fmt: skip
-    assert set(result["task"]) == {"name", "metric", "provenance", "labels", "sizes", "texts"}
+    assert set(result["task"]) == {
+        "name", "metric", "provenance", "labels", "sizes", "texts", "options", "by_name"
+    }  # fmt: skip
     assert result["task"]["sizes"] == {"train": 2, "dev": 2, "test": 400}
     assert set(result["base"]) == {"name", "sha256", "parameters"}
     assert set(result["machine"]) == {"cpu", "cores", "torch", "howfine"}
@@ -788,6 +791,62 @@ def test_another_report_replaces_the_earlier_file_and_no_other(folder: Any) -> N
     assert {path.name for path in folder.glob("*.delta.safetensors")} == {
         mine.name, second["file"]
     }  # fmt: skip
+
+
+def test_the_last_copy_of_the_recommended_file_stays(folder: Any) -> None:
+    """Also where the study's own deltas were removed to save space."""
+    first = made(folder)["recommended"]
+    kept = (folder / first["file"]).read_bytes()
+    shutil.rmtree(folder / "deltas")
+    for _ in range(2):
+        assert made(folder)["recommended"]["file"] == first["file"]
+        assert (folder / first["file"]).read_bytes() == kept
+    assert f"howfine predict {first['file']}" in (folder / "report.md").read_text()
+    better(folder, role="ceiling")  # another one is recommended, of which nothing is left
+    assert made(folder, margin=0.0)["recommended"]["file"] is None
+    assert (folder / first["file"]).read_bytes() == kept
+
+
+def test_a_ceiling_that_cannot_be_measured_costs_no_report(folder: Any) -> None:
+    for path in (folder / "deltas").glob("full*"):
+        path.write_bytes(path.read_bytes()[:-9])
+    assert made(folder)["distance"] is None
+
+
+@pytest.mark.slow
+def test_a_ceiling_beside_the_base_costs_no_report(tmp_path: Path) -> None:
+    base, task = tiny_base("bert"), tiny_task()
+    plan = Plan(
+        ceiling="adapter",
+        floor="bitfit",
+        recipes=(),
+        seeds=(0,),
+        settings={"max_steps": 2, "batch_size": 8},
+        margin=0.9,
+    )
+    study(base, task, plan, out=tmp_path)
+    better(tmp_path, role="ceiling")
+    found = report(tmp_path, base=base, task=task, margin=0.0)
+    assert found["distance"] is None
+    assert found["recommended"]["recipe"] == "adapter"
+    assert "howfine merge" not in (tmp_path / "report.md").read_text()
+
+
+def test_commands_are_those_that_the_file_can_take(result: Report) -> None:
+    """A task of options of each row is not asked on a command line; one of options is named."""
+    found = copy.deepcopy(result)
+    found["task"] |= {"options": True, "by_name": False}
+    found["recommended"]["merges"] = False
+    given = report_page.commands(found)
+    assert given is not None
+    text = given["shell"] + given["python"]
+    assert "predict" not in text
+    assert "merge" not in text
+    assert "howfine evaluate deltas/mask" in text
+    assert "--task TASK  # with the study's options" in text
+    usual = report_page.commands(result)
+    assert usual is not None
+    assert "TASK" not in usual["shell"]
 
 
 @pytest.mark.parametrize(

@@ -273,3 +273,16 @@ def test_weights_of_other_widths_are_refused(tmp_path: Path) -> None:
     save_file(held, done.folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(BaseNotFound, match="belong together"):
         Base.load(str(done.folder))
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [("vit", {"num_channels": 1}), ("bert", {"max_position_embeddings": 6}),
+     ("roberta", {"max_position_embeddings": 8})],
+)  # fmt: skip
+def test_pictures_of_one_colour_and_short_inputs_are_sliced(
+    name: str, changes: dict[str, int], tmp_path: Path
+) -> None:
+    base = tiny_base(name, **changes)
+    done, _ = made(base, tmp_path, scope="layer")
+    assert sum(done.neurons) < sum(done.heads) + done.before

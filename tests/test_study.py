@@ -17,7 +17,7 @@ from disk import base_folder, howfine, howfine_started, outcome, plan_file, runs
 from howfine import queue
 from howfine import study as study_module
 from howfine.answer import groups, recommend
-from howfine.errors import SettingError, StorageError, TrainingError
+from howfine.errors import BaseNotFound, SettingError, StorageError, TrainingError
 from howfine.evaluate import evaluate
 from howfine.ledger import Ledger, pack_predictions, unpack_predictions
 from howfine.report import report
@@ -222,6 +222,26 @@ def test_a_run_that_fails_is_recorded_and_the_others_go_on(tmp_path, monkeypatch
         "the loss became nan"
     ] * 2
     assert all("score" in record for record in records if record["recipe"] != "bitfit")
+
+
+def test_what_a_network_may_mend_is_tried_again_by_the_next_call(tmp_path, monkeypatch):
+    real, tried = study_module.run_once, []
+
+    def unreachable(run, *rest):
+        tried.append(run.recipe.name)
+        if run.recipe.name == "bitfit" and tried.count("bitfit") <= 2:
+            raise BaseNotFound("there is no network to ask")
+        return real(run, *rest)
+
+    monkeypatch.setattr(study_module, "run_once", unreachable)
+    first = study(tiny_base("bert"), tiny_task(), SMALL, out=tmp_path)
+    assert [r.get("error") for r in first if r["recipe"] == "bitfit"] == [
+        "there is no network to ask"
+    ] * 2
+    others = len(tried) - 2
+    again = study(tiny_base("bert"), tiny_task(), SMALL, out=tmp_path)
+    assert not any("error" in record for record in again)
+    assert len(tried) == others + 4
 
 
 @pytest.mark.slow

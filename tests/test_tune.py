@@ -143,6 +143,24 @@ def test_other_architectures(name: str, recipe: str, tmp_path: Path) -> None:
     assert method_tensors
 
 
+def test_a_task_of_options_is_not_scored_by_its_name_alone(tmp_path: Path) -> None:
+    """Under its name other rows are the test split's, most of them trained on."""
+    file, base = tmp_path / "rows.csv", tiny_base("bert")
+    rows = (f"w{i % 9} w{(i * 7 + i // 9) % 90},{'yes' if i % 2 else 'no'}" for i in range(60))
+    file.write_text("text,label\n" + "\n".join(rows) + "\n")
+    usual, other = Task.load(file), Task.load(file, seed=3)
+    assert {e.texts for e in usual.splits["test"]} & {e.texts for e in other.splits["train"]}
+    settings = {"max_steps": 1, "batch_size": 8, "max_length": 16}
+    made = {
+        name: tune(base, task, "bitfit", out=tmp_path / f"{name}{SUFFIX}", **settings)
+        for name, task in (("usual", usual), ("other", other))
+    }
+    assert evaluate(made["usual"].path, base).n == len(usual.splits["test"])
+    with pytest.raises(TaskError, match="columns, splits or a seed that its header does not hold"):
+        evaluate(made["other"].path, base)
+    assert evaluate(made["other"].path, base, other).n == len(other.splits["test"])
+
+
 def test_regression_learns_its_scores(tmp_path: Path) -> None:
     base, task = tiny_base("bert"), known_task("score")
     tuned, _ = run(tmp_path, "full", base, task=task, epochs=12)

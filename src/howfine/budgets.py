@@ -17,7 +17,7 @@ from typing import Literal, cast
 import torch
 from torch import Tensor
 
-from howfine import cuts, macs, surgery, timing, units
+from howfine import cuts, macs, processes, surgery, timing, units
 from howfine.base import Base, TwoTowers
 from howfine.errors import SettingError
 from howfine.method import as_parameter
@@ -70,7 +70,7 @@ class Budget:
 
     def __str__(self) -> str:
         shape = {"macs": f"@{self.tokens}", "ms": f"@{self.rows}x{self.tokens}"}.get(self.of, "")
-        return f"{self.amount:g}" + (f" {self.of}{shape}" if self.of != "units" else "")
+        return f"{self.amount!r}" + (f" {self.of}{shape}" if self.of != "units" else "")
 
     def share(
         self,
@@ -102,8 +102,9 @@ class Budget:
         if spent(low) > self.amount:
             nearest = replace(self, amount=math.ceil(1e4 * spent(low)) / 1e4)
             raise SettingError(
-                f"keep '{self}': with one head and one neuron of each layer, {spent(low):.4g} of "
-                f"the {_WORDS[self.of]} are left; the nearest keep is '{nearest}'"
+                f"keep '{self}': the smallest share of heads and neurons alike that leaves each "
+                f"layer one of both, {low:.3g}, leaves {spent(low):.4g} of the {_WORDS[self.of]}; "
+                f"the nearest keep is '{nearest}'"
             )
         while high - low > _APART:
             middle = (low + high) / 2
@@ -185,7 +186,8 @@ def _table(
         return [replace(_timed(base, counted, budget, size), keep=size) for size in sizes]
 
     told = ["even", dict(counted), budget.rows, budget.tokens, sizes]
-    return timing.table(base, told, measured, cache)
+    # Processes that train together have to prune the same units.
+    return processes.agreed(lambda: timing.table(base, told, measured, cache), base.device)
 
 
 def _timed(base: Base, counted: Mapping[str, int], budget: Budget, share: float) -> timing.Timed:

@@ -132,7 +132,7 @@ def smaller(base: Base, *, or_same: bool = False) -> Any:
 @torch.no_grad()
 def _check_same(base: Base, model: Any) -> None:
     """Raises SettingError unless a smaller model computes what the base does."""
-    was_training, inputs = base.tower.training, trial(base, 2, 8)
+    was_training, inputs = base.tower.training, trial(base, 2, min(8, base.room))
     base.tower.eval()
     try:
         whole = base.tower(**inputs)[0]
@@ -148,7 +148,8 @@ def trial(base: Base, rows: int, tokens: int) -> dict[str, Tensor]:
     if base.tower_name == IMAGE:
         size = base.config.image_size
         sides = (size, size) if isinstance(size, int) else tuple(size)
-        return {"pixel_values": torch.randn(rows, 3, *sides, generator=generator).to(base.device)}
+        shape = (rows, getattr(base.config, "num_channels", 3), *sides)
+        return {"pixel_values": torch.randn(shape, generator=generator).to(base.device)}
     count = base.tower.get_input_embeddings().num_embeddings
     ids = torch.randint(count, (rows, tokens), generator=generator).to(base.device)
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}

@@ -22,6 +22,9 @@ from howfine.metrics import METRICS, bootstrap_interval, scores
 from howfine.readout import Wired
 from howfine.task import Example, Task
 
+# What follows a task's name in a header where that does not load the same examples again.
+_CHOSEN = " (columns or splits of its own)"
+
 
 @dataclass(frozen=True)
 class Score:
@@ -40,11 +43,13 @@ class Score:
     # Expected calibration error and what it is made of: `howfine.calibration.calibration`. None for
     # regression and texts. With a temperature asked for, `temperature` in it says what it changed.
     calibration: dict[str, Any] | None = None
+    # Whether the task's name alone loads these examples.
+    by_name: bool = True
 
     def as_dict(self) -> dict[str, Any]:
         """Everything but the predictions, as JSON types."""
         found = asdict(self)
-        del found["predictions"]
+        del found["predictions"], found["by_name"]
         return {**found, "interval": list(self.interval)}
 
     def stated(self) -> dict[str, Any]:
@@ -53,9 +58,14 @@ class Score:
             "metric": self.metric,
             "value": round(self.value, 6),
             "interval": [round(edge, 6) for edge in self.interval],
-            "on": f"{self.task}/{self.split}",
+            "on": stated_on(self.task, self.split, self.by_name),
             "n": self.n,
         }
+
+
+def stated_on(task: str, split: str, by_name: bool) -> str:
+    """How a header names a split; `by_name`: whether the task's name alone loads it."""
+    return f"{task}{'' if by_name else _CHOSEN}/{split}"
 
 
 def evaluate(
@@ -138,11 +148,20 @@ def _temperature(
 
 
 def task_of(delta: Delta) -> str:
-    """Name of the task a delta was trained for. Raises TaskError where its header has none."""
-    on = str(delta.score.get("on", ""))
-    if not on:
+    """Name of the task a delta was trained for, where that loads the examples it was scored on.
+
+    Raises TaskError for a header without a name, and for a task that was loaded with options of
+    its own: under its name other rows may be the test split's, among them some trained on.
+    """
+    name = str(delta.score.get("on", "")).rpartition("/")[0]
+    if not name:
         raise TaskError("the delta's header names no task; say which one to evaluate it on")
-    return on.rpartition("/")[0]
+    if name.endswith(_CHOSEN):
+        raise TaskError(
+            f"the delta was trained on {name.removesuffix(_CHOSEN)} with columns, splits or a seed "
+            "that its header does not hold; name the task with the same options"
+        )
+    return name
 
 
 def score(
@@ -165,6 +184,7 @@ def score(
         scores=scores(task.metric, predictions, targets),
         predictions=predictions,
         calibration=None if probabilities is None else calibration(probabilities, targets),
+        by_name=task.by_name,
     )
 
 

@@ -43,7 +43,8 @@ class Metric:
     greater_is_better: bool = True
     # Metrics that are by custom reported beside this one.
     also: tuple[str, ...] = ()
-    # (n,) predictions and targets -> (n, s) numbers of which a score is made, s of each example.
+    # (n,) predictions and targets -> (n, s) numbers of which a score is made, s of each example, or
+    # of each group of them that is drawn as one.
     statistics: Callable[[np.ndarray, np.ndarray], np.ndarray] | None = None
 
 
@@ -117,7 +118,7 @@ def paired_bootstrap(
 def _runs(
     metric: Metric, predictions: Sequence[np.ndarray], targets: np.ndarray, draws: int
 ) -> list[np.ndarray]:
-    """(n,) predictions of each run, or (n, s) statistics where the metric has some."""
+    """(n,) predictions of each run, or its statistics where the metric has some."""
     if draws < 1:
         raise SettingError(f"draws is {draws}, expected at least 1")
     if not len(predictions) or not len(targets):
@@ -143,7 +144,7 @@ def _seed_weights(rng: np.random.Generator, draws: int, seeds: int) -> np.ndarra
 
 
 def _rows(rng: np.random.Generator, draws: int, run: np.ndarray) -> Iterator[np.ndarray]:
-    """Blocks of (draws in this block, n) indices of a run's examples, drawn with replacement."""
+    """Blocks of (draws in this block, n) indices of a run's rows, drawn with replacement."""
     n, step = len(run), max(1, BLOCK // run.size)
     for start in range(0, draws, step):
         yield rng.integers(n, size=(min(step, draws - start), n))

@@ -2,10 +2,41 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
+from accelerate import PartialState
 from torch import Tensor, distributed
+
+T = TypeVar("T")
+
+
+def together() -> bool:
+    """Whether several processes train together."""
+    return distributed.is_available() and distributed.is_initialized()
+
+
+def agreed(find: Callable[[], T], device: torch.device) -> T:
+    """What the first process finds, for all of them: measured times differ between two.
+
+    All processes call this, perhaps before a trainer has let them meet; `device` is what they train
+    on. What `find` raises in the first one is raised everywhere.
+    """
+    PartialState(cpu=device.type == "cpu")
+    if not together():
+        return find()
+    told: list[Any] = [None, None]
+    if distributed.get_rank() == 0:
+        try:
+            told[0] = find()
+        except Exception as error:
+            told[1] = error
+    distributed.broadcast_object_list(told)
+    if told[1] is not None:
+        raise told[1]
+    found: T = told[0]
+    return found
 
 
 def gathered(*tensors: Tensor) -> tuple[tuple[Tensor, ...], int]:
@@ -15,7 +46,7 @@ def gathered(*tensors: Tensor) -> tuple[tuple[Tensor, ...], int]:
     then divides them, so that a mean of each process's loss is one over all rows. All processes
     give as many rows. One process alone has what it gave.
     """
-    if not distributed.is_available() or not distributed.is_initialized():
+    if not together():
         return tensors, 0
     first = distributed.get_rank() * len(tensors[0])
     return tuple(_Gathered.apply(tensor) for tensor in tensors), first

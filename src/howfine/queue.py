@@ -11,6 +11,7 @@ import itertools
 import json
 import logging
 import time
+import uuid
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -20,15 +21,25 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
-from howfine.errors import BaseError, DeltaError, SettingError, TaskError, TrainingError
+from howfine.errors import (
+    BaseError,
+    BaseNotFound,
+    DeltaError,
+    SettingError,
+    TaskError,
+    TaskNotFound,
+    TrainingError,
+)
 from howfine.ledger import Record
 
 HEARTBEAT_SECONDS = 5
 GRACE_SECONDS = 20
 log = logging.getLogger(__name__)
 
-# What would come again if the run were repeated.
+# What would come again if the run were repeated; but of these what a network or a folder that is
+# back may mend, which the next call tries once more.
 _LASTING = (BaseError, DeltaError, SettingError, TaskError, TrainingError)
+_PASSING = (BaseNotFound, TaskNotFound)
 
 
 class Queue:
@@ -42,6 +53,7 @@ class Queue:
         self, url: str, keys: Iterable[str], place: str, has_file: Callable[[Record], bool]
     ) -> None:
         self.keys, self.place, self.has_file = list(keys), place, has_file
+        self.call = uuid.uuid4().hex
         self._unbegun: dict[int, float] = {}  # trial -> when it was first seen taken and not begun
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         # A plan has a queue of its own: several may share a database.
@@ -59,12 +71,16 @@ class Queue:
         }
 
     def failed(self) -> dict[str, str]:
-        """The error of each run that failed for a reason that would come again."""
+        """The error of each run that failed for a reason that would come again.
+
+        Of what may pass, such as a network that is down, those of this call alone.
+        """
         return {
             key: trial.user_attrs["error"]
             for key, trials in self._by_state(TrialState.PRUNED).items()
             for trial in trials
             if "error" in trial.user_attrs
+            and trial.user_attrs.get("failed_in", self.call) == self.call
         }
 
     def settled(self) -> set[str]:
@@ -162,6 +178,8 @@ class _Attempt:
             self.working = False
             log.warning("run %s failed: %s", key, error)
             trial.set_user_attr("error", str(error))
+            if isinstance(error, _PASSING):
+                trial.set_user_attr("failed_in", self.queue.call)
             raise optuna.TrialPruned from error
         self.working = False
         trial.set_user_attr("place", self.queue.place)

@@ -39,9 +39,9 @@ from howfine import (
 from howfine.base import Base, TwoTowers
 from howfine.compare import delta_distance
 from howfine.container import write_atomically
-from howfine.delta import SUFFIX, Delta
+from howfine.delta import SUFFIX, Delta, only_weights
 from howfine.distance import Distance, table
-from howfine.errors import SettingError, StorageError
+from howfine.errors import HowfineError, SettingError, StorageError
 from howfine.ledger import Record
 from howfine.task import Task
 
@@ -62,7 +62,8 @@ class Report(TypedDict):
     margin: float
     full: dict[str, Any]  # the ceiling's group
     floor: dict[str, Any] | None  # None where no floor run finished
-    recommended: dict[str, Any]  # answer.recommend; file is None where it was not kept
+    # answer.recommend; file is None where it was not kept; merges: into a plain checkpoint
+    recommended: dict[str, Any]
     groups: list[dict[str, Any]]  # answer.groups, with the method's record
     runs: list[dict[str, Any]]
     distance: list[dict[str, Any]] | None  # the blocks' matrices, from base to ceiling
@@ -111,6 +112,7 @@ def report(
     )
     result["latency"] = report_latency.measure(folder, records, result["groups"], base, task)
     _hand_over(folder, records, result)
+    result["recommended"]["merges"] = _merges(folder, result["recommended"]["file"], base)
     text = json.dumps(result, indent=2, ensure_ascii=False, allow_nan=False)
     write_atomically(folder / "report.md", report_page.markdown(result).encode())
     thumbnails = report_pictures.thumbnails(task, result["pictures"])
@@ -138,7 +140,7 @@ def summarise(
     """
     targets = task.targets("test")
     groups = _with_method(answer.groups(records, targets, margin), records)
-    recommended = answer.recommend(groups, records, margin)
+    recommended = {**answer.recommend(groups, records, margin), "merges": True}
     if folder is not None:
         kept = (folder / recommended["file"]).is_file()
         recommended["file"] = f"{recommended['recipe']}{SUFFIX}" if kept else None
@@ -180,6 +182,8 @@ def _task_facts(task: Task) -> dict[str, Any]:
         "labels": list(task.labels),
         "sizes": {split: len(task.splits[split]) for split in ("train", "dev", "test")},
         "texts": len(task.splits["test"][0].texts),
+        "options": bool(task.splits["test"][0].options),
+        "by_name": task.by_name,
     }
 
 
@@ -214,7 +218,8 @@ def _ceiling_distances(
 ) -> list[Distance] | None:
     """How far the ceiling's best seed on dev moved the base; None where no file was kept.
 
-    None of two towers either: the page's map has one matrix for a layer and a part.
+    None, too, of a file that can't be read, of a change that is not one of weights, and of two
+    towers: the page's map has one matrix for a layer and a part.
     """
     if isinstance(base, TwoTowers):
         return None
@@ -227,29 +232,49 @@ def _ceiling_distances(
     if not kept:
         return None
     best = max(kept, key=lambda record: record["dev_score"])
-    return delta_distance(Delta.load(folder / best["file"]), base)
+    try:
+        return delta_distance(Delta.load(folder / best["file"]), base)
+    except HowfineError:  # a damaged file, or what stands beside the base: a report is of scores
+        return None
 
 
-def _earlier_file(path: Path) -> str | None:
-    """The file that an earlier report recommended; one that can't be read is as if there was none.
+def _merges(folder: Path, file: str | None, base: Base) -> bool:
+    """Whether a plain checkpoint can hold the change of a file; not of one that is not there."""
+    if file is None or isinstance(base, TwoTowers):
+        return False
+    try:
+        with Delta.load(folder / file).changed(base):
+            only_weights(base, "")
+    except HowfineError:
+        return False
+    return True
+
+
+def _earlier(path: Path) -> tuple[str | None, str | None]:
+    """(file, key) that an earlier report recommended; none of one that can't be read.
 
     It is written anew.
     """
     try:
-        recommended = stored.read_json(path).get("recommended")
+        found = stored.read_json(path).get("recommended")
     except SettingError:
-        return None
-    file = recommended.get("file") if isinstance(recommended, dict) else None
-    return file if isinstance(file, str) else None
+        return None, None
+    told = found if isinstance(found, dict) else {}
+    file, key = told.get("file"), told.get("key")
+    own = isinstance(file, str) and file == Path(file).name and file.endswith(SUFFIX)
+    return file if own else None, key if isinstance(key, str) else None
 
 
 def _hand_over(folder: Path, records: Sequence[Record], result: Report) -> None:
-    """Copy the recommended delta to the top of the folder, in place of an earlier report's."""
+    """Copy the recommended delta to the top of the folder, in place of an earlier report's.
+
+    Where the study's own copy is gone, the earlier report's is the last one: it stays.
+    """
     name, key = result["recommended"]["file"], result["recommended"]["key"]
-    earlier = _earlier_file(folder / "report.json")
-    if earlier and earlier != name and earlier == Path(earlier).name and earlier.endswith(SUFFIX):
-        (folder / earlier).unlink(missing_ok=True)
+    earlier, its_key = _earlier(folder / "report.json")
     if name is None:
+        if earlier and its_key == key and (folder / earlier).is_file():
+            result["recommended"]["file"] = earlier
         return
     (source,) = (folder / record["file"] for record in records if record["key"] == key)
     try:
@@ -257,3 +282,5 @@ def _hand_over(folder: Path, records: Sequence[Record], result: Report) -> None:
     except OSError as error:
         raise StorageError(f"{source} can't be read: {error.strerror or error}") from error
     write_atomically(folder / name, data)
+    if earlier and earlier != name:
+        (folder / earlier).unlink(missing_ok=True)

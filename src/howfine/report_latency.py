@@ -114,7 +114,8 @@ class _Known:
 
     def time(self, name: str, delta: Delta | None, keep: float | None = None) -> Row:
         """Milliseconds and parameters: of the base, or of it with a delta on at a size."""
-        place = f"{timing.machine(self.base)}, {self.tokens} tokens: {name} {keep}"
+        own = f"{self.base.fingerprint} {self.base.dtype}, {self.tokens} tokens"
+        place = f"{timing.machine(self.base)}, {own}: {name} {keep}"
         try:
             return asdict(Timed(**self.found[place])) | {"keep": keep}
         except (KeyError, TypeError):  # not measured yet

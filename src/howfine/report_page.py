@@ -164,17 +164,21 @@ def commands(result: Mapping[str, Any]) -> dict[str, str] | None:
     base = result["base"]["name"]
     if result["pictures"]:
         return _of_towers(name, file, base)
+    # Answers that each row chooses among by itself are given with the row, not on a command line.
+    options = result["task"]["options"]
+    # What a task was loaded with, a name alone does not tell.
+    task = "" if result["task"]["by_name"] else " --task TASK  # with the study's options"
     shell = [
-        f"howfine evaluate {name}",
-        f"howfine predict {name} {asked}",
+        f"howfine evaluate {name}{task}",
+        *([] if options else [f"howfine predict {name} {asked}"]),
         f"howfine inspect {name}",
-        f"howfine merge {name} merged",
+        *([f"howfine merge {name} merged"] if result["recommended"]["merges"] else []),
     ]
+    predicted = "" if options else f"print(howfine.predict({_quoted(file)}, [{text}], base))\n"
     python = f"""import howfine
 
 base = howfine.Base.load({_quoted(base)})
-print(howfine.predict({_quoted(file)}, [{text}], base))
-
+{predicted}
 with howfine.Delta.load({_quoted(file)}).applied(base) as model:
     ...  # a torch module: the base with the change on; the base is itself again on leaving"""
     return {"shell": "\n".join(shell), "python": python}

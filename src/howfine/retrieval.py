@@ -29,18 +29,19 @@ def as_objects(vectors: np.ndarray) -> np.ndarray:
 
 
 def statistics(name: str, predictions: np.ndarray, targets: np.ndarray) -> np.ndarray:
-    """(n, 7) of n pairs: the caption's hits at 1, 5, 10, shares of its picture's, and of one.
+    """(m, 7) of m pictures: its captions' hits at 1, 5, 10, its own, and how many captions it has.
 
-    They are the same for each score of NAMES. The picture's hits are divided among its captions,
-    so that sums over pairs are sums over pictures; the last column is divided alike.
+    They are the same for each score of NAMES. A picture and its captions are one, as they are
+    drawn together where a score's interval is asked for: what finds one caption of a picture is
+    likely to find the others.
     """
     vectors = np.stack(list(predictions)).astype(np.float32)
     _, first, owner = np.unique(targets, return_index=True, return_inverse=True)
     images, texts = np.split(vectors, 2, axis=1)
     caption, picture = ranks(images[first], texts, owner)
-    share = 1 / np.bincount(owner)[owner]
-    columns = [caption <= k for k in KS] + [(picture[owner] <= k) * share for k in KS]
-    return np.stack([*columns, share], axis=1).astype(np.float64)
+    captions = [np.bincount(owner, weights=caption <= k) for k in KS]
+    columns = [*captions, *(picture <= k for k in KS), np.bincount(owner)]
+    return np.stack(columns, axis=1).astype(np.float64)
 
 
 def ranks(
@@ -72,9 +73,9 @@ def ranks(
 
 
 def recall(name: str, found: np.ndarray) -> np.ndarray:
-    """(draws,) a score of NAMES, or the mean of them all, from (draws, n, 7) statistics."""
-    captions = found[..., :3].mean(axis=-2)
-    pictures = found[..., 3:6].sum(axis=-2) / found[..., 6:].sum(axis=-2)
+    """(draws,) a score of NAMES, or the mean of them all, from (draws, m, 7) statistics."""
+    captions = found[..., :3].sum(axis=-2) / found[..., 6:].sum(axis=-2)
+    pictures = found[..., 3:6].mean(axis=-2)
     shares = np.concatenate([captions, pictures], axis=-1)
     made: np.ndarray = shares.mean(axis=-1) if name == MEAN else shares[..., NAMES.index(name)]
     return made

@@ -14,7 +14,7 @@ from howfine import gain, harvest, streams
 from howfine.align import is_matrix
 from howfine.delta import Delta
 from howfine.errors import SettingError
-from howfine.evaluate import Score, evaluate
+from howfine.evaluate import Score, evaluate, stated_on
 from howfine.harvest import Tally, Weights
 from howfine.head import Answer
 from howfine.method import holding
@@ -83,7 +83,8 @@ def _blank(asked: Asked) -> dict[str, Any]:
     """
     if asked.task is None:
         return {}
-    on, digits = f"{asked.task.name}/{asked.split}", (-0.8274913, -0.1639057, -0.9458216)
+    on = stated_on(asked.task.name, asked.split, asked.task.by_name)
+    digits = (-0.8274913, -0.1639057, -0.9458216)
     stated = {"metric": asked.task.metric, "value": digits[0], "interval": list(digits[1:])}
     return {**stated, "on": on, "n": len(asked.task.splits[asked.split])}
 

@@ -82,6 +82,8 @@ class Task:
     metric: str
     # One sentence: the source, and how the splits were made.
     provenance: str
+    # Whether `Task.load(name)` gives these examples: not where options chose columns or splits.
+    by_name: bool = True
 
     def __post_init__(self) -> None:
         """Refuse what can't be learned from."""
@@ -225,6 +227,7 @@ class Task:
             labels=labels,
             metric=metric,
             provenance=found.provenance + unlearned(found.splits),
+            by_name=not given and not seed,
         )
 
 

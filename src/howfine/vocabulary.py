@@ -119,7 +119,9 @@ def cut(base: Base, model: Any, vocabulary: Vocabulary) -> None:
     Raises SettingError where it then computes something else.
     """
     kept, rows = torch.tensor(vocabulary.kept, device=base.device), base.embedding.num_embeddings
-    trial = torch.randint(len(kept), (2, 8), generator=torch.Generator().manual_seed(0))
+    trial = torch.randint(
+        len(kept), (2, min(8, base.room)), generator=torch.Generator().manual_seed(0)
+    )
     trial = trial.to(base.device)
     whole = _outputs(base, model, kept[trial])
     if model.get_output_embeddings() is not None:

@@ -129,8 +129,9 @@ def ceiling_of(groups: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
 
 def ceiling_said(result: Mapping[str, Any]) -> str:
     """The ceiling by name; full fine-tuning only where it did train every parameter."""
-    ceiling = ceiling_of(result["groups"])
-    if ceiling["trainable"] >= result["base"]["parameters"]:
+    ceiling, whole = ceiling_of(result["groups"]), result["base"]["parameters"]
+    # A head comes on top; what trains a gate beside each parameter has twice as many.
+    if whole <= ceiling["trainable"] < 1.5 * whole:
         return "full fine-tuning"
     return f"the ceiling {ceiling['recipe']}"
 

@@ -89,7 +89,7 @@ class Prune(Method):
 
     def _share(self, final: float, number: int) -> float:
         """What stays on in a round, from 1, of which the last one's is `final`."""
-        return 1 - (1 - final) * min(number, self.rounds) / self.rounds
+        return final if number >= self.rounds else 1 - (1 - final) * number / self.rounds
 
     def _kept(
         self, base: Base, probe: Probe | None, start: Tensors, number: int
