@@ -431,6 +431,15 @@ def test_files_beside_a_single_one(tmp_path: Path) -> None:
         Task.load(train, train="train")
 
 
+def test_one_file_cant_be_two_splits(tmp_path: Path) -> None:
+    train = write_csv(tmp_path / "a.csv", sentences(20))
+    test = str(write_csv(tmp_path / "b.csv", sentences(4, tag="t")))
+    with pytest.raises(BadSplit, match=r"named for train and for test; a file can be one split"):
+        Task.load(train, test=str(tmp_path / "." / ".." / tmp_path.name / "a.csv"))
+    with pytest.raises(BadSplit, match=r"b\.csv is named for dev and for test"):
+        Task.load(train, dev=test, test=test)
+
+
 def write_all(root: Path, ending: str, rows: list[tuple[str, Any]]) -> Path:
     path = root / f"data{ending}"
     records = [{"text": text, "label": label} for text, label in rows]
@@ -993,6 +1002,26 @@ def test_published_few_shot_splits(tmp_path: Path) -> None:
     cb = Task.load("fewglue/cb", data=data)
     assert [(e.texts, e.label) for e in cb.splits["dev"]] == [(("dev32", "h"), 2), (("p", "h"), 0)]
     assert cb.labels == ("entailment", "contradiction", "neutral")
+
+
+def test_a_few_shot_test_shares_no_text_and_says_its_file(tmp_path: Path) -> None:
+    """A folder without QQP's validation set has another test, which shares pairs with train."""
+    home = tmp_path / "lmbff_16shot" / "qqp"
+    home.mkdir(parents=True)
+    few = {"text_a": ["Test 1!", "b", "test 3", "d"], "text_b": ["then 1", "b", "then 3", "d"]}
+    table = {
+        **few,
+        "seed": [13] * 4,
+        "split": ["train", "train", "dev", "dev"],
+        "label": list("0101"),
+    }
+    parquet.write_table(pyarrow.table(table), home / "kshot.parquet")
+    write_glue(tmp_path, "qqp", train_subset=pairs(30, "train"), bimpm_test=pairs(7, "test"))
+    task = Task.load("lmbff/qqp@13", data=tmp_path)
+    assert [e.texts[0] for e in task.splits["test"]] == [f"test {i}" for i in (0, 2, 4, 5, 6)]
+    told = "test: bimpm_test.parquet of GLUE qqp, 2 rows whose texts are in train or dev left out"
+    assert told in task.provenance
+    assert "validation" not in task.provenance
 
 
 def test_few_shot_splits_that_are_not_there(tmp_path: Path) -> None:

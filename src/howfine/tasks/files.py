@@ -36,6 +36,7 @@ def read(path: Path, wanted: Wanted) -> Found:
     MissingColumn, or TaskError for a file or a row that can't be read.
     """
     paths = _in_folder(path, wanted) if path.is_dir() else _beside(path, wanted)
+    _apart(paths)
     tables = {split: columns(file, wanted) for split, file in paths.items()}
     _read_numbers(
         [t for split, t in tables.items() if paths[split].suffix in (".csv", ".tsv")], wanted.label
@@ -155,6 +156,18 @@ def _beside(path: Path, wanted: Wanted) -> dict[str, Path]:
             "too; leave train out"
         )
     return {"train": path, **{split: Path(name) for split, name in given.items()}}
+
+
+def _apart(paths: Mapping[str, Path]) -> None:
+    """Raises BadSplit for one file that is to be two splits, however it is written."""
+    taken: dict[Path, str] = {}
+    for split, path in paths.items():
+        other = taken.setdefault(path.expanduser().resolve(), split)
+        if other != split:
+            raise BadSplit(
+                f"{path} is named for {other} and for {split}; a file can be one split only: name "
+                "another one, or leave it out to have the split carved out of train"
+            )
 
 
 def _chosen(available: Collection[str], wanted: Wanted, where: str) -> dict[str, str]:
