@@ -475,6 +475,25 @@ def test_every_format_says_the_same(tmp_path: Path, labels: tuple[Any, ...]) -> 
         }
 
 
+@pytest.mark.parametrize(
+    ("written", "labels"),
+    [
+        (("1_1", "11", "01", "1"), ("01", "1", "11", "1_1")),
+        (("01", "02"), ("01", "02")),
+        (("+1", "-1"), ("+1", "-1")),
+        (("-0", "0"), ("-0", "0")),
+        (("nan", "inf"), ("inf", "nan")),
+        ((" 1", "2"), ("1", "2")),
+        (("9" * 5000, "1"), ("1", "9" * 5000)),
+        (("1e5", "-.5", "+2.", "3"), ()),
+    ],
+)
+def test_labels_that_differ_stay_apart(
+    tmp_path: Path, written: tuple[str, ...], labels: tuple[str, ...]
+) -> None:
+    assert Task.load(write_csv(tmp_path / "l.csv", sentences(60, written))).labels == labels
+
+
 def test_quotes_commas_and_lines_in_csv(tmp_path: Path) -> None:
     path = tmp_path / "q.csv"
     path.write_text(
@@ -624,12 +643,34 @@ def test_a_folder_without_train_or_with_two(tmp_path: Path) -> None:
         ("a.parquet", b"PAR?", "can't be read as parquet"),
         ("a.xlsx", b"", r"has the ending '.xlsx', expected .csv, .tsv, .jsonl, .json, .parquet"),
         ("a.csv", b"text,label\n", "split 'train' of task .* has no examples"),
+        ("a.csv", b"text,label,text\na,1,b\n", "as csv: the name 'text' stands twice, expected"),
+        ("a.tsv", b"text\tlabel\ttext\na\t1\tb\n", "as tsv: the name 'text' stands twice"),
+        ("a.json", b'[{"text": "a", "label": 1, "text": "b"}]', "the name 'text' stands twice"),
+        ("a.json", b"[" * 100_000, "can't be read as json: .*recursion"),
+        (
+            "a.jsonl",
+            b'{"text": "a \\ud83d\\ude00", "label": 1}\n{"text": "b \\uD83D", "label": 1}\n',
+            r"a\.jsonl can't be read as jsonl: row 2, column 'text', holds 'b \\ud83d' with half a",
+        ),
     ],
 )
 def test_files_that_cant_be_read(tmp_path: Path, name: str, content: bytes, sentence: str) -> None:
     (tmp_path / name).write_bytes(content)
     with pytest.raises(TaskError, match=sentence):
         Task.load(tmp_path / name)
+
+
+def test_columns_without_a_name_are_passed_over(tmp_path: Path) -> None:
+    rows = [f"{text},{label},," for text, label in sentences(20)]
+    (tmp_path / "a.csv").write_text("\n".join(["text,label,,", *rows]) + "\n")
+    assert len(Task.load(tmp_path / "a.csv").splits["train"]) == 16
+
+
+def test_half_a_character_is_refused_wherever_it_comes_from() -> None:
+    rows = [Example((f"t{number}",), number % 2) for number in range(4)]
+    splits = {"train": rows, "dev": rows, "test": [*rows, Example(("a \ud83d",), 0)]}
+    with pytest.raises(TaskError, match=r"split 'test' of task 'x', row 5, holds 'a \\ud83d' with"):
+        Task("x", splits, ("a", "b"), "accuracy", "made")
 
 
 # ---- names and the hub
@@ -937,6 +978,21 @@ def test_shots_take_so_many_of_each_class(embedded: Task) -> None:
     assert "16 of each class" in few.provenance
     with pytest.raises(SettingError, match="expected 1 or more"):
         embedded.shots(0)
+
+
+def test_shots_put_copies_on_one_side() -> None:
+    texts = [f"{'A' if number > 30 else 'a'} {number % 6}" for number in range(60)]
+    rows = [Example((text,), number % 2) for number, text in enumerate(texts)]
+    task = Task("x", {"train": rows, "dev": rows, "test": rows}, ("a", "b"), "accuracy", "made")
+    for seed in range(4):
+        few = task.shots(3, seed)
+        sides = [{key(e.texts) for e in few.splits[split]} for split in ("train", "dev")]
+        assert [len(few.splits[split]) for split in ("train", "dev")] == [2, 2]  # half of 3 texts
+        assert len(sides[0] | sides[1]) == 4
+    twice = [Example(("a",), 0), Example(("b",), 0), Example(("c",), 1), Example(("C!",), 1)]
+    task = Task("x", {"train": twice, "dev": rows, "test": rows}, ("a", "b"), "accuracy", "made")
+    with pytest.raises(BadSplit, match="class 'b' has one train example without copies"):
+        task.shots(1)
 
 
 def test_shots_need_classes_with_two_examples() -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from howfine.errors import TaskNotFound, UnknownLabel
-from howfine.tasks import Found, Row, files, glue, key
+from howfine.tasks import Found, Row, files, glue, key, tables
 
 LMBFF, FEWGLUE = "lmbff", "fewglue"
 SEEDS = (13, 21, 42, 87, 100)
@@ -89,7 +89,7 @@ def _lmbff(name: str, seed: int, data: Path) -> Found:
     spec, folder = LMBFF_TASKS[name], data / "lmbff_16shot" / name
     path = _there(folder / "kshot.parquet", name)
     splits: dict[str, list[Row]] = {"train": [], "dev": []}
-    columns = files.columns(path)
+    columns = tables.columns(path)
     for number, values in enumerate(zip(*columns.values(), strict=True), 1):
         row = dict(zip(columns, values, strict=True))
         if int(row["seed"]) == seed:
@@ -109,7 +109,7 @@ def _lmbff(name: str, seed: int, data: Path) -> Found:
 
 
 def _own_test(spec: Spec, path: Path) -> list[Row]:
-    test = files.columns(path)
+    test = tables.columns(path)
     return [
         _row(spec, dict(zip(test, values, strict=True)), path.name, number)
         for number, values in enumerate(zip(*test.values(), strict=True), 1)
@@ -132,7 +132,7 @@ def _fewglue(name: str, folder: Path) -> Found:
     splits = {}
     for split, stem in (("train", "train32"), ("dev", "dev32"), ("test", "val")):
         path = _there(folder / f"{stem}.parquet", name)
-        columns = files.columns(path)
+        columns = tables.columns(path)
         rows = [dict(zip(columns, v, strict=True)) for v in zip(*columns.values(), strict=True)]
         splits[split] = [
             Row(texts(row), int(row["label"]), str(path), number)
