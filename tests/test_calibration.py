@@ -146,6 +146,20 @@ def test_a_temperature_stays_within_its_bounds() -> None:
     assert certain.tolist() == [[1.0, 0.0]]
 
 
+def test_an_option_that_an_example_lacks_never_gets_a_probability() -> None:
+    shares = np.array([[0.7, 0.3, 0.0], [0.2, 0.5, 0.3], [0.0, 1.0, 0.0]])
+    for value in (0.01, 1.0, 87.0, 1e6):
+        cooled = calibration.tempered(shares, value)
+        assert (cooled[shares == 0] == 0).all()
+        np.testing.assert_allclose(cooled.sum(axis=1), 1, atol=1e-12)
+    # Nor does it weigh on the temperature: a class that no example has is as none.
+    shares, targets = drawn(60, 3, seed=8)
+    wider = np.pad(shares, ((0, 0), (0, 1)))
+    assert calibration.temperature(wider, targets) == calibration.temperature(shares, targets)
+    # A target without a probability leaves the loss finite.
+    assert math.isfinite(calibration.temperature(wider, np.full(60, 3)))
+
+
 def test_bins_of_several_runs_are_those_of_all_their_answers() -> None:
     runs = [drawn(90, 3, seed) for seed in (1, 2, 3)]
     tables = [calibration.calibration(*run)["reliability"] for run in runs]

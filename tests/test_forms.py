@@ -17,7 +17,7 @@ from howfine import options
 from howfine.cli import app
 from howfine.errors import BadSplit, MissingColumn, SettingError, TaskError, TaskNotFound
 from howfine.task import Task
-from howfine.tasks import SPLITS, files, forms, generation, hub
+from howfine.tasks import SPLITS, files, forms, generation, hub, tables
 from howfine.tasks.segments import Segments, parsed
 
 # Form -> rows in its columns, and the segments and targets they make.
@@ -175,7 +175,7 @@ def test_missing_columns(tmp_path: Path, form: str) -> None:
     for column in row:
         path = jsonl(tmp_path / "a.jsonl", [{k: v for k, v in row.items() if k != column}])
         if (form, column) in (("dialogue", "persona"), ("qa", "history")):
-            (found,) = forms.rows_of(files.columns(path), form, "a")
+            (found,) = forms.rows_of(tables.columns(path), form, "a")
             assert column not in dict(found.segments)
             continue
         said = f"a.jsonl has no column '{column}'; found .*the form {form} has .*{column}"

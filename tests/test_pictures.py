@@ -294,6 +294,17 @@ def test_a_tar_file_is_read(tmp_path: Path) -> None:
         Task.load(path, image="image", text="text")
 
 
+@pytest.mark.parametrize(("ending", "what"), [("JPG", "image"), ("caption", "text")])
+def test_a_tar_file_with_two_of_one_name(tmp_path: Path, ending: str, what: str) -> None:
+    with tarfile.open(tmp_path / "shard.tar", "w") as archive:
+        for name, content in (("1.png", png(1)), ("1.txt", b"a"), (f"1.{ending}", png(2))):
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+    with pytest.raises(TaskError, match=rf"1\.{ending} is a second {what} of 1, expected one"):
+        Task.load(tmp_path / "shard.tar", image="image", text="text")
+
+
 def test_what_is_left_out_is_counted_and_said(tmp_path: Path) -> None:
     names = noise(tmp_path)
     (tmp_path / names[0]).write_bytes(b"torn")

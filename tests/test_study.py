@@ -384,9 +384,18 @@ def test_a_group_that_lacks_a_seed_is_not_the_answer():
     assert recommend(groups(records[1:], targets, 0.01), records, 0.01)["recipe"] == "sound"
 
 
-@pytest.mark.parametrize("values", [np.array([0, 3, 2, 1]), np.array([0.5, -1.25], np.float32)])
-def test_predictions_survive_packing(values):
-    assert np.array_equal(unpack_predictions(pack_predictions(values)), values)
+@pytest.mark.parametrize(
+    ("values", "kind"),
+    [
+        (np.array([0, 3, 2, 32_767]), "<i2:"),
+        (np.array([0, 32_768, 5]), "<i8:"),
+        (np.array([0.5, -1.25], np.float32), "<f4:"),
+    ],
+)
+def test_predictions_survive_packing(values, kind):
+    packed = pack_predictions(values)
+    assert packed.startswith(kind)
+    assert np.array_equal(unpack_predictions(packed), values)
 
 
 def test_a_torn_last_line_of_a_ledger_is_left_out(tmp_path):

@@ -431,6 +431,15 @@ def test_files_beside_a_single_one(tmp_path: Path) -> None:
         Task.load(train, train="train")
 
 
+def test_one_file_cant_be_two_splits(tmp_path: Path) -> None:
+    train = write_csv(tmp_path / "a.csv", sentences(20))
+    test = str(write_csv(tmp_path / "b.csv", sentences(4, tag="t")))
+    with pytest.raises(BadSplit, match=r"named for train and for test; a file can be one split"):
+        Task.load(train, test=str(tmp_path / "." / ".." / tmp_path.name / "a.csv"))
+    with pytest.raises(BadSplit, match=r"b\.csv is named for dev and for test"):
+        Task.load(train, dev=test, test=test)
+
+
 def write_all(root: Path, ending: str, rows: list[tuple[str, Any]]) -> Path:
     path = root / f"data{ending}"
     records = [{"text": text, "label": label} for text, label in rows]
@@ -464,6 +473,25 @@ def test_every_format_says_the_same(tmp_path: Path, labels: tuple[Any, ...]) -> 
         assert {t: tasks[0].labels[int(i)] for t, i in found.items()} == {
             t: str(v) for t, v in rows
         }
+
+
+@pytest.mark.parametrize(
+    ("written", "labels"),
+    [
+        (("1_1", "11", "01", "1"), ("01", "1", "11", "1_1")),
+        (("01", "02"), ("01", "02")),
+        (("+1", "-1"), ("+1", "-1")),
+        (("-0", "0"), ("-0", "0")),
+        (("nan", "inf"), ("inf", "nan")),
+        ((" 1", "2"), ("1", "2")),
+        (("9" * 5000, "1"), ("1", "9" * 5000)),
+        (("1e5", "-.5", "+2.", "3"), ()),
+    ],
+)
+def test_labels_that_differ_stay_apart(
+    tmp_path: Path, written: tuple[str, ...], labels: tuple[str, ...]
+) -> None:
+    assert Task.load(write_csv(tmp_path / "l.csv", sentences(60, written))).labels == labels
 
 
 def test_quotes_commas_and_lines_in_csv(tmp_path: Path) -> None:
@@ -615,12 +643,34 @@ def test_a_folder_without_train_or_with_two(tmp_path: Path) -> None:
         ("a.parquet", b"PAR?", "can't be read as parquet"),
         ("a.xlsx", b"", r"has the ending '.xlsx', expected .csv, .tsv, .jsonl, .json, .parquet"),
         ("a.csv", b"text,label\n", "split 'train' of task .* has no examples"),
+        ("a.csv", b"text,label,text\na,1,b\n", "as csv: the name 'text' stands twice, expected"),
+        ("a.tsv", b"text\tlabel\ttext\na\t1\tb\n", "as tsv: the name 'text' stands twice"),
+        ("a.json", b'[{"text": "a", "label": 1, "text": "b"}]', "the name 'text' stands twice"),
+        ("a.json", b"[" * 100_000, "can't be read as json: .*recursion"),
+        (
+            "a.jsonl",
+            b'{"text": "a \\ud83d\\ude00", "label": 1}\n{"text": "b \\uD83D", "label": 1}\n',
+            r"a\.jsonl can't be read as jsonl: row 2, column 'text', holds 'b \\ud83d' with half a",
+        ),
     ],
 )
 def test_files_that_cant_be_read(tmp_path: Path, name: str, content: bytes, sentence: str) -> None:
     (tmp_path / name).write_bytes(content)
     with pytest.raises(TaskError, match=sentence):
         Task.load(tmp_path / name)
+
+
+def test_columns_without_a_name_are_passed_over(tmp_path: Path) -> None:
+    rows = [f"{text},{label},," for text, label in sentences(20)]
+    (tmp_path / "a.csv").write_text("\n".join(["text,label,,", *rows]) + "\n")
+    assert len(Task.load(tmp_path / "a.csv").splits["train"]) == 16
+
+
+def test_half_a_character_is_refused_wherever_it_comes_from() -> None:
+    rows = [Example((f"t{number}",), number % 2) for number in range(4)]
+    splits = {"train": rows, "dev": rows, "test": [*rows, Example(("a \ud83d",), 0)]}
+    with pytest.raises(TaskError, match=r"split 'test' of task 'x', row 5, holds 'a \\ud83d' with"):
+        Task("x", splits, ("a", "b"), "accuracy", "made")
 
 
 # ---- names and the hub
@@ -930,6 +980,21 @@ def test_shots_take_so_many_of_each_class(embedded: Task) -> None:
         embedded.shots(0)
 
 
+def test_shots_put_copies_on_one_side() -> None:
+    texts = [f"{'A' if number > 30 else 'a'} {number % 6}" for number in range(60)]
+    rows = [Example((text,), number % 2) for number, text in enumerate(texts)]
+    task = Task("x", {"train": rows, "dev": rows, "test": rows}, ("a", "b"), "accuracy", "made")
+    for seed in range(4):
+        few = task.shots(3, seed)
+        sides = [{key(e.texts) for e in few.splits[split]} for split in ("train", "dev")]
+        assert [len(few.splits[split]) for split in ("train", "dev")] == [2, 2]  # half of 3 texts
+        assert len(sides[0] | sides[1]) == 4
+    twice = [Example(("a",), 0), Example(("b",), 0), Example(("c",), 1), Example(("C!",), 1)]
+    task = Task("x", {"train": twice, "dev": rows, "test": rows}, ("a", "b"), "accuracy", "made")
+    with pytest.raises(BadSplit, match="class 'b' has one train example without copies"):
+        task.shots(1)
+
+
 def test_shots_need_classes_with_two_examples() -> None:
     rows = [Example((f"t{number}",), int(number == 0)) for number in range(8)]
     task = Task("x", {"train": rows, "dev": rows, "test": rows}, ("a", "b"), "accuracy", "made")
@@ -993,6 +1058,26 @@ def test_published_few_shot_splits(tmp_path: Path) -> None:
     cb = Task.load("fewglue/cb", data=data)
     assert [(e.texts, e.label) for e in cb.splits["dev"]] == [(("dev32", "h"), 2), (("p", "h"), 0)]
     assert cb.labels == ("entailment", "contradiction", "neutral")
+
+
+def test_a_few_shot_test_shares_no_text_and_says_its_file(tmp_path: Path) -> None:
+    """A folder without QQP's validation set has another test, which shares pairs with train."""
+    home = tmp_path / "lmbff_16shot" / "qqp"
+    home.mkdir(parents=True)
+    few = {"text_a": ["Test 1!", "b", "test 3", "d"], "text_b": ["then 1", "b", "then 3", "d"]}
+    table = {
+        **few,
+        "seed": [13] * 4,
+        "split": ["train", "train", "dev", "dev"],
+        "label": list("0101"),
+    }
+    parquet.write_table(pyarrow.table(table), home / "kshot.parquet")
+    write_glue(tmp_path, "qqp", train_subset=pairs(30, "train"), bimpm_test=pairs(7, "test"))
+    task = Task.load("lmbff/qqp@13", data=tmp_path)
+    assert [e.texts[0] for e in task.splits["test"]] == [f"test {i}" for i in (0, 2, 4, 5, 6)]
+    told = "test: bimpm_test.parquet of GLUE qqp, 2 rows whose texts are in train or dev left out"
+    assert told in task.provenance
+    assert "validation" not in task.provenance
 
 
 def test_few_shot_splits_that_are_not_there(tmp_path: Path) -> None:

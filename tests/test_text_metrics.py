@@ -150,6 +150,25 @@ def test_rouge_l_is_the_best_references() -> None:
     assert WRITTEN["rouge_l"].function(said, meant) == pytest.approx(100 * np.mean(each), abs=1e-12)
 
 
+@pytest.mark.parametrize(
+    ("said", "meant", "score"),
+    [
+        ("привет мир", "Привет, мир!", 100.0),
+        ("这是一个摘要", "这是一个摘要。", 100.0),
+        ("这是二个摘要", "这是一个摘要", 100 * 5 / 6),  # character by character
+        ("हिन्दी में है", "हिन्दी में था", 100 * 2 / 3),  # vowel signs stay in their words
+        ("cafe\u0301 walks", "caf\u00e9 walking", 100.0),  # one spelling; English stems
+        ("it is naïve", "it is naive", 100 * 4 / 7),  # rouge-score's tokens: na, ve
+        ("a ❤\ufe0f heart", "a heart", 100.0),  # a mark is no word
+        ("мир", "world", 0.0),
+        ("Tout, déjà", "déjà vu", 50.0),
+    ],
+)
+def test_rouge_l_reads_every_script(said: str, meant: str, score: float) -> None:
+    found = WRITTEN["rouge_l"].function(array([said]), array([(meant,)]))
+    assert found == pytest.approx(score, abs=1e-9)
+
+
 @pytest.mark.parametrize(("n", "seed"), [(40, 5), (9, 6)])
 def test_nist_is_nltks(n: int, seed: int) -> None:
     said, meant = split(n, seed)

@@ -130,7 +130,11 @@ def test_named_sets(tmp_path: Path) -> None:
         "name : The test | priceRange : more than £ 30",
         "name : A, B | area : city centre",
     ]
-    # What train shares with dev and test is left out of train.
+    # What train shares with dev and test is left out of train, what dev shares with test of dev.
+    assert [row.texts[0] for row in task.splits["dev"]] == [
+        "name : The dev | priceRange : more than £ 30"
+    ]
+    assert "1 dev rows whose source is in test left out" in task.provenance
     assert [row.texts[0] for row in task.splits["train"]] == [
         "name : The train | priceRange : more than £ 30"
     ]

@@ -32,6 +32,7 @@ FEWER = 10
 # falls to 0, and where none is better than chance, as T grows without end.
 LEAST, MOST = 0.01, 100.0
 _DIGITS = 6
+_TINY = np.finfo(np.float64).tiny
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,6 +105,9 @@ def temperature(probabilities: np.ndarray, targets: np.ndarray) -> float:
     """
     probabilities, targets = _checked(probabilities, targets)
     logarithms = _logarithms(probabilities)
+    # A target of probability 0 counts as the smallest normal number: its loss stays finite.
+    rows = np.arange(len(targets))
+    logarithms[rows, targets] = np.maximum(logarithms[rows, targets], math.log(_TINY))
     found = minimize_scalar(
         lambda power: _loss(logarithms / math.exp(power), targets),
         bounds=(math.log(LEAST), math.log(MOST)),
@@ -116,7 +120,7 @@ def temperature(probabilities: np.ndarray, targets: np.ndarray) -> float:
 def tempered(probabilities: np.ndarray, value: float) -> np.ndarray:
     """softmax(logits / value): the same shape, the same answers.
 
-    A probability of 0 counts as the smallest normal number of float64.
+    A probability of 0, which an option that an example lacks has, stays 0 at any temperature.
     """
     if not (value > 0 and math.isfinite(value)):
         raise SettingError(f"temperature is {value}, expected a number above 0; 1 changes nothing")
@@ -170,7 +174,8 @@ def _lists(table: Reliability) -> dict[str, list[Any]]:
 
 
 def _logarithms(shares: np.ndarray) -> np.ndarray:
-    return np.log(np.maximum(shares, np.finfo(np.float64).tiny))
+    with np.errstate(divide="ignore"):  # the logarithm of 0 is -inf, whose softmax is 0 again
+        return np.asarray(np.log(shares))
 
 
 def _normalised(logits: np.ndarray) -> np.ndarray:

@@ -137,6 +137,7 @@ def learnable(task: Asked) -> None:
                 f"split {split!r} of task {task.name!r} has examples of {sorted(counts)} texts, "
                 "expected one text in each, or two in each"
             )
+        _encodable(task.name, split, examples)
         for example in examples:
             if example.options and not 0 <= example.label < len(example.options):
                 raise UnknownLabel(
@@ -163,6 +164,21 @@ def learnable(task: Asked) -> None:
     segmented(task)
     pictured(task)
     _varied(task)
+
+
+def _encodable(name: str, split: str, examples: Sequence[Any]) -> None:
+    """Raises TaskError for half a character, which no tokenizer takes and no file holds."""
+    for number, example in enumerate(examples, 1):
+        read = (text for _, text in example.segments)
+        for text in (*example.texts, *example.options, *example.targets, *read):
+            try:
+                text.encode()
+            except UnicodeEncodeError as error:
+                raise TaskError(
+                    f"split {split!r} of task {name!r}, row {number}, holds {text!a:.200} with "
+                    "half a character (a lone surrogate), expected whole ones; correct the row or "
+                    "take it out"
+                ) from error
 
 
 def _varied(task: Asked) -> None:

@@ -75,7 +75,10 @@ def _record(line: bytes) -> Record:
 
 
 def pack_predictions(predictions: np.ndarray) -> str:
-    """As a short text: int16 indices, float32 scores or vectors, or texts; deflated, base64."""
+    """As a short text: indices, float32 scores or vectors, or texts; deflated, base64.
+
+    Indices are int16 where all fit, else int64.
+    """
     if predictions.dtype.kind == "O" and isinstance(predictions[0], np.ndarray):
         vectors = np.stack(list(predictions)).astype(np.float32)
         data = zlib.compress(vectors.tobytes(), 9)
@@ -83,9 +86,11 @@ def pack_predictions(predictions: np.ndarray) -> str:
     if predictions.dtype.kind == "O":
         data = zlib.compress(json.dumps(predictions.tolist()).encode(), 9)
         return "text:" + base64.b64encode(data).decode()
-    kind = np.float32 if predictions.dtype.kind == "f" else np.int16
-    data = zlib.compress(predictions.astype(kind).tobytes(), 9)
-    return np.dtype(kind).str + ":" + base64.b64encode(data).decode()
+    short = predictions.astype(np.float32 if predictions.dtype.kind == "f" else np.int16)
+    if short.dtype.kind == "i" and not np.array_equal(short, predictions):
+        short = predictions.astype(np.int64)
+    data = zlib.compress(short.tobytes(), 9)
+    return short.dtype.str + ":" + base64.b64encode(data).decode()
 
 
 def unpack_predictions(text: str) -> np.ndarray:

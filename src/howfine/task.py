@@ -27,9 +27,11 @@ from howfine.tasks import (
     generation,
     glue,
     image_sets,
+    key,
     rotten_tomatoes,
     shots,
     stratified,
+    tables,
 )
 from howfine.tasks.segments import kinds_of, unlearned
 from howfine.tasks.values import class_values, score_of
@@ -157,8 +159,7 @@ class Task:
             whole = self.splits[split]
             strata = [example.label if self.labels else 0 for example in whole]
             splits[split] = [whole[row] for row in stratified(strata, size, rng)]
-        asked = ", ".join(f"{s} {n}" for s, n in sizes.items() if n is not None)
-        if not asked:
+        if not (asked := ", ".join(f"{s} {n}" for s, n in sizes.items() if n is not None)):
             return self
         provenance = f"{self.provenance}; a sample of {asked} at most, seed {seed}"
         return replace(self, splits=splits, provenance=provenance)
@@ -166,21 +167,21 @@ class Task:
     def shots(self, count: int, seed: int = 0) -> Task:
         """The few-shot task: `count` train rows of each class for train, as many others for dev.
 
-        Test stays whole. Raises SettingError for a count < 1 and for scores, BadSplit where a
-        class has too few rows.
+        Of copies of a text one counts; test stays whole. Raises SettingError for a count < 1 and
+        for scores, BadSplit where a class has too few rows.
         """
         if count < 1:
             raise SettingError(f"{count} examples of each class of {self.name}: expected 1 or more")
         if not self.labels:
             raise SettingError(f"task {self.name} has no classes to take examples of; use subset")
         rows = self.splits["train"]
-        chosen = shots([row.label for row in rows], count, np.random.default_rng(seed))
+        marks = [key(row.texts) for row in rows]
+        chosen = shots([row.label for row in rows], marks, count, np.random.default_rng(seed))
         few = {s: [rows[i] for i in part] for s, part in zip(SPLITS, chosen, strict=False)}
-        lost = {row.label for row in rows} - {row.label for row in few["train"]}
-        if lost:
+        if lost := {row.label for row in rows} - {row.label for row in few["train"]}:
             raise BadSplit(
-                f"task {self.name}: class {self.labels[int(min(lost))]!r} has one train example, "
-                "expected two at least: one to train and one to choose by"
+                f"task {self.name}: class {self.labels[int(min(lost))]!r} has one train example "
+                "without copies, expected two at least: one to train and one to choose by"
             )
         made = f"{self.provenance}; {count} of each class for train and for dev, seed {seed}"
         return replace(self, splits={**self.splits, **few}, provenance=made)
@@ -206,19 +207,18 @@ class Task:
         `text` names one column or two ("premise,hypothesis"), `label` one of classes or scores, or
         `target` one of texts to be written (a text each, or a list of them); `form` instead says
         what the rows are made of (a name in `howfine.tasks.forms.FORMS`); `image` names a column of
-        pictures, of which `text` has the captions. `train`, `dev` and `test`
-        say which part of the source is which split: a file's stem in a folder, another file
-        beside a single one, a split's name on the hub. `seed` salts the hash that makes
-        missing splits. `data` is the folder of the GLUE files, else the environment variable
-        HOWFINE_DATA. Raises TaskError or a kind of it, SettingError for options that don't fit.
+        pictures, of which `text` has the captions. `train`, `dev` and `test` say which part of the
+        source is which split: a file's stem in a folder, another file beside a single one, a
+        split's name on the hub. `seed` salts the hash that makes missing splits. `data` is the
+        folder of GLUE's files, else the variable HOWFINE_DATA. Raises TaskError or a kind of it,
+        SettingError for options that don't fit.
         """
         name = str(name_or_path)
         options = {"text": text, "label": label, "target": target, "form": form, "image": image}
         options |= {"train": train, "dev": dev, "test": test}
-        given = {key: value for key, value in options.items() if value is not None}
+        given = {option: value for option, value in options.items() if value is not None}
         found = _named(name, data, {**given, **({"seed": seed} if seed else {})})
-        if found is None:
-            found = _unnamed(name, wanted(given, seed))
+        found = found or _unnamed(name, wanted(given, seed))
         checks.filled(name, found.splits)
         labels, metric, splits = _encoded(found, metric)
         return Task(
@@ -252,7 +252,7 @@ def _named(name: str, data: str | Path | None, options: Mapping[str, Any]) -> Fo
 def _unnamed(name: str, asked: Wanted) -> Found:
     """A folder, a file or a data set of the hub."""
     path = Path(name).expanduser()
-    if path.exists() or path.suffix in files.READERS:
+    if path.exists() or path.suffix in tables.READERS:
         return files.read(path, asked)
     if name.count("/") == 1 and not name.startswith((".", "/", "~")):
         return files.read_hub(name, asked)

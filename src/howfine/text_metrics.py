@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import re
 import string
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from functools import cache, lru_cache
@@ -25,6 +26,14 @@ from howfine.errors import SettingError, TaskError
 
 # What SQuAD's script takes out of an answer, in lower case, before it compares words.
 _SIGNS, _ARTICLES = str.maketrans("", "", string.punctuation), re.compile(r"\b(a|an|the)\b")
+# Scripts written without spaces: Thai and Lao, Burmese, Khmer, Japanese, Chinese.
+_UNSPACED = (
+    "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3005-\u3007\u3040-\u30ff\u31f0-\u31ff"
+    "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\uff66-\uff9f\U00020000-\U0003ffff"
+)
+# In a text of letters, digits, marks and spaces: one sign of those scripts, or a word of others,
+# each with the marks behind it. Marks are no \w.
+_WORD = re.compile(rf"[{_UNSPACED}][^\w\s]*|(?:(?![{_UNSPACED}])\w[^\w\s]*)+")
 # Splits whose statistics are kept: a score, its interval and its comparisons ask for the same.
 KEPT_SPLITS = 64
 
@@ -120,12 +129,37 @@ def _sacrebleu_score(name: str) -> Callable[[np.ndarray], float]:
     return lambda sums: _sacrebleu(name)._compute_score_from_stats(sums.tolist()).score
 
 
+class _Words:
+    """A tokenizer of rouge-score for any script: words in lower case, the English ones as stems.
+
+    rouge-score's own knows a to z and 0 to 9 alone.
+    """
+
+    def __init__(self) -> None:
+        from nltk.stem.porter import PorterStemmer
+
+        self._stem = PorterStemmer().stem
+
+    def tokenize(self, text: str) -> list[str]:
+        signs = unicodedata.normalize("NFC", text.lower())
+        kept = (s if s.isalnum() or unicodedata.category(s)[0] == "M" else " " for s in signs)
+        words = _WORD.findall("".join(kept))
+        return [self._stem(word) if len(word) > 3 and word.isascii() else word for word in words]
+
+
 def _rouge_l(predictions: Texts, targets: References) -> list[float]:
+    """By rouge-score's own tokens, but of a reference with letters or digits that it drops."""
     from rouge_score.rouge_scorer import RougeScorer
 
-    scorer = RougeScorer(["rougeL"], use_stemmer=True)
+    plain = RougeScorer(["rougeL"], use_stemmer=True)
+    broad = RougeScorer(["rougeL"], tokenizer=_Words())
+
+    def f1(reference: str, text: str) -> float:
+        lost = any(sign.isalnum() and not sign.isascii() for sign in reference)
+        return float((broad if lost else plain).score(reference, text)["rougeL"].fmeasure)
+
     pairs = zip(predictions, targets, strict=True)
-    return [scorer.score_multi(several, text)["rougeL"].fmeasure for text, several in pairs]
+    return [max(f1(each, text) for each in several) for text, several in pairs]
 
 
 class _NoSynonyms:

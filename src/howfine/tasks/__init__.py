@@ -177,16 +177,22 @@ def _parts(counts: Sequence[int], size: int) -> list[int]:
     return parts
 
 
-def shots(strata: Sequence[float], count: int, rng: np.random.Generator) -> tuple[list[int], ...]:
+def shots(
+    strata: Sequence[float], marks: Sequence[str], count: int, rng: np.random.Generator
+) -> tuple[list[int], ...]:
     """(train, dev): of each stratum `count` rows at random, and as many others.
 
-    Of a stratum with fewer than twice that, half its rows each.
+    Of a stratum with fewer than twice that, half its rows each. Of rows with one mark, the `key`
+    of their texts, the first one drawn stands for all, so that no copy is in both.
     """
-    order = rng.permutation(len(strata))
+    firsts: dict[str, int] = {}
+    for row in rng.permutation(len(strata)):
+        firsts.setdefault(marks[row], int(row))
+    order = list(firsts.values())
     train: list[int] = []
     dev: list[int] = []
     for value in np.unique(strata):
-        rows = [int(row) for row in order if strata[row] == value]
+        rows = [row for row in order if strata[row] == value]
         share = min(count, len(rows) // 2)
         train += rows[:share]
         dev += rows[share : 2 * share]

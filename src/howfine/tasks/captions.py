@@ -109,7 +109,7 @@ def _said(left: Counter[str], origin: str) -> str:
 def tarred(path: Path) -> dict[str, list[Any]]:
     """The columns of a tar file in WebDataset's layout: files of one name are one example.
 
-    Raises ValueError for an example that lacks its picture or its caption.
+    Raises ValueError for an example that lacks its picture or its caption, or has two.
     """
     examples: dict[str, dict[str, Any]] = {}
     with tarfile.open(path, "r:") as archive:
@@ -120,11 +120,17 @@ def tarred(path: Path) -> dict[str, list[Any]]:
             content = archive.extractfile(member) if member.isfile() and dot else None
             if content is None:
                 continue
-            held = examples.setdefault(stem, {})
-            if f".{ending.lower()}" in SUFFIXES:
-                held[IMAGE] = content.read()
-            elif f".{ending.lower()}" in _CAPTIONS:
-                held[TEXT] = content.read().decode("utf-8").strip()
+            held, suffix = examples.setdefault(stem, {}), f".{ending.lower()}"
+            column = IMAGE if suffix in SUFFIXES else TEXT if suffix in _CAPTIONS else None
+            if column is None:
+                continue
+            if column in held:
+                raise ValueError(
+                    f"{member.name} is a second {column} of {stem}, expected one; give one of them "
+                    "another name, or take it out"
+                )
+            found = content.read()
+            held[column] = found if column == IMAGE else found.decode("utf-8").strip()
     odd = next((stem for stem, held in examples.items() if len(held) == 1), None)
     if odd is not None:
         lacks = "caption" if IMAGE in examples[odd] else "picture"

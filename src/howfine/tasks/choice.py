@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from howfine.errors import TaskError, TaskNotFound
-from howfine.tasks import SPLITS, Found, Row, completed, files
+from howfine.tasks import SPLITS, Found, Row, completed, files, tables
 
 COLLECTION = "mc"
 # Of COPA's questions.
@@ -88,7 +88,7 @@ def _context(row: Row) -> tuple[str, Any]:
 
 
 def _rows(path: Path) -> list[Row]:
-    columns: dict[str, list[Any]] = files.columns(path)
+    columns: dict[str, list[Any]] = tables.columns(path)
     rows = []
     for number, values in enumerate(zip(*columns.values(), strict=True), 1):
         row = dict(zip(columns, values, strict=True))

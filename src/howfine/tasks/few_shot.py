@@ -2,7 +2,8 @@
 
 From a folder of Parquet files: `lmbff_16shot/NAME/kshot.parquet` has 16 rows of each class for
 train and for dev, five times over (the seeds after the @ of a name); `superglue_few/NAME/` has 32
-rows each. Tests are the official validation sets, or LM-BFF's own of MR and SST-5.
+rows each. Tests are the official validation sets, or LM-BFF's own of MR and SST-5; of LM-BFF's,
+rows whose texts are in train or dev are left out.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from howfine.errors import TaskNotFound, UnknownLabel
-from howfine.tasks import Found, Row, files, glue
+from howfine.tasks import Found, Row, files, glue, key, tables
 
 LMBFF, FEWGLUE = "lmbff", "fewglue"
 SEEDS = (13, 21, 42, 87, 100)
@@ -26,7 +27,7 @@ class Spec:
 
     labels: tuple[str, ...]
     written: tuple[str, ...]  # as the files have them, in that order
-    glue: str = ""  # the GLUE task whose validation set is the test; "": its own
+    glue: str = ""  # the GLUE task whose test split is the test; "": its own
     metric: str = "accuracy"
 
 
@@ -88,22 +89,31 @@ def _lmbff(name: str, seed: int, data: Path) -> Found:
     spec, folder = LMBFF_TASKS[name], data / "lmbff_16shot" / name
     path = _there(folder / "kshot.parquet", name)
     splits: dict[str, list[Row]] = {"train": [], "dev": []}
-    columns = files.columns(path)
+    columns = tables.columns(path)
     for number, values in enumerate(zip(*columns.values(), strict=True), 1):
         row = dict(zip(columns, values, strict=True))
         if int(row["seed"]) == seed:
             splits[row["split"]].append(_row(spec, row, str(path), number))
     if spec.glue:
-        splits["test"] = glue.read(spec.glue, data).splits["test"]
+        test = glue.read(spec.glue, data).splits["test"]
+        # Not every folder has the validation set: GLUE's reader takes another one of QQP.
+        origin = f"{', '.join(sorted({Path(row.source).name for row in test}))} of GLUE {spec.glue}"
     else:
-        test = files.columns(_there(folder / "test.parquet", name))
-        splits["test"] = [
-            _row(spec, dict(zip(test, values, strict=True)), "test.parquet", number)
-            for number, values in enumerate(zip(*test.values(), strict=True), 1)
-        ]
-    source = f"LM-BFF's 16-shot split of {name}, seed {seed}; test: "
-    source += f"validation set of GLUE {spec.glue}" if spec.glue else "its own"
+        test, origin = _own_test(spec, _there(folder / "test.parquet", name)), "its own"
+    seen = {key(row.texts) for rows in splits.values() for row in rows}
+    splits["test"] = [row for row in test if key(row.texts) not in seen]
+    source = f"LM-BFF's 16-shot split of {name}, seed {seed}; test: {origin}"
+    if left := len(test) - len(splits["test"]):
+        source += f", {left} rows whose texts are in train or dev left out"
     return Found(splits, spec.labels, spec.metric, source)
+
+
+def _own_test(spec: Spec, path: Path) -> list[Row]:
+    test = tables.columns(path)
+    return [
+        _row(spec, dict(zip(test, values, strict=True)), path.name, number)
+        for number, values in enumerate(zip(*test.values(), strict=True), 1)
+    ]
 
 
 def _row(spec: Spec, row: Mapping[str, Any], source: str, number: int) -> Row:
@@ -122,7 +132,7 @@ def _fewglue(name: str, folder: Path) -> Found:
     splits = {}
     for split, stem in (("train", "train32"), ("dev", "dev32"), ("test", "val")):
         path = _there(folder / f"{stem}.parquet", name)
-        columns = files.columns(path)
+        columns = tables.columns(path)
         rows = [dict(zip(columns, v, strict=True)) for v in zip(*columns.values(), strict=True)]
         splits[split] = [
             Row(texts(row), int(row["label"]), str(path), number)

@@ -1,18 +1,12 @@
-"""Examples from files (CSV, TSV, JSON, JSON lines, Parquet, tar) and from data sets of the hub."""
+"""Examples from files and from data sets of the hub: which part is which split, and its rows."""
 
 from __future__ import annotations
 
-import json
-import tarfile
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-import pyarrow
-from pyarrow import csv as pyarrow_csv
-from pyarrow import parquet
-
-from howfine.errors import BadSplit, SettingError, TaskError, TaskNotFound, near
+from howfine.errors import BadSplit, SettingError, TaskNotFound, near
 from howfine.tasks import (
     ALIASES,
     SPLITS,
@@ -24,9 +18,8 @@ from howfine.tasks import (
     rows_of,
     written,
 )
+from howfine.tasks.tables import READERS, Columns, columns, read_numbers
 from howfine.tasks.wanted import Wanted
-
-Columns = dict[str, list[Any]]
 
 
 def read(path: Path, wanted: Wanted) -> Found:
@@ -36,8 +29,9 @@ def read(path: Path, wanted: Wanted) -> Found:
     MissingColumn, or TaskError for a file or a row that can't be read.
     """
     paths = _in_folder(path, wanted) if path.is_dir() else _beside(path, wanted)
+    _apart(paths)
     tables = {split: columns(file, wanted) for split, file in paths.items()}
-    _read_numbers(
+    read_numbers(
         [t for split, t in tables.items() if paths[split].suffix in (".csv", ".tsv")], wanted.label
     )
     sources = {split: str(file) for split, file in paths.items()}
@@ -157,6 +151,18 @@ def _beside(path: Path, wanted: Wanted) -> dict[str, Path]:
     return {"train": path, **{split: Path(name) for split, name in given.items()}}
 
 
+def _apart(paths: Mapping[str, Path]) -> None:
+    """Raises BadSplit for one file that is to be two splits, however it is written."""
+    taken: dict[Path, str] = {}
+    for split, path in paths.items():
+        other = taken.setdefault(path.expanduser().resolve(), split)
+        if other != split:
+            raise BadSplit(
+                f"{path} is named for {other} and for {split}; a file can be one split only: name "
+                "another one, or leave it out to have the split carved out of train"
+            )
+
+
 def _chosen(available: Collection[str], wanted: Wanted, where: str) -> dict[str, str]:
     """Split -> its name in the source: as the caller says, else by the usual names."""
     chosen = dict(wanted.splits or {})
@@ -176,93 +182,3 @@ def _chosen(available: Collection[str], wanted: Wanted, where: str) -> dict[str,
             "Say which part it is with train="
         )
     return chosen
-
-
-def columns(path: Path, wanted: Wanted | None = None) -> Columns:
-    """All columns of a file by name; of CSV and TSV, the wanted ones are left as text.
-
-    Raises TaskNotFound for a missing file, TaskError for one that can't be read.
-    """
-    if path.suffix not in READERS:
-        raise TaskError(f"{path} has the ending {path.suffix!r}, expected {', '.join(READERS)}")
-    if not path.is_file():
-        raise TaskNotFound(f"there is no file {path}; correct the path")
-    try:
-        return READERS[path.suffix](path, wanted or Wanted())
-    except (OSError, ValueError, pyarrow.ArrowException, tarfile.TarError) as error:
-        raise TaskError(
-            f"{path} can't be read as {path.suffix[1:]}: {str(error).splitlines()[0]}"
-        ) from error
-
-
-def _csv(path: Path, wanted: Wanted) -> Columns:
-    return _delimited(path, wanted, pyarrow_csv.ParseOptions(newlines_in_values=True))
-
-
-def _tsv(path: Path, wanted: Wanted) -> Columns:
-    """Tabs only: in TSV files of sentences a quotation mark is a character like any other."""
-    return _delimited(path, wanted, pyarrow_csv.ParseOptions(delimiter="\t", quote_char=False))
-
-
-def _delimited(path: Path, wanted: Wanted, options: pyarrow_csv.ParseOptions) -> Columns:
-    as_text = {name: pyarrow.string() for name in wanted.columns}
-    table = pyarrow_csv.read_csv(
-        path,
-        # On one thread, so that an error names its row.
-        read_options=pyarrow_csv.ReadOptions(use_threads=False),
-        parse_options=options,
-        convert_options=pyarrow_csv.ConvertOptions(column_types=as_text),
-    )
-    return dict(table.to_pydict())
-
-
-def _json(path: Path, _: Wanted) -> Columns:
-    """An array of objects, or one object a line."""
-    content = path.read_text(encoding="utf-8-sig")
-    if content.lstrip().startswith("["):
-        records = json.loads(content)
-    else:
-        records = [json.loads(line) for line in content.split("\n") if line.strip()]
-    for number, record in enumerate(records, 1):
-        if not isinstance(record, dict):
-            raise ValueError(f"row {number} is {record!r}, expected an object")
-    names = dict.fromkeys(name for record in records for name in record)
-    return {name: [record.get(name) for record in records] for name in names}
-
-
-def _parquet(path: Path, _: Wanted) -> Columns:
-    return dict(parquet.read_table(path).to_pydict())
-
-
-def _tar(path: Path, _: Wanted) -> Columns:
-    return captions.tarred(path)
-
-
-READERS: dict[str, Callable[[Path, Wanted], Columns]] = {
-    ".csv": _csv,
-    ".tsv": _tsv,
-    ".jsonl": _json,
-    ".json": _json,
-    ".parquet": _parquet,
-    ".tar": _tar,
-}
-
-
-def _read_numbers(tables: Sequence[Columns], label: str) -> None:
-    """Turn labels read as text into ints, else numbers, if those of all tables are."""
-    values = [value for table in tables for value in table.get(label, []) if value]
-    parse = next((kind for kind in (int, float) if _all_are(kind, values)), None)
-    if parse is None:
-        return
-    for table in tables:
-        if label in table:
-            table[label] = [parse(value) if value else value for value in table[label]]
-
-
-def _all_are(kind: Callable[[str], float], values: Sequence[str]) -> bool:
-    try:
-        for value in values:
-            kind(value)
-    except ValueError:
-        return False
-    return True

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from howfine.errors import TaskError, TaskNotFound
-from howfine.tasks import SPLITS, Found, Row, completed, dialogue, files, forms, hub, key
+from howfine.tasks import SPLITS, Found, Row, completed, dialogue, files, forms, hub, key, tables
 from howfine.tasks.segments import AFTER, BETWEEN, RESPONSE, TRIPLE, Segments, rendered
 from howfine.tasks.written import referenced
 
@@ -118,13 +118,14 @@ def _one(name: str, data: Path | None) -> Found:
     if made:
         how += f"; {' and '.join(made)} carved out of train by a hash of the source"
     whole = _completed(found)
-    # Copies of a source within train stay: each has a text of its own to learn.
-    held = {key(row.texts) for split in ("dev", "test") for row in whole[split]}
-    train = [row for row in whole["train"] if key(row.texts) not in held]
-    if left := len(whole["train"]) - len(train):
-        how += f"; {left} train rows whose source is in dev or test left out"
-    splits = referenced({**whole, "train": train})
-    return Found(splits, (), None, f"{name} from a folder of data{how}")
+    # Copies of a source within a split stay: each has a text of its own to learn.
+    for split, others in (("dev", ("test",)), ("train", ("dev", "test"))):
+        held = {key(row.texts) for other in others for row in whole[other]}
+        kept = [row for row in whole[split] if key(row.texts) not in held]
+        if left := len(whole[split]) - len(kept):
+            how += f"; {left} {split} rows whose source is in {' or '.join(others)} left out"
+        whole[split] = kept
+    return Found(referenced(whole), (), None, f"{name} from a folder of data{how}")
 
 
 def _completed(found: dict[str, list[Row]]) -> dict[str, list[Row]]:
@@ -159,7 +160,7 @@ def _splits(folder: Path, source: Source) -> dict[str, list[Row]]:
 
 
 def _rows(path: Path, source: Source) -> list[Row]:
-    columns = files.columns(path)
+    columns = tables.columns(path)
     rows: list[Row] = []
     seen = set()
     for number, values in enumerate(zip(*columns.values(), strict=True), 1):

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from howfine.errors import TaskNotFound
-from howfine.tasks import Found, Row, carve, files, rows_of, without
+from howfine.tasks import Found, Row, carve, files, rows_of, tables, without
 
 HUB = "nyu-mll/glue"
 DEV_ROWS = 1000
@@ -86,7 +86,7 @@ def _from_folder(name: str, folder: Path) -> Found:
         )
 
     def rows(stem: str) -> list[Row]:
-        return _rows(spec, files.columns(stems[stem]), str(stems[stem]))
+        return _rows(spec, tables.columns(stems[stem]), str(stems[stem]))
 
     train = [row for stem in train_stems for row in rows(stem)]
     test = rows(test_stem)
