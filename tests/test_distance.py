@@ -20,8 +20,10 @@ from safetensors.torch import save_file
 from howfine.align import align
 from howfine.architectures import anatomy_of
 from howfine.checkpoint import Checkpoint, MemorySource
+from howfine.compare import compare
 from howfine.distance import Distance, Sums, distance, measure, summary, table
 from howfine.errors import BaseError, BaseNotFound, SettingError
+from tiny import tiny_base
 
 place = anatomy_of(SimpleNamespace(model_type="bert")).place
 LINEARS = {
@@ -632,3 +634,12 @@ def test_a_pickle_that_is_no_weights_is_refused_and_not_run(tmp_path: Path) -> N
     file.write_bytes(file.read_bytes()[:100])
     with pytest.raises(BaseError, match="can't read it as plain weights"):
         Checkpoint.open(file)
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"model_type": "bert", "initializer_range": "x"}'])
+def test_a_config_that_cannot_be_read_is_one_sentence(content: str, tmp_path: Path) -> None:
+    for name in ("before", "after"):
+        tiny_base("bert").tower.save_pretrained(tmp_path / name)
+    (tmp_path / "before" / "config.json").write_text(content)
+    with pytest.raises(BaseError, match=r"config\.json.*get a fresh copy"):
+        compare(tmp_path / "before", tmp_path / "after")

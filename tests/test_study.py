@@ -168,6 +168,8 @@ def test_workers_of_two_places_share_what_each_has_made(finished, tmp_path, monk
         ({"margin": float("nan")}, "margin: found nan"),
         ({"knobs": {"bitfi": {"epochs": [1]}}}, "Did you mean 'bitfit'"),
         ({"knobs": {"bitfit": {"epochs": []}}}, "bitfit, epochs: found no values"),
+        ({"knobs": {"bitfit": {"epochs": 4}}}, "bitfit, epochs: found 4, expected a list"),
+        ({"knobs": {"bitfit": {"epochs": "12"}}}, "bitfit, epochs: found '12', expected a list"),
     ],
 )
 def test_a_plan_that_makes_no_sense_is_refused(change, sentence):

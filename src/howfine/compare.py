@@ -14,7 +14,7 @@ from howfine.anatomy import Anatomy
 from howfine.architectures import anatomy_of
 from howfine.checkpoint import Checkpoint, MemorySource, Source
 from howfine.distance import Distance, distance
-from howfine.errors import BaseNotFound
+from howfine.errors import BaseError, BaseNotFound
 
 if TYPE_CHECKING:  # torch is imported only where a base is: streaming needs none of it
     from howfine.base import Base
@@ -97,7 +97,17 @@ def _config(name: str | Path) -> SimpleNamespace | None:
     folder = path if path.is_dir() else path.parent
     file = folder / "config.json"
     if path.exists() and file.is_file():
-        return SimpleNamespace(**json.loads(file.read_text()))
+        try:
+            found = json.loads(file.read_text())
+        except (OSError, ValueError, RecursionError) as error:
+            raise BaseError(f"{file} can't be read as JSON: {error}; get a fresh copy") from error
+        width = found.get("initializer_range") if isinstance(found, dict) else found
+        if not isinstance(found, dict) or not isinstance(width, int | float | None):
+            raise BaseError(
+                f"{file}: expected the object of a Hugging Face config, with a number as "
+                f"initializer_range, found {width!r:.40}; get a fresh copy"
+            )
+        return SimpleNamespace(**found)
     if path.exists():
         return None
     from howfine.base import Base

@@ -60,6 +60,12 @@ class Plan:
                     f"plan knobs, {name}: found {knob!r}, expected values for each setting, such "
                     "as {'epochs': [1, 2]}"
                 )
+            single = [s for s, values in knob.items() if not isinstance(values, list | tuple)]
+            if single:
+                raise SettingError(
+                    f"plan knobs, {name}, {single[0]}: found {knob[single[0]]!r}, expected a list "
+                    "of values; put it in brackets"
+                )
             if empty := [setting for setting, values in knob.items() if not values]:
                 raise SettingError(
                     f"plan knobs, {name}, {empty[0]}: found no values, expected one at least; "

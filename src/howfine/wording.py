@@ -23,6 +23,12 @@ _METRICS = {
     "nist": "NIST",
     "cider": "CIDEr-D",
     "token_f1": "F1 of words",
+    "mean_recall": "mean recall",
+    **{
+        f"{one}_to_{other}_r{k}": f"recall at {k}, {one} to {other}"
+        for one, other in (("text", "image"), ("image", "text"))
+        for k in (1, 5, 10)
+    },
     "exact_match": "exact match",
 }
 _UNITS = ("bytes", "kB", "MB", "GB", "TB")
