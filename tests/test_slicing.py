@@ -57,7 +57,7 @@ def delta_of(base: Base, head: bool = True, **settings: Any) -> Delta:
 @torch.no_grad()
 def outputs(base: Base) -> Tensor:
     base.tower.eval()
-    found: Tensor = base.tower(**trial(base, 2, 8))[0]
+    found: Tensor = base.tower(**trial(base, 2, min(8, base.room)))[0]
     return found
 
 
