@@ -271,7 +271,7 @@ def named(kept: Mapping[str, Tensor]) -> Tensors:
 def parted(base: Base, tensors: Mapping[str, Tensor], axes: int) -> tuple[Tensors, ...]:
     """(what a file says of units, a column each in so many axes; its other tensors).
 
-    Raises DamagedDelta where that does not fit the base's units.
+    Raises DamagedDelta where that does not fit the base's units, or its parameters.
     """
     own = {n.removeprefix(KEPT): v for n, v in tensors.items() if n.startswith(KEPT)}
     expected = counts(base)
@@ -283,7 +283,16 @@ def parted(base: Base, tensors: Mapping[str, Tensor], axes: int) -> tuple[Tensor
                 f"({value.dtype}), which does not fit the base {base.name}; the file is damaged, "
                 "or made for another model"
             )
-    return own, {n: v for n, v in tensors.items() if not n.startswith(KEPT)}
+    values = {n: v for n, v in tensors.items() if not n.startswith(KEPT)}
+    for path in values.keys() & set(base.paths()):
+        value, shape = values[path], tuple(base.parameter(path).shape)
+        if tuple(value.shape) != shape or not value.is_floating_point():
+            raise DamagedDelta(
+                f"delta holds {path!r} of shape {tuple(value.shape)} ({value.dtype}), expected "
+                f"floating-point numbers of shape {shape}, as the base {base.name} has it; the "
+                "file is damaged, or made for another model"
+            )
+    return own, values
 
 
 def cleared(base: Base, tensors: Mapping[str, Tensor]) -> Tensors:
