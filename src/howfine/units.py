@@ -84,8 +84,16 @@ def ranks(
     """(units,) int32 by path: how many units of these paths are less important.
 
     Of each path the most important one comes after all that are not, so that it goes last; units
-    that are not `among` those on are below all. Ties are settled by position.
+    that are not `among` those on are below all. Ties are settled by position. Raises SettingError
+    for scores that are not finite: they would be the highest.
     """
+    for path, score in scores.items():
+        if odd := int((~score.isfinite()).sum()):
+            raise SettingError(
+                f"the importance of {odd} of {len(score)} units at {path} is NaN or infinite, so "
+                "that none can be ranked: the gradients are, or the weights; load the base in "
+                "float32, or train the start again with a lower learning_rate, where it diverged"
+            )
     firm = []
     for path, score in scores.items():
         on = among[path].cpu() if among else torch.ones(len(score), dtype=torch.bool)
@@ -187,36 +195,6 @@ def entries(base: Base, path: str, kept: Mapping[str, Tensor]) -> Tensor | None:
 def without(base: Base, path: str, weight: Tensor, on: Tensor) -> Tensor:
     """A matrix that units lead into, with 0 for those that are off."""
     return gates.drop(weight, along_inputs(base, on))
-
-
-def scaled(base: Base, weight: Tensor, on: Tensor, factors: Tensor) -> Tensor:
-    """The same with a factor (units,) on what each unit that is on gives."""
-    wide, times = along_inputs(base, on), along_inputs(base, factors)
-    return Scaled.of(weight, wide, times)
-
-
-class Scaled(nn.Module):
-    """A weight with factors on what units give, and 0 for those that are off.
-
-    `on` and `factors` are (units, 1) or (1, units), which spreads over the weight.
-    """
-
-    on: Tensor
-    factors: Tensor
-
-    def __init__(self, on: Tensor, factors: Tensor) -> None:
-        super().__init__()
-        self.register_buffer("on", on.clone())
-        self.register_buffer("factors", factors.clone())
-
-    def forward(self, weight: Tensor) -> Tensor:
-        return self.of(weight, self.on, self.factors)
-
-    @staticmethod
-    def of(weight: Tensor, on: Tensor, factors: Tensor) -> Tensor:
-        """That weight."""
-        times = gates.spread(factors, tuple(weight.shape))
-        return gates.drop((weight.float() * times).to(weight.dtype), on)
 
 
 class OfUnits(nn.Module):
