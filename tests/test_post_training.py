@@ -454,6 +454,27 @@ def test_padding_of_a_decoder_is_known_by_its_targets() -> None:
     assert other.all()
 
 
+def test_a_base_without_neurons_that_are_known_is_refused() -> None:
+    """Instead of a budget that the heads alone would keep."""
+    base = tiny_base("bert")
+    heads = {path: own for path, own in drawn(base, 0).items() if "attention" in path}
+    costs = costs_of(base)
+    with pytest.raises(SettingError, match="no matrix of tiny-bert that neurons lead into"):
+        macs.search(base, heads, costs, 0.5)
+    letters = {letter: own for letter, own in base.anatomy.letters.items() if letter != "O"}
+    base.anatomy = replace(base.anatomy, letters=letters)
+    for which in ("both", "neurons"):
+        with pytest.raises(SettingError, match="no matrix of tiny-bert that neurons lead into"):
+            units.counts(base, which)
+    assert units.counts(base, "heads").keys() == heads.keys()
+    chosen = method("prune", by="magnitude", units="heads")
+    with chosen.attach(base) as change:
+        packed = chosen.pack(base, change)
+    with chosen.unpack(base, packed):
+        pass
+    assert base.is_untouched()
+
+
 @pytest.mark.parametrize("odd", [float("nan"), float("inf")])
 def test_importances_that_are_no_numbers_are_refused(odd: float) -> None:
     """They would be taken for the highest, and say what stays."""

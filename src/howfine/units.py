@@ -8,7 +8,7 @@ no say. Biases of W_O and W_2 are no unit's.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 import torch
@@ -32,10 +32,28 @@ _KIND = {"D": "heads", "CD": "heads", "O": "neurons"}
 
 
 def counts(base: Base, which: Kinds = "both") -> dict[str, int]:
-    """How many units lead into a matrix, by its path, of the layers from the bottom up."""
-    kinds = {path: kind(base, path) for path in base.choose(("matrices",))}
-    wanted = ("heads", "neurons") if which == "both" else (which,)
-    return {path: base.units_into(path) for path, own in kinds.items() if own in wanted}
+    """How many units lead into a matrix, by its path, of the layers from the bottom up.
+
+    Raises SettingError where the base has none of that kind.
+    """
+    found = _counts(base)
+    check_kinds(base, found, which)
+    return {path: n for path, n in found.items() if which in ("both", kind(base, path))}
+
+
+def _counts(base: Base) -> dict[str, int]:
+    return {p: base.units_into(p) for p in base.choose(("matrices",)) if kind(base, p)}
+
+
+def check_kinds(base: Base, paths: Iterable[str], which: Kinds) -> None:
+    """Raises SettingError unless units of these kinds lead into some of the matrices at `paths`."""
+    wanted = {"heads", "neurons"} if which == "both" else {which}
+    if missing := sorted(wanted - {kind(base, path) for path in paths}):
+        raise SettingError(
+            f"found no matrix of {base.name} that {' or '.join(missing)} lead into, expected one "
+            "in each layer: they can't be switched off. Choose the other kind of units where the "
+            "method has that setting, or name the matrices in its row of howfine.architectures"
+        )
 
 
 def kind(base: Base, path: str) -> str:
@@ -252,7 +270,7 @@ def parted(base: Base, tensors: Mapping[str, Tensor], axes: int) -> tuple[Tensor
     Raises DamagedDelta where that does not fit the base's units, or its parameters.
     """
     own = {n.removeprefix(KEPT): v for n, v in tensors.items() if n.startswith(KEPT)}
-    expected = counts(base)
+    expected = _counts(base)
     for path, value in own.items():
         fits = value.ndim == axes and value.dtype == torch.bool
         if not fits or value.shape[-1] != expected.get(path):
