@@ -416,6 +416,21 @@ def test_other_bases_and_methods_without_entries_are_refused() -> None:
         union([a, odd], base)
 
 
+def test_a_base_in_half_precision_is_refused() -> None:
+    """Its fingerprint is the base's, its weights are rounded."""
+    a, cast = whole(BASES["bert"], 1), tiny_base("bert")
+    assert cast.fingerprint == a.base_fingerprint
+    cast.towers.to(torch.bfloat16)
+    said = r"composing deltas .*bfloat16, expected torch\.float32.*Load the base in float32"
+    for refused in (
+        lambda: scaled_sum([a, a], cast, weights=[0.7, 0.7]),
+        lambda: union([a], cast),
+        lambda: overlap([a, a], cast),
+    ):
+        with pytest.raises(SettingError, match=said):
+            refused()
+
+
 def test_a_result_names_the_neutral_method(base: Base) -> None:
     given = [replace(graft(base, part), method=method("graft")) for part in (0, 1)]
     assert union(given, base).method == method("sparse")

@@ -344,6 +344,13 @@ def test_ranks_that_are_not_the_bases_are_refused() -> None:
             fitted.method.unpack(base, {**packed, name: odd})
     with pytest.raises(DamagedDelta, match="no ranks"):
         fitted.method.unpack(base, {k: v for k, v in packed.items() if k != name})
+    with pytest.raises(DamagedDelta, match="found 31 digits, expected 32"):
+        fitted.method.unpack(base, {**packed, name: packed[name][:-1]})
+    twice = packed[name].clone()
+    twice[:, 0] = twice[:, 1]
+    for odd in (torch.zeros_like(twice), twice):
+        with pytest.raises(DamagedDelta, match="ranks of heads that repeat or leave gaps"):
+            fitted.method.unpack(base, {**packed, name: odd})
     assert base.is_untouched()
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
+import torch
 
 from console import howfine_here
 from howfine import export as exporting
@@ -142,6 +143,23 @@ def test_from_tuning_to_onnx(tmp_path: Path) -> None:
 
 
 # --- bad input -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [1e-5, pytest.param(0.0, marks=pytest.mark.slow)])
+def test_small_logits_are_compared_as_large_ones(size: float) -> None:
+    """Wrong answers are told from rounding, whatever the head's scale; the right ones pass."""
+    base, chosen = tiny_base("bert"), method("select", train=("none",))
+    with chosen.attach(base) as change:
+        head = READOUT.attach(base, LABELS)
+        for value in head.parameters():
+            value.data = size * torch.randn_like(value)
+        delta = Delta.pack(base, chosen, change, READOUT, head, LABELS, "fp32")
+    with delta.applied(base) as wired, exporting._quiet():
+        graph = exporting._graph(wired, base, delta, False)
+        exporting._check_same(graph, wired, base, delta, False)
+        wired.head.linear.weight.data -= 1e-5
+        with pytest.raises(SettingError, match="other outputs than torch"):
+            exporting._check_same(graph, wired, base, delta, False)
 
 
 @pytest.mark.slow

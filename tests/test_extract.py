@@ -733,6 +733,15 @@ def test_another_number_format(models: Models, tmp_path: Path) -> None:
         extract(Base.load(str(models.base)), odd, tmp_path / OUT, bytes=5000)
 
 
+def test_a_base_in_half_precision(models: Models, tmp_path: Path) -> None:
+    """In memory its weights are rounded, whatever its fingerprint names."""
+    cast = Base.load(str(models.base), dtype="bfloat16")
+    for tuned in (models.delta, models.tuned):
+        with pytest.raises(SettingError, match=r"bfloat16, expected .*Load the base in float32"):
+            extract(cast, tuned, tmp_path / OUT, store="fp16")
+    assert not (tmp_path / OUT).exists()
+
+
 def test_another_architecture(models: Models, tmp_path: Path) -> None:
     said = "is a model of type gpt2, the base .* of type bert"
     refused(models, base_folder(tmp_path, "gpt2"), tmp_path, said, BaseError)

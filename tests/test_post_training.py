@@ -249,7 +249,7 @@ def test_factors_bring_a_layers_outputs_nearer(name: str, monkeypatch: Any) -> N
     fitted = 0
     for path, on in kept.items():
         before = gap(base, probe, path, {**probe.start, **at})
-        at[path] = units.scaled(base, probe.start[path], on, found[path])
+        at[path] = rescaling.scaled(base, probe.start[path], on, found[path])
         if (found[path] != 1).any():
             fitted += 1
             share = 1.0 if units.kind(base, path) == "heads" else 0.98
@@ -452,6 +452,41 @@ def test_padding_of_a_decoder_is_known_by_its_targets() -> None:
     assert found.tolist() == [[True, True, True, False], [True, True, False, False]]
     other = rescaling._of_decoder(batch, torch.ones(2, 5, dtype=torch.bool))
     assert other.all()
+
+
+def test_a_base_without_neurons_that_are_known_is_refused() -> None:
+    """Instead of a budget that the heads alone would keep."""
+    base = tiny_base("bert")
+    heads = {path: own for path, own in drawn(base, 0).items() if "attention" in path}
+    costs = costs_of(base)
+    with pytest.raises(SettingError, match="no matrix of tiny-bert that neurons lead into"):
+        macs.search(base, heads, costs, 0.5)
+    letters = {letter: own for letter, own in base.anatomy.letters.items() if letter != "O"}
+    base.anatomy = replace(base.anatomy, letters=letters)
+    for which in ("both", "neurons"):
+        with pytest.raises(SettingError, match="no matrix of tiny-bert that neurons lead into"):
+            units.counts(base, which)
+    assert units.counts(base, "heads").keys() == heads.keys()
+    chosen = method("prune", by="magnitude", units="heads")
+    with chosen.attach(base) as change:
+        packed = chosen.pack(base, change)
+    with chosen.unpack(base, packed):
+        pass
+    assert base.is_untouched()
+
+
+@pytest.mark.parametrize("odd", [float("nan"), float("inf")])
+def test_importances_that_are_no_numbers_are_refused(odd: float) -> None:
+    """They would be taken for the highest, and say what stays."""
+    base = tiny_base("bert")
+    information, costs = drawn(base, 0), costs_of(base)
+    path = list(information)[1]
+    information[path][3] = odd
+    with pytest.raises(SettingError, match=f"1 of .* units at {path} .*load the base in float32"):
+        macs.search(base, information, costs, 0.5)
+    for scope in ("global", "layer"):
+        with pytest.raises(SettingError, match="NaN or infinite, so that none can be ranked"):
+            units.strongest(base, information, 0.5, scope)
 
 
 def test_a_budget_is_exact_beyond_single_precision() -> None:

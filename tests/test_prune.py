@@ -17,7 +17,7 @@ from howfine.delta import SUFFIX, Delta
 from howfine.errors import DamagedDelta, SettingError
 from howfine.evaluate import evaluate
 from howfine.merge import merge
-from howfine.method import Method, method
+from howfine.method import Method, examples, method
 from howfine.probe import GradientProbe
 from howfine.readout import Wired, readout
 from howfine.recipe import Recipe
@@ -28,6 +28,7 @@ from tiny import (
     LABELS,
     READOUT,
     fit_a_little,
+    probe_for,
     tiny_base,
     tiny_task,
     tiny_whole,
@@ -501,6 +502,21 @@ def test_a_file_of_other_units_is_refused() -> None:
             fitted.method.unpack(base, {**packed, name: odd})
     with pytest.raises(DamagedDelta, match="does not fit the base"):
         fitted.method.unpack(base, {"units:no.such.weight": packed[name]})
+    assert base.is_untouched()
+
+
+@pytest.mark.parametrize("name", ["prune", "l0", "dynamic", "post_training"])
+def test_a_weight_of_another_shape_is_refused(name: str) -> None:
+    """Where units lead into it, and it is touched before it is put in place."""
+    base = tiny_base("bert")
+    chosen = examples()[name]
+    with chosen.attach(base, probe_for(chosen, READOUT, base)) as change:
+        packed = chosen.pack(base, change)
+    path = next(key for key in packed if key.startswith("units:")).removeprefix("units:")
+    own = base.parameter(path).detach()
+    for odd in (own[:-1], own[:, :-1], own[None], own.long()):
+        with pytest.raises(DamagedDelta, match="expected floating-point numbers of shape"):
+            chosen.unpack(base, {**packed, path: odd})
     assert base.is_untouched()
 
 

@@ -99,6 +99,12 @@ _VIT = Anatomy(
 _DINOV2 = replace(
     _VIT,
     block="encoder.layer.{}",
+    letters={  # the largest ones have a gated net
+        **_VIT_LETTERS,
+        "I": "mlp.fc1|mlp.up_proj",
+        "G": "mlp.gate_proj",
+        "O": "mlp.fc2|mlp.down_proj",
+    },
     pooler="",
     feed_forward="layer_scale2",
     branches=("before:norm1", "before:norm2"),

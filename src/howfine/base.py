@@ -271,6 +271,19 @@ class Base:
         """Number format of the parameters."""
         return next(self.towers.parameters()).dtype
 
+    def check_exact(self, what: str) -> None:
+        """Raises SettingError unless the weights are those that the fingerprint names, unrounded.
+
+        `what` would read rounded ones, and be wrong on the base as it was stored.
+        """
+        cast = [path for path, own in self._parameters.items() if own.dtype != torch.float32]
+        if cast:
+            raise SettingError(
+                f"{what} reads the pretrained weights of {self.name}, and {cast[0]} is in "
+                f"{self._parameters[cast[0]].dtype}, expected torch.float32: what is made of "
+                "rounded weights is wrong on the base itself. Load the base in float32"
+            )
+
     def paths(self) -> list[str]:
         """Every parameter's path, tower name first; tied parameters once."""
         return list(self._parameters)

@@ -26,8 +26,9 @@ from howfine.readout import Wired
 from howfine.task import Example
 
 OUTPUT = "logits"
-# What the outputs of both may differ by, relative to the largest: more is no rounding.
-_ROUNDING = 1e-3
+# What the outputs of both may differ by, relative to the largest, in float32 and in steps of other
+# formats: more is no rounding.
+_ROUNDING, _STEPS = 1e-3, 8
 _HINT = "Change the base's weights alone (merge or slice such a delta), or choose another base"
 _MOST_BYTES = 2**31 - 2**24  # protobuf's limit, less what is no weight
 _TEXTS = ("a fine film", "it takes its time, and then it is over before anyone has noticed")
@@ -145,10 +146,11 @@ def _check_same(graph: bytes, wired: Wired, base: Base, delta: Delta, pair: bool
         if not type(error).__module__.startswith("onnxruntime"):
             raise
         raise SettingError(f"ONNX Runtime can't run the graph: {error}. {_HINT}") from error
-    apart = (torch.from_numpy(found) - expected).abs().max() / expected.abs().max().clamp(min=1)
-    if not float(apart) <= _ROUNDING:
+    largest = expected.float().abs().max().clamp(min=1e-12)
+    apart = float((torch.from_numpy(found).float() - expected.float()).abs().max() / largest)
+    if not apart <= max(_ROUNDING, _STEPS * torch.finfo(expected.dtype).eps):
         raise SettingError(
-            f"ONNX Runtime gives other outputs than torch, apart by {float(apart):.1e} of the "
+            f"ONNX Runtime gives other outputs than torch, apart by {apart:.1e} of the "
             f"largest: a {base.config.model_type} with this change can't be exported. {_HINT}"
         )
 

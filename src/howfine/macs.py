@@ -49,8 +49,10 @@ def search(
 
     For each number k of heads, the k of the largest information and as many neurons as the rest of
     the budget has room for; of these the k with the largest sum. Of each layer the best head and
-    neuron come first. Raises SettingError where the budget has no room for those.
+    neuron come first. Raises SettingError where the budget has no room for those, or where there
+    are none.
     """
+    units.check_kinds(base, information, "both")
     kinds = units.by_kind(base, information)
     heads, neurons = (_Ranked(kinds[kind], costs) for kind in ("heads", "neurons"))
     whole = int(heads.cost[-1] + neurons.cost[-1])

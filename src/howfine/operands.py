@@ -92,8 +92,9 @@ def flat(tensor: Tensor) -> Tensor:
 def operands(deltas: Sequence[Delta | str | Path], base: Base | None) -> tuple[Base, list[Operand]]:
     """The base, loaded if none is given, and the deltas on it.
 
-    Raises SettingError for none, WrongBase where the bases differ, DeltaError for a delta whose
-    change is not made of new values of the base's weights, and for NaN.
+    Raises SettingError for none, and for a base in half precision, WrongBase where the bases
+    differ, DeltaError for a delta whose change is not made of new values of the base's weights, and
+    for NaN.
     """
     if not deltas:
         raise SettingError("no delta was given; give one or more")
@@ -113,6 +114,7 @@ def operands(deltas: Sequence[Delta | str | Path], base: Base | None) -> tuple[B
             )
     if base is None:
         base = Base.load(first.base_name, kind=first.base_kind)
+    base.check_exact("composing deltas")
     return base, [_operand(*each, base) for each in zip(names, opened, strict=True)]
 
 

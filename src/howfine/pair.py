@@ -53,8 +53,11 @@ def opened(before: str | Base, after: str | Path, *, loaded: bool, kind: str = "
     """The pair of a base (by name, folder or as it is) and a tuned checkpoint, adapter or delta.
 
     With `loaded`, the base has its weights. Raises BaseError for another architecture, vocabulary
-    or number format, and for a damaged checkpoint; BaseNotFound; DeltaError and WrongBase.
+    or number format, and for a damaged checkpoint; BaseNotFound; DeltaError and WrongBase;
+    SettingError for a base that is in half precision in memory.
     """
+    if isinstance(before, Base):
+        before.check_exact("extracting a delta")
     path = Path(after)
     if container.is_delta(path):
         return _of_delta(before, Delta.load(path))

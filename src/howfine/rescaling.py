@@ -15,7 +15,7 @@ import torch
 from scipy.sparse.linalg import lsmr
 from torch import Tensor, nn
 
-from howfine import units
+from howfine import gates, units
 from howfine.anatomy import FEEDS
 from howfine.base import IMAGE, Base
 from howfine.batch import Batch
@@ -77,7 +77,7 @@ def factors(
             if solved is None:
                 return found
             found[path][kept[path]] = solved.to(found[path])
-            student.at[path] = units.scaled(base, whole[path], kept[path], found[path])
+            student.at[path] = scaled(base, whole[path], kept[path], found[path])
         for _ in student.block(layer, done=True):
             pass
     return found
@@ -234,3 +234,33 @@ def _check_added(base: Base) -> None:
                 "it adds it to the residual, so factors can't be fitted to it; choose "
                 "stage=rearranged"
             )
+
+
+def scaled(base: Base, weight: Tensor, on: Tensor, factors: Tensor) -> Tensor:
+    """A matrix that units lead into, with a factor (units,) on what each gives; 0 where off."""
+    wide, times = units.along_inputs(base, on), units.along_inputs(base, factors)
+    return Scaled.of(weight, wide, times)
+
+
+class Scaled(nn.Module):
+    """A weight with factors on what units give, and 0 for those that are off.
+
+    `on` and `factors` are (units, 1) or (1, units), which spreads over the weight.
+    """
+
+    on: Tensor
+    factors: Tensor
+
+    def __init__(self, on: Tensor, factors: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("on", on.clone())
+        self.register_buffer("factors", factors.clone())
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return self.of(weight, self.on, self.factors)
+
+    @staticmethod
+    def of(weight: Tensor, on: Tensor, factors: Tensor) -> Tensor:
+        """That weight."""
+        times = gates.spread(factors, tuple(weight.shape))
+        return gates.drop((weight.float() * times).to(weight.dtype), on)

@@ -8,7 +8,7 @@ no say. Biases of W_O and W_2 are no unit's.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 import torch
@@ -32,10 +32,28 @@ _KIND = {"D": "heads", "CD": "heads", "O": "neurons"}
 
 
 def counts(base: Base, which: Kinds = "both") -> dict[str, int]:
-    """How many units lead into a matrix, by its path, of the layers from the bottom up."""
-    kinds = {path: kind(base, path) for path in base.choose(("matrices",))}
-    wanted = ("heads", "neurons") if which == "both" else (which,)
-    return {path: base.units_into(path) for path, own in kinds.items() if own in wanted}
+    """How many units lead into a matrix, by its path, of the layers from the bottom up.
+
+    Raises SettingError where the base has none of that kind.
+    """
+    found = _counts(base)
+    check_kinds(base, found, which)
+    return {path: n for path, n in found.items() if which in ("both", kind(base, path))}
+
+
+def _counts(base: Base) -> dict[str, int]:
+    return {p: base.units_into(p) for p in base.choose(("matrices",)) if kind(base, p)}
+
+
+def check_kinds(base: Base, paths: Iterable[str], which: Kinds) -> None:
+    """Raises SettingError unless units of these kinds lead into some of the matrices at `paths`."""
+    wanted = {"heads", "neurons"} if which == "both" else {which}
+    if missing := sorted(wanted - {kind(base, path) for path in paths}):
+        raise SettingError(
+            f"found no matrix of {base.name} that {' or '.join(missing)} lead into, expected one "
+            "in each layer: they can't be switched off. Choose the other kind of units where the "
+            "method has that setting, or name the matrices in its row of howfine.architectures"
+        )
 
 
 def kind(base: Base, path: str) -> str:
@@ -84,8 +102,16 @@ def ranks(
     """(units,) int32 by path: how many units of these paths are less important.
 
     Of each path the most important one comes after all that are not, so that it goes last; units
-    that are not `among` those on are below all. Ties are settled by position.
+    that are not `among` those on are below all. Ties are settled by position. Raises SettingError
+    for scores that are not finite: they would be the highest.
     """
+    for path, score in scores.items():
+        if odd := int((~score.isfinite()).sum()):
+            raise SettingError(
+                f"the importance of {odd} of {len(score)} units at {path} is NaN or infinite, so "
+                "that none can be ranked: the gradients are, or the weights; load the base in "
+                "float32, or train the start again with a lower learning_rate, where it diverged"
+            )
     firm = []
     for path, score in scores.items():
         on = among[path].cpu() if among else torch.ones(len(score), dtype=torch.bool)
@@ -189,36 +215,6 @@ def without(base: Base, path: str, weight: Tensor, on: Tensor) -> Tensor:
     return gates.drop(weight, along_inputs(base, on))
 
 
-def scaled(base: Base, weight: Tensor, on: Tensor, factors: Tensor) -> Tensor:
-    """The same with a factor (units,) on what each unit that is on gives."""
-    wide, times = along_inputs(base, on), along_inputs(base, factors)
-    return Scaled.of(weight, wide, times)
-
-
-class Scaled(nn.Module):
-    """A weight with factors on what units give, and 0 for those that are off.
-
-    `on` and `factors` are (units, 1) or (1, units), which spreads over the weight.
-    """
-
-    on: Tensor
-    factors: Tensor
-
-    def __init__(self, on: Tensor, factors: Tensor) -> None:
-        super().__init__()
-        self.register_buffer("on", on.clone())
-        self.register_buffer("factors", factors.clone())
-
-    def forward(self, weight: Tensor) -> Tensor:
-        return self.of(weight, self.on, self.factors)
-
-    @staticmethod
-    def of(weight: Tensor, on: Tensor, factors: Tensor) -> Tensor:
-        """That weight."""
-        times = gates.spread(factors, tuple(weight.shape))
-        return gates.drop((weight.float() * times).to(weight.dtype), on)
-
-
 class OfUnits(nn.Module):
     """A weight of which what belongs to units that are off is read as it is here.
 
@@ -271,10 +267,10 @@ def named(kept: Mapping[str, Tensor]) -> Tensors:
 def parted(base: Base, tensors: Mapping[str, Tensor], axes: int) -> tuple[Tensors, ...]:
     """(what a file says of units, a column each in so many axes; its other tensors).
 
-    Raises DamagedDelta where that does not fit the base's units.
+    Raises DamagedDelta where that does not fit the base's units, or its parameters.
     """
     own = {n.removeprefix(KEPT): v for n, v in tensors.items() if n.startswith(KEPT)}
-    expected = counts(base)
+    expected = _counts(base)
     for path, value in own.items():
         fits = value.ndim == axes and value.dtype == torch.bool
         if not fits or value.shape[-1] != expected.get(path):
@@ -283,7 +279,16 @@ def parted(base: Base, tensors: Mapping[str, Tensor], axes: int) -> tuple[Tensor
                 f"({value.dtype}), which does not fit the base {base.name}; the file is damaged, "
                 "or made for another model"
             )
-    return own, {n: v for n, v in tensors.items() if not n.startswith(KEPT)}
+    values = {n: v for n, v in tensors.items() if not n.startswith(KEPT)}
+    for path in values.keys() & set(base.paths()):
+        value, shape = values[path], tuple(base.parameter(path).shape)
+        if tuple(value.shape) != shape or not value.is_floating_point():
+            raise DamagedDelta(
+                f"delta holds {path!r} of shape {tuple(value.shape)} ({value.dtype}), expected "
+                f"floating-point numbers of shape {shape}, as the base {base.name} has it; the "
+                "file is damaged, or made for another model"
+            )
+    return own, values
 
 
 def cleared(base: Base, tensors: Mapping[str, Tensor]) -> Tensors:

@@ -122,15 +122,8 @@ class Dynamic(Method):
         return whole.stored(change.parts["beside"], store)
 
     def unpack(self, base: Base, tensors: Tensors) -> Change:
-        counts = units.counts(base)
         bits, values = units.parted(base, tensors, 2)
-        placed = {path: _number(own) for path, own in bits.items()}
-        for path, count in counts.items():
-            if path not in placed or len(placed[path]) != count:
-                raise DamagedDelta(
-                    f"delta has no ranks of the {count} units at {path!r} of the base "
-                    f"{base.name}; the file is damaged, or made for another model"
-                )
+        placed = _placed(base, bits)
         for name, own in units.by_kind(base, placed).items():
             units.check_share(own, self.keep, name)
         for path, on in _on(base, placed, self.keep).items():
@@ -138,6 +131,27 @@ class Dynamic(Method):
             if not on.all():
                 values[path] = units.without(base, path, value, on)
         return whole.unpack(base, values)
+
+
+def _placed(base: Base, bits: Mapping[str, Tensor]) -> Tensors:
+    """(units,) ranks by path, from their digits. Raises DamagedDelta for what are none."""
+    for path, count in units.counts(base).items():
+        if path not in bits or len(bits[path]) != _DIGITS:
+            digits = f"{len(bits[path])} digits" if path in bits else "nothing"
+            raise DamagedDelta(
+                f"delta has no ranks of the {count} units at {path!r} of the base {base.name}: "
+                f"found {digits}, expected {_DIGITS} digits of each; the file is damaged, or made "
+                "for another model"
+            )
+    placed = {path: _number(own) for path, own in bits.items()}
+    for name, own in units.by_kind(base, placed).items():
+        ranks = torch.cat(list(own.values())).sort().values
+        if not torch.equal(ranks, torch.arange(len(ranks), device=ranks.device)):
+            raise DamagedDelta(
+                f"delta has ranks of {name} that repeat or leave gaps, expected each of 0 to "
+                f"{len(ranks) - 1} once; the file is damaged"
+            )
+    return placed
 
 
 def _on(base: Base, placed: Mapping[str, Tensor], keep: float) -> Tensors:

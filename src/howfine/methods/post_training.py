@@ -111,7 +111,7 @@ class PostTraining(Method):
             factors = 1 + _spread(base, path, kept.get(path), apart.get(path))
             on: Tensor = kept[path]
             value: Tensor = values.get(path, base.original(path).to(on.device))
-            values[path] = units.scaled(base, value, on, factors)
+            values[path] = rescaling.scaled(base, value, on, factors)
         return whole.unpack(base, values)
 
 
@@ -119,7 +119,7 @@ def _gate(base: Base, path: str, kept: Tensors, apart: Tensors) -> nn.Module | N
     """What a matrix is read through: its units' factors, or the base's own where they are off."""
     if path in kept:
         wide = (units.along_inputs(base, own) for own in (kept[path], 1 + apart[path]))
-        return units.Scaled(*wide)
+        return rescaling.Scaled(*wide)
     on = units.entries(base, path, kept)
     return None if on is None else units.OfUnits(on, base.original(path))
 
