@@ -98,6 +98,20 @@ def test_the_decoder_goes_on_from_what_it_learned_to_read(name: str, forced: int
         assert row[1] == len(target)
 
 
+@pytest.mark.parametrize("beams", [1, 3])
+@pytest.mark.parametrize("name", ["bart", "t5"])
+def test_a_block_on_top_has_its_place_in_both_caches(name: str, beams: int) -> None:
+    base, read = whole(name), writer(beams=beams)
+    bare, start = written(base, read), [base.config.decoder_start_token_id]
+    torch.manual_seed(0)
+    with method("deep", std=0.5).attach(base):
+        found = written(base, read)
+        assert found == [written(base, read, [each])[0] for each in EXAMPLES]
+        if beams == 1:
+            assert found == [by_hand(base, each, start) for each in EXAMPLES]
+    assert found != bare
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["bart", "mbart", "t5"])
 def test_what_is_learned_by_heart_is_written(name: str, tmp_path: Path) -> None:
