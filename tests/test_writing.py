@@ -15,7 +15,7 @@ from howfine import layout
 from howfine.base import Base
 from howfine.cli import app
 from howfine.delta import SUFFIX
-from howfine.errors import SettingError, TaskError
+from howfine.errors import DeltaError, SettingError, TaskError
 from howfine.evaluate import evaluate, logits, predict
 from howfine.method import method
 from howfine.plan import Plan
@@ -150,6 +150,17 @@ def test_slots_are_read_by_the_encoder_alone(name: str, beams: int, shared: bool
     torch.testing.assert_close(found, torch.stack(alone), atol=1e-4, rtol=1e-4)
     assert (found - bare[1]).abs().max() > 1e-3
     assert base.is_untouched()
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+@pytest.mark.parametrize("number", [torch.nan, torch.inf])
+def test_scores_that_are_no_numbers_give_no_text(number: float, beams: int) -> None:
+    base, read = tiny_writer("gpt2"), writer(beams=beams)
+    model, spoilt = wired(base, read), base.towers.get_submodule(f"{base.body_path}.wte").weight
+    with torch.no_grad():
+        spoilt[ids("w6")] = number
+    with pytest.raises(DeltaError, match="the delta gives NaN or infinity for . of 3 examples"):
+        logits(model, base, EXAMPLES)
 
 
 def test_the_models_own_wishes_play_no_part() -> None:

@@ -17,7 +17,7 @@ from howfine.base import Base
 from howfine.batch import to_device
 from howfine.calibration import calibration, temperature, tempered
 from howfine.delta import Delta
-from howfine.errors import DeltaError, SettingError, TaskError, near
+from howfine.errors import SettingError, TaskError, near
 from howfine.metrics import METRICS, bootstrap_interval, scores
 from howfine.readout import Wired
 from howfine.task import Example, Task
@@ -245,13 +245,7 @@ def logits(
         fields = to_device(batch.as_kwargs(), base.device)
         parts.append(model(**fields)["logits"].float().cpu())
     outputs = torch.cat(parts)
-    odd = int((~torch.isfinite(outputs)).any(-1).sum())
-    if odd:
-        raise DeltaError(
-            f"the delta gives NaN or infinity for {odd} of {len(order)} examples: its training "
-            f"diverged, or {base.name} overflows in its number format; tune with a lower "
-            "learning_rate, or use dtype float32"
-        )
+    checks.finite(int((~torch.isfinite(outputs)).any(-1).sum()), len(order), base.name)
     back = torch.empty(len(order), dtype=torch.long)
     back[torch.tensor(order)] = torch.arange(len(order))
     return outputs[back]
