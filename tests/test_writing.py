@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import MBartTokenizer
 from typer.testing import CliRunner
 
-from howfine import layout
+from howfine import language, layout
 from howfine.base import Base
 from howfine.cli import app
 from howfine.delta import SUFFIX
@@ -209,6 +210,15 @@ def test_targets_are_pieces_of_the_targets_language() -> None:
     assert batch.targets is not None
     assert batch.targets.tolist() == [ids("w14 w15 [SEP]")]
     assert batch.inputs["input_ids"].tolist() == [ids("w1 w2 w3")]
+
+
+def test_the_sources_language_is_what_the_tokenizer_is_set_to() -> None:
+    words = [("<s>", 0.0), ("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("\u2581a", -1.0)]
+    tokenizer = MBartTokenizer(vocab=words, src_lang="en_XX", tgt_lang="ro_RO")
+    for language_of in ("en_XX", "de_DE"):
+        tokenizer.src_lang = language_of
+        before, after = language.around(tokenizer)
+        assert [*before, *after] == tokenizer("a").input_ids[1:]
 
 
 def test_a_decoder_has_room_and_a_start() -> None:

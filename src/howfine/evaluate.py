@@ -191,7 +191,12 @@ def predict(
 
 
 def examples_of(texts: Sequence[str | tuple[str, str] | Example]) -> list[Example]:
-    """Texts, or pairs of texts, as examples. Raises TaskError for a mixture, and others."""
+    """Texts, or pairs of texts, as examples.
+
+    Raises TaskError for a mixture, for others and for half a character, SettingError for one text.
+    """
+    if isinstance(texts, str):
+        raise SettingError(f"found one text, {texts!a:.80}, expected several; put it in a list")
     examples = [
         text if isinstance(text, Example) else Example(texts=_texts(text), label=0)
         for text in texts
@@ -203,7 +208,21 @@ def examples_of(texts: Sequence[str | tuple[str, str] | Example]) -> list[Exampl
             f"found inputs of {found} texts, expected one text in each, or a pair in each; take "
             "surplus tabs out"
         )
+    for number, example in enumerate(examples, 1):
+        read = (text for _, text in example.segments)
+        for text in (*example.texts, *example.options, *read):
+            _check_encodable(number, text)
     return examples
+
+
+def _check_encodable(number: int, text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise TaskError(
+            f"input {number} holds {text!a:.80} with half a character (a lone surrogate) at place "
+            f"{error.start + 1}, expected whole ones; correct it, or leave it out"
+        ) from error
 
 
 def _texts(found: Any) -> tuple[str, ...]:
