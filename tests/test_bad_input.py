@@ -23,13 +23,14 @@ from disk import base_folder, howfine, task_folder
 from howfine import pair
 from howfine.base import Base
 from howfine.delta import Delta
-from howfine.errors import BaseNotFound, SettingError, StorageError
+from howfine.errors import BaseNotFound, SettingError, StorageError, TaskError
 from howfine.evaluate import predict
 from howfine.merge import in_folder
 from howfine.method import method
 from howfine.plan import Plan
 from howfine.readout import readout
 from howfine.recipe import Recipe
+from howfine.task import Example
 from tiny import LABELS, tiny_base, tiny_tower
 
 # Faults that these tests found and that are not mended yet; a strict mark tells when they are.
@@ -728,6 +729,16 @@ def untrained(base: Base, max_length: int) -> Delta:
     chosen, read = method("select", train=("none",)), readout("classifier", max_length=max_length)
     with chosen.attach(base) as change:
         return Delta.pack(base, chosen, change, read, read.attach(base, LABELS), LABELS)
+
+
+def test_half_a_character_and_a_text_without_a_list() -> None:
+    base = tiny_base("bert")
+    delta = untrained(base, 32)
+    for bad in ("\ud800 w1", ("w1", "\ud800"), Example(("w1 \udfff",))):
+        with pytest.raises(TaskError, match=r"input 2 holds .*\\ud.* half a character .* at place"):
+            predict(delta, [("w1", "w2") if isinstance(bad, tuple) else "w1", bad], base)
+    with pytest.raises(SettingError, match="found one text, 'w1 w2', expected several"):
+        predict(delta, "w1 w2", base)
 
 
 def test_texts_and_pairs_do_not_mix(inputs: Inputs) -> None:

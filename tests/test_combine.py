@@ -343,6 +343,22 @@ def test_bad_input_is_named(tmp_path: Path) -> None:
     assert base.is_untouched()
 
 
+def test_a_task_that_gives_nan_is_named() -> None:
+    base = tiny_base("bert")
+    deltas = {"mood": fitted(base, kinds()["adapter"])}
+    for name, kind in (("shared", "prefix"), ("apart", "full")):
+        with method(kind).attach(base) as change:
+            for value in change.trainable.values():
+                value.data.fill_(torch.nan)
+            head = READOUT.attach(base, LABELS)
+            deltas[name] = Delta.pack(base, method(kind), change, READOUT, head, LABELS, "fp32")
+    with combine(deltas, base) as tasks:
+        for name in ("shared", "apart"):
+            with pytest.raises(DeltaError, match=rf"task '{name}': .* NaN .* for 1 of 1 examples"):
+                tasks.predict([("mood", "w1 w2"), (name, "w1 w2")])
+        assert tasks.predict([("mood", "w1 w2")])
+
+
 def test_an_error_leaves_the_other_tasks_as_they_were() -> None:
     """Also one in a task's own pass, for which the shared changes were off."""
     base = tiny_base("bert")

@@ -249,6 +249,17 @@ def test_changes_are_on_in_every_step(name: str, kind: str, beams: int) -> None:
     assert base.is_untouched()
 
 
+def test_a_block_on_top_needs_a_cache_that_grows() -> None:
+    base = tiny_writer("llama")
+    fixed = {"cache_implementation": "static", "disable_compile": True, "max_new_tokens": 2}
+    with (
+        method("deep").attach(base),
+        pytest.raises(SettingError, match=r"a cache of a fixed size \(StaticLayer\), expected one"),
+    ):
+        base.tower.generate(torch.tensor([ids("w1 w2")]), **fixed)
+    assert base.is_untouched()
+
+
 def step_by_step(model: Wired, base: Base, read: Readout, example: Example) -> str:
     """What is likeliest next, by the likelihoods that a loss is made of: no generate()."""
     written: list[int] = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -143,9 +144,14 @@ def test_examples_may_have_options_of_their_own() -> None:
 
 def test_class_names_are_the_options_where_none_are_given() -> None:
     base = tiny_language_base("bert")
-    read = choice(options=()).settled(base, ("w20", "w21"))
+    task = replace(tiny_task(), labels=("w20", "w21"))
+    read: Any = choice(options=()).of_task(task)
     batch = read.collate(base, [TEXTS[0]])
     assert ids("[MASK] w20 [MASK] w21") == batch.inputs["input_ids"][0, 1:5].tolist()
+    rows = [replace(row, options=("w1", "w2")) for row in task.splits["train"]]
+    own = replace(task, splits={**task.splits, "train": rows})
+    assert choice(options=()).of_task(own) == choice(options=())
+    assert choice(options=("w3", "w4")).of_task(own) == choice(options=("w3", "w4"))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -284,9 +290,12 @@ def test_bad_input_is_named() -> None:
         choice(options=()).collate(base, [Example(("w1",), 0, ("w2", "w2"))])
     long = " ".join(["w1"] * 80)
     both = choice(options=(f"{long} w2", f"{long} w3"), max_length=64)
-    # Cut to the same tokens they have the same score, which is no error.
-    (outputs,) = logits_of(wired(base, both, LABELS), base, [Example(("w9",), 0)])
-    assert outputs[0] == pytest.approx(outputs[1].item(), abs=1e-5)
+    with pytest.raises(
+        TaskError, match=r"cut to fit.*the same 10 tokens, .* has 64; raise max_len"
+    ):
+        both.collate(base, [Example(("w9",), 0)])
+    with pytest.raises(TaskError, match="'Good' and 'good' the same tokens and can't tell"):
+        choice(options=("Good", "good")).collate(base, [Example(("w9",), 0)])
     with pytest.raises(TaskError, match=r"holds the mask token \[MASK\]"):
         choice().collate(base, [Example(("w1 [MASK]",), 0)])
     with pytest.raises(TaskError, match="has 0"):
@@ -340,7 +349,7 @@ def test_only_the_choices_loss_is_a_mean_over_rows() -> None:
         Example((four,), 1, options=("w40", "w41", "w42", "w43")),
     ]
     for objective in ("both", "words", "choice"):
-        read = choice(options=(), objective=objective).settled(base, ("a", "b", "c", "d"))
+        read = choice(options=(), objective=objective)
         wired = Wired(base, read, read.attach(base, ("a", "b", "c", "d"))).eval()
         losses = [
             float(wired(**read.collate(base, part).as_kwargs())["loss"])

@@ -5,10 +5,12 @@ from __future__ import annotations
 import csv
 import io
 import json
+import sys
 import tarfile
 import tracemalloc
 import zlib
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +81,21 @@ def test_decoded_pictures_are_kept_within_a_bound(monkeypatch: pytest.MonkeyPatc
         kept.get(picture, 8)
         assert kept.bytes == sum(each.nbytes for each in kept.held.values()) <= 3 * 3 * 64
     assert [key[0] for key in kept.held] == [pictures[n].digest for n in (4, 3, 2)]
+
+
+def test_threads_share_decoded_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = images._Decoded()
+    monkeypatch.setattr(images, "KEPT_BYTES", 2 * 3 * 64)
+    pictures = [Picture(str(n), png(n)) for n in range(5)]
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(4) as threads:
+            asked = [threads.submit(kept.get, pictures[n * n % 5], 8) for n in range(2000)]
+            assert all(each.result().shape == (3, 8, 8) for each in asked)
+    finally:
+        sys.setswitchinterval(before)
+    assert kept.bytes == sum(each.nbytes for each in kept.held.values())
 
 
 @pytest.mark.parametrize("ending", ["JPEG", "PNG", "WEBP", "GIF", "BMP"])
@@ -552,6 +569,8 @@ def test_zero_shot_classes(aligned: Path) -> None:
         (lambda d, p: search(d, ["a"], p), "has no pictures"),
         (lambda d, p: search(d, [" "], d.parent / "pictures", cache=p / "c"), "text 1 is empty"),
         (lambda d, p: search(d, ["a"], d.parent / "pictures", top=0), "top is 0"),
+        (lambda d, p: search(d, "a", d.parent / "pictures"), "several queries"),
+        (lambda d, p: classify(d, [], "cat"), "several names"),
         (lambda d, p: search(d, [], d.parent / "pictures", cache=p / "c"), "nothing to encode"),
         (lambda d, p: classify(d, [], ["cat"]), "expected two or more"),
         (lambda d, p: classify(d, [], ["cat", "cat"]), "all different"),

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers import DynamicCache, StaticCache
 
 from howfine import attention
 from howfine.base import Base
@@ -194,6 +195,22 @@ def test_generation_goes_on_as_after_the_words(name: str, beams: int) -> None:
         found = generated(texts)
     assert found == expected
     assert plain != expected
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", CAUSAL)
+def test_a_cache_of_a_fixed_size_gives_what_a_growing_one_gives(name: str) -> None:
+    """And a text in two parts what it gives at once: there are then more keys than queries."""
+    base = tiny_language_base(name)
+    tower, ids = base.tower.eval(), torch.tensor([TEXT_IDS])
+    with words().attach(base):
+        whole = outputs(base, TEXT_IDS)
+        fixed = StaticCache(config=tower.config, max_cache_len=12)
+        found = outputs(base, TEXT_IDS, past_key_values=fixed)
+        torch.testing.assert_close(found, whole, atol=1e-5, rtol=0)
+        for cache in (StaticCache(config=tower.config, max_cache_len=12), DynamicCache()):
+            parts = [tower(input_ids=p, past_key_values=cache).logits[0] for p in ids.split(2, 1)]
+            torch.testing.assert_close(torch.cat(parts), whole, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("hidden", [0, 8])

@@ -340,6 +340,17 @@ def test_vectors_that_do_not_fit_are_refused() -> None:
             logits_of(wired, base, TEXTS)
 
 
+def test_a_static_caches_masks_are_refused() -> None:
+    """Of a model with two kinds of layers they come by name."""
+    base = tiny_language_base("gemma2")
+    fixed = {"cache_implementation": "static", "disable_compile": True, "max_new_tokens": 2}
+    with (
+        attach(base.tower, "prompt", tokenizer=base.tokenizer, length=2),
+        pytest.raises(SettingError, match="a dynamic cache in generation"),
+    ):
+        base.tower.generate(torch.tensor([[20, 21, 22]]), **fixed)
+
+
 def test_attach_says_what_it_lacks() -> None:
     tower = tiny_base("gpt2").tower
     with pytest.raises(SettingError, match="no such token"):

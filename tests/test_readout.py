@@ -76,6 +76,33 @@ def test_a_batch_holds_both_texts_cut_to_length():
     assert read.collate(base, [long], labelled=False).targets is None
 
 
+@pytest.mark.parametrize("texts", [("w1 w2",), ("w1", "w2")])
+def test_special_tokens_leave_room_for_a_text(texts):
+    """A tokenizer that has less cuts nothing at all."""
+    base, taken = tiny_base("bert"), 1 + len(texts)
+    for length in (1, taken):
+        with pytest.raises(SettingError, match=f"take {taken} of {length} tokens.*found {length}"):
+            readout("classifier", max_length=length).collate(base, [Example(texts)])
+    batch = readout("classifier", max_length=taken + 1).collate(base, [Example(texts)])
+    assert batch.inputs["input_ids"].shape[1] == taken + 1
+    base.reserved = base.room - taken
+    with pytest.raises(SettingError, match=f"the base holds {taken}"):
+        readout("classifier").collate(base, [Example(texts)])
+
+
+def test_bounds_of_logits_are_none_of_a_score():
+    """Gemma 2 keeps its logits within ±30; a regression's scores may be larger."""
+    base = tiny_language_base("gemma2")
+    most, read = base.config.final_logit_softcapping, readout("verbalizer", template="{text}")
+    batch = read.collate(base, [Example(("w1",))], labelled=False)
+    for labels, expected in (((), 80.0), (LABELS, most * math.tanh(80 / most))):
+        head = read.attach(base, labels)
+        with torch.no_grad():
+            head.classes.weight.zero_()
+            head.classes.bias.fill_(80)
+            assert float(head(base.towers, batch)[0, 0]) == pytest.approx(expected)
+
+
 def test_regression_targets_are_floats_and_the_head_has_one_output():
     base = tiny_base("bert")
     read = readout("classifier")

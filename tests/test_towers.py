@@ -26,10 +26,10 @@ from howfine.readout import Wired, readout
 from howfine.recipe import Recipe
 from howfine.report import Report, report
 from howfine.study import study
-from howfine.task import Task
+from howfine.task import Example, Task
 from howfine.training import Training
 from howfine.tune import tune
-from tiny import captioned_task, png, tiny_base, tiny_towers, tuned_weights
+from tiny import captioned_task, logits_of, png, tiny_base, tiny_towers, tuned_weights
 
 READ = readout("contrastive", width=16, size=8, max_length=16)
 ONE_TOWER = sorted(name for name, each in examples().items() if not each.for_towers)
@@ -171,6 +171,25 @@ def test_pairs_alone_give_what_a_batch_gives(image: str, text: str, name: str) -
     assert torch.allclose(torch.cat(alone), together, atol=1e-5)
     assert (together - plain).abs().max() > 1e-3
     assert base.is_untouched()
+
+
+@pytest.mark.parametrize("text", ["gpt2", "t5", "bert"])
+def test_a_blank_caption_has_a_direction(text: str) -> None:
+    base = tiny_towers("vit", text)
+    wired = Wired(base, READ, READ.attach(base, ())).eval()
+    rows = [Example((words,), picture=Picture(words, png(1))) for words in (" ", "w1 w2")]
+    alone, together = (logits_of(wired, base, each) for each in (rows[:1], rows))
+    assert torch.isfinite(together).all()
+    torch.testing.assert_close(together[:1], alone, atol=1e-5, rtol=0)
+
+
+def test_pictures_have_a_patch_and_captions_a_token() -> None:
+    base = tiny_towers()
+    with pytest.raises(SettingError, match=r"found 3 pixels, and a patch of .* has 4 on a side"):
+        readout("contrastive", size=3).attach(base, ())
+    assert readout("contrastive", size=4).attach(base, ())
+    with pytest.raises(SettingError, match="special tokens take 2 of 2 tokens"):
+        readout("contrastive", max_length=2).collate(base, [Example(("w1",))], labelled=False)
 
 
 def test_a_budget_is_each_towers_own() -> None:

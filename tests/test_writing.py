@@ -9,13 +9,14 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import MBartTokenizer
 from typer.testing import CliRunner
 
-from howfine import layout
+from howfine import language, layout
 from howfine.base import Base
 from howfine.cli import app
 from howfine.delta import SUFFIX
-from howfine.errors import SettingError, TaskError
+from howfine.errors import DeltaError, SettingError, TaskError
 from howfine.evaluate import evaluate, logits, predict
 from howfine.method import method
 from howfine.plan import Plan
@@ -98,6 +99,20 @@ def test_the_decoder_goes_on_from_what_it_learned_to_read(name: str, forced: int
         assert row[1] == len(target)
 
 
+@pytest.mark.parametrize("beams", [1, 3])
+@pytest.mark.parametrize("name", ["bart", "t5"])
+def test_a_block_on_top_has_its_place_in_both_caches(name: str, beams: int) -> None:
+    base, read = whole(name), writer(beams=beams)
+    bare, start = written(base, read), [base.config.decoder_start_token_id]
+    torch.manual_seed(0)
+    with method("deep", std=0.5).attach(base):
+        found = written(base, read)
+        assert found == [written(base, read, [each])[0] for each in EXAMPLES]
+        if beams == 1:
+            assert found == [by_hand(base, each, start) for each in EXAMPLES]
+    assert found != bare
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["bart", "mbart", "t5"])
 def test_what_is_learned_by_heart_is_written(name: str, tmp_path: Path) -> None:
@@ -136,6 +151,17 @@ def test_slots_are_read_by_the_encoder_alone(name: str, beams: int, shared: bool
     torch.testing.assert_close(found, torch.stack(alone), atol=1e-4, rtol=1e-4)
     assert (found - bare[1]).abs().max() > 1e-3
     assert base.is_untouched()
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+@pytest.mark.parametrize("number", [torch.nan, torch.inf])
+def test_scores_that_are_no_numbers_give_no_text(number: float, beams: int) -> None:
+    base, read = tiny_writer("gpt2"), writer(beams=beams)
+    model, spoilt = wired(base, read), base.towers.get_submodule(f"{base.body_path}.wte").weight
+    with torch.no_grad():
+        spoilt[ids("w6")] = number
+    with pytest.raises(DeltaError, match="the delta gives NaN or infinity for . of 3 examples"):
+        logits(model, base, EXAMPLES)
 
 
 def test_the_models_own_wishes_play_no_part() -> None:
@@ -184,6 +210,15 @@ def test_targets_are_pieces_of_the_targets_language() -> None:
     assert batch.targets is not None
     assert batch.targets.tolist() == [ids("w14 w15 [SEP]")]
     assert batch.inputs["input_ids"].tolist() == [ids("w1 w2 w3")]
+
+
+def test_the_sources_language_is_what_the_tokenizer_is_set_to() -> None:
+    words = [("<s>", 0.0), ("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("\u2581a", -1.0)]
+    tokenizer = MBartTokenizer(vocab=words, src_lang="en_XX", tgt_lang="ro_RO")
+    for language_of in ("en_XX", "de_DE"):
+        tokenizer.src_lang = language_of
+        before, after = language.around(tokenizer)
+        assert [*before, *after] == tokenizer("a").input_ids[1:]
 
 
 def test_a_decoder_has_room_and_a_start() -> None:

@@ -18,13 +18,14 @@ from howfine.cli import app
 from howfine.compare import delta_distance
 from howfine.delta import SUFFIX
 from howfine.errors import BaseNotFound, SettingError, StorageError, TaskError, TaskNotFound
+from howfine.evaluate import predict
 from howfine.extract import extract
 from howfine.merge import merge
 from howfine.method import method
 from howfine.plan import Plan
 from howfine.readout import readout
 from howfine.recipe import Recipe
-from howfine.task import Task
+from howfine.task import Example, Task
 from howfine.tune import tune
 from howfine.zero_shot import meta_train, zero_shot
 from tiny import fit_a_little, tiny_base, tiny_language_base, tiny_task, wire
@@ -56,6 +57,10 @@ def test_zero_shot_gives_every_option_its_share() -> None:
         zero_shot(base, ["w1"], ["w20", "w20"], **WORDS)
     with pytest.raises(SettingError, match="several texts"):
         zero_shot(base, "w1 w2", ["w20", "w21"], **WORDS)
+    with pytest.raises(SettingError, match="several options"):
+        zero_shot(base, ["w1 w2"], "ab", **WORDS)
+    with pytest.raises(TaskError, match="input 2 is an Example with options of its own"):
+        zero_shot(base, ["w1", Example(("w2",), options=("w7", "w8"))], ["w20", "w21"], **WORDS)
     with pytest.raises(SettingError, match="no setting epochs"):
         zero_shot(base, ["w1"], ["w20", "w21"], epochs=3)
     with pytest.raises(SettingError, match="needs a base of kind masked_lm"):
@@ -239,6 +244,20 @@ def test_meta_training_and_then_zero_shot(tmp_path: Path) -> None:
     answers, before = (zero_shot(each, *asked, **WORDS) for each in (trained, base))
     assert answers != before
     assert torch.isfinite(torch.tensor([answer["probability"] for answer in answers])).all()
+
+
+def test_a_plain_text_has_no_options_where_examples_had_their_own(tmp_path: Path) -> None:
+    base = tiny_language_base("bert")
+    task = Task.load("mc/dream", data=choice_folder(tmp_path))
+    recipe = Recipe.load("unimc").override(answers=("w50", "w51"), max_steps=1, max_length=64)
+    delta = tune(base, task, recipe, out=tmp_path / f"own{SUFFIX}").delta
+    with pytest.raises(TaskError, match="'w1 w2' has 0; set the readout's options"):
+        predict(delta, ["w1 w2"], base)
+    (found,) = predict(delta, [Example(("w1 w2",), options=("w3", "w4"))], base)
+    assert found["label"] in ("1", "2")
+    given = recipe.override(options=("w3", "w4", "w5"))
+    delta = tune(base, task, given, out=tmp_path / f"given{SUFFIX}").delta
+    assert predict(delta, ["w1 w2"], base)
 
 
 def test_meta_train_is_both_in_one(tmp_path: Path) -> None:

@@ -252,8 +252,8 @@ def _wider(
     causal = getattr(module, "is_causal", True) if causal is None else causal
     if not causal or query.shape[2] == 1:
         return None
-    # No mask stood for the lower triangle; with more keys than queries it must be written out.
+    # No mask stands for torch's triangle, from the first key on: a query has as many keys before
+    # it as queries, and what a static cache has behind them is still empty.
     rows, columns = query.shape[2], key.shape[2]
-    made = torch.ones(rows, columns, dtype=torch.bool, device=query.device)
-    made = made.tril(columns - rows)
+    made = torch.ones(rows, columns, dtype=torch.bool, device=query.device).tril()
     return functional.pad(made, (count, 0), value=True)[None, None]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
-from howfine.errors import BadSplit, SettingError, TaskError, UnknownLabel, near
+from howfine.errors import BadSplit, DeltaError, SettingError, TaskError, UnknownLabel, near
 from howfine.metrics import METRICS, Metric
 from howfine.tasks import SPLITS
 
@@ -34,6 +34,16 @@ def known(metric: str) -> Metric:
     if metric not in METRICS:
         raise SettingError(f"metric {metric!r} is unknown. {near(metric, METRICS)}")
     return METRICS[metric]
+
+
+def finite(odd: int, of: int, base: str) -> None:
+    """Raises DeltaError where `odd` of so many examples had outputs of NaN or infinity."""
+    if odd:
+        raise DeltaError(
+            f"the delta gives NaN or infinity for {odd} of {of} examples: its training diverged, "
+            f"or {base} overflows in its number format; tune with a lower learning_rate, or use "
+            "dtype float32"
+        )
 
 
 def fits(task: Asked) -> None:

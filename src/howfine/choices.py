@@ -67,14 +67,15 @@ def check(options: Sequence[str]) -> None:
 def row(base: Base, asked: Asked, example: Example) -> Row:
     """The input of an example, texts cut from their ends to fit.
 
-    Raises TaskError for an example without options, with two equal ones, or with the mask token in
-    a text, SettingError where options alone leave no room.
+    Raises TaskError for an example without options, with two that are equal as texts, as tokens or
+    after cutting, or with the mask token in a text, SettingError where options alone leave no room.
     """
     written = example.options or asked.options
     if len(written) < 2:
         raise TaskError(
             f"multiple choice needs two options at least, and {example.texts[0][:60]!r} has "
-            f"{len(written)}; set options, one for each class, or give examples with their own"
+            f"{len(written)}; set the readout's options, one for each class, or give each Example "
+            "its own"
         )
     texts = dict(zip(("{text}", "{pair}"), example.texts, strict=False))
     rest = [text for hole, text in texts.items() if not any(hole in each for each in written)]
@@ -85,14 +86,15 @@ def row(base: Base, asked: Asked, example: Example) -> Row:
             "must be told apart"
         )
     limit = min(asked.max_length, base.room)
-    options = _shortened(base, written, limit)
+    whole = [_tokens(base, option) for option in written]
+    options = _shortened(base, whole, limit)
+    _check_apart(base, written, whole, options, limit)
     parts = [_tokens(base, text) for text in (asked.question, *rest) if text]
     return _joined(base, options, parts, limit)
 
 
-def _shortened(base: Base, written: Sequence[str], limit: int) -> list[list[int]]:
+def _shortened(base: Base, options: list[list[int]], limit: int) -> list[list[int]]:
     """Tokens of the options, halved until they leave room for the rest."""
-    options = [_tokens(base, option) for option in written]
     while sum(map(len, options)) + len(options) > max(limit - SPARED, limit // 2):
         if max(map(len, options)) < 2:
             raise SettingError(
@@ -101,6 +103,30 @@ def _shortened(base: Base, written: Sequence[str], limit: int) -> list[list[int]
             )
         options = [ids[: max(1, len(ids) // 2)] for ids in options]
     return options
+
+
+def _check_apart(
+    base: Base,
+    written: Sequence[str],
+    whole: list[list[int]],
+    kept: list[list[int]],
+    limit: int,
+) -> None:
+    """Two options of one score: nothing but their order would choose between them."""
+    for number, ids in enumerate(kept):
+        first = kept.index(ids)
+        if first == number:
+            continue
+        both = f"the options {written[first][:40]!r} and {written[number][:40]!r}"
+        if whole[first] == whole[number]:
+            raise TaskError(
+                f"the tokenizer of {base.name} gives {both} the same tokens and can't tell them "
+                "apart; write them with other words"
+            )
+        raise TaskError(
+            f"cut to fit, {both} are the same {len(ids)} tokens, as an input has {limit}; raise "
+            f"max_length (the base holds {base.room}), or let what tells them apart come first"
+        )
 
 
 def _joined(base: Base, options: list[list[int]], parts: list[list[int]], limit: int) -> Row:

@@ -17,12 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from howfine import passes, streaming, writing
+from howfine import checks, passes, streaming, writing
 from howfine.base import Base
 from howfine.batch import Batch
 from howfine.change import Change, all_or_nothing
 from howfine.delta import Delta
-from howfine.errors import SettingError, TaskError, WrongBase, near
+from howfine.errors import SettingError, WrongBase, near
 from howfine.evaluate import examples_of
 from howfine.method import Method, Tensors
 from howfine.passes import Worn
@@ -128,7 +128,7 @@ class Combined:
         """The readouts' outputs, one for each row, in order; shapes differ from task to task.
 
         Raises SettingError for an unknown task and outside of the context, TaskError for what a
-        task can't read.
+        task can't read, DeltaError for outputs of NaN.
         """
         with self._lock:
             return self._outputs(_listed(rows))
@@ -171,23 +171,25 @@ class Combined:
             asked.setdefault(name, []).append(place)
         batches: dict[str, Batch] = {}
         for name, places in asked.items():
-            try:
+            with passes.naming(name):
                 examples = examples_of([rows[place][1] for place in places])
                 batches[name] = passes.collated(self.base, self._tasks[name], examples)
-            except TaskError as error:
-                raise TaskError(f"task {name!r}: {error}") from None
         found: dict[str, Tensor] = {}
         with torch.inference_mode():
             shared = {name: batch for name, batch in batches.items() if name in self._shared}
             for together in self._together(shared):
-                with self._watched(together, asked, watcher):
+                with self._watched(together, asked, watcher), passes.naming(*together):
                     found |= self._run(together)
             for name in [name for name in batches if name not in self._shared]:
-                with self._watched([name], asked, watcher):
+                with self._watched([name], asked, watcher), passes.naming(name):
                     found[name] = self._apart(self._tasks[name], batches[name])
         ordered: list[Any] = [None] * len(rows)
         for name, places in asked.items():
-            for place, output in zip(places, found[name].float().cpu(), strict=True):
+            outputs = found[name].float().cpu()
+            with passes.naming(name):
+                odd = int((~torch.isfinite(outputs)).any(-1).sum())
+                checks.finite(odd, len(places), self.base.name)
+            for place, output in zip(places, outputs, strict=True):
                 ordered[place] = output
         return ordered
 

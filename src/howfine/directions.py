@@ -35,6 +35,8 @@ class Encoder:
 
     def texts(self, texts: Sequence[str]) -> Directions:
         """(n, width) directions of length 1. Raises TaskError for an empty text."""
+        if isinstance(texts, str):
+            raise SettingError("found one text, expected several; put it in a list")
         for number, text in enumerate(texts, 1):
             if not text.strip():
                 raise TaskError(f"text {number} is empty; give one that says something")
@@ -104,6 +106,8 @@ def classify(
     (Radford et al. 2021). Raises SettingError for fewer than two different names, or a prompt
     without {}.
     """
+    if isinstance(names, str) or isinstance(prompts, str):
+        raise SettingError("classify takes several names, and prompts in a list; put each in one")
     if len(set(names)) < 2 or len(set(names)) < len(names) or not all(map(str.strip, names)):
         raise SettingError(
             f"class names: found {list(names)!r:.200}, expected two or more, all different, none "

@@ -17,7 +17,7 @@ from howfine.base import Base
 from howfine.batch import to_device
 from howfine.calibration import calibration, temperature, tempered
 from howfine.delta import Delta
-from howfine.errors import DeltaError, SettingError, TaskError, near
+from howfine.errors import SettingError, TaskError, near
 from howfine.metrics import METRICS, bootstrap_interval, scores
 from howfine.readout import Wired
 from howfine.task import Example, Task
@@ -211,7 +211,12 @@ def predict(
 
 
 def examples_of(texts: Sequence[str | tuple[str, str] | Example]) -> list[Example]:
-    """Texts, or pairs of texts, as examples. Raises TaskError for a mixture, and others."""
+    """Texts, or pairs of texts, as examples.
+
+    Raises TaskError for a mixture, for others and for half a character, SettingError for one text.
+    """
+    if isinstance(texts, str):
+        raise SettingError(f"found one text, {texts!a:.80}, expected several; put it in a list")
     examples = [
         text if isinstance(text, Example) else Example(texts=_texts(text), label=0)
         for text in texts
@@ -223,7 +228,21 @@ def examples_of(texts: Sequence[str | tuple[str, str] | Example]) -> list[Exampl
             f"found inputs of {found} texts, expected one text in each, or a pair in each; take "
             "surplus tabs out"
         )
+    for number, example in enumerate(examples, 1):
+        read = (text for _, text in example.segments)
+        for text in (*example.texts, *example.options, *read):
+            _check_encodable(number, text)
     return examples
+
+
+def _check_encodable(number: int, text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise TaskError(
+            f"input {number} holds {text!a:.80} with half a character (a lone surrogate) at place "
+            f"{error.start + 1}, expected whole ones; correct it, or leave it out"
+        ) from error
 
 
 def _texts(found: Any) -> tuple[str, ...]:
@@ -265,13 +284,7 @@ def logits(
         fields = to_device(batch.as_kwargs(), base.device)
         parts.append(model(**fields)["logits"].float().cpu())
     outputs = torch.cat(parts)
-    odd = int((~torch.isfinite(outputs)).any(-1).sum())
-    if odd:
-        raise DeltaError(
-            f"the delta gives NaN or infinity for {odd} of {len(order)} examples: its training "
-            f"diverged, or {base.name} overflows in its number format; tune with a lower "
-            "learning_rate, or use dtype float32"
-        )
+    checks.finite(int((~torch.isfinite(outputs)).any(-1).sum()), len(order), base.name)
     back = torch.empty(len(order), dtype=torch.long)
     back[torch.tensor(order)] = torch.arange(len(order))
     return outputs[back]

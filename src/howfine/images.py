@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import threading
 import warnings
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -157,21 +158,29 @@ def _pillow() -> Any:
 
 
 class _Decoded:
-    """Pictures decoded before, by digest and size; the least recently used go first."""
+    """Pictures decoded before, by digest and size; the least recently used go first.
+
+    Threads share it: it is looked into and changed by one at a time, and any number decode.
+    """
 
     def __init__(self) -> None:
+        self._lock = threading.Lock()
         self.held: OrderedDict[tuple[int, int], Pixels] = OrderedDict()
         self.bytes = 0
 
     def get(self, picture: Picture, size: int) -> Pixels:
         key = (picture.digest, size)
-        if key in self.held:
-            self.held.move_to_end(key)
-            return self.held[key]
-        made = self.held[key] = _decode(picture, size)
-        self.bytes += made.nbytes
-        while self.bytes > KEPT_BYTES:
-            self.bytes -= self.held.popitem(last=False)[1].nbytes
+        with self._lock:
+            if key in self.held:
+                self.held.move_to_end(key)
+                return self.held[key]
+        made = _decode(picture, size)
+        with self._lock:
+            if key not in self.held:  # another thread may have been as slow
+                self.held[key] = made
+                self.bytes += made.nbytes
+            while self.bytes > KEPT_BYTES:
+                self.bytes -= self.held.popitem(last=False)[1].nbytes
         return made
 
 

@@ -99,9 +99,11 @@ def pieces(base: Base, text: str, after_space: bool = True) -> list[int]:
     return list(found["input_ids"])
 
 
-@functools.lru_cache(maxsize=16)
 def around(tokenizer: Any) -> tuple[list[int], list[int]]:
-    """Token numbers that the tokenizer puts before and after a text."""
+    """Token numbers that the tokenizer puts before and after a text.
+
+    They are asked for each time: mBART's are those of the language that it is set to.
+    """
     inner = tokenizer("a", add_special_tokens=False)["input_ids"]
     whole = tokenizer("a")["input_ids"]
     for start in range(len(whole) - len(inner) + 1):

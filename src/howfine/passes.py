@@ -14,6 +14,7 @@ from howfine import language, mixed, surgery, vectors, writing
 from howfine.base import Base
 from howfine.batch import Batch, running, to_device
 from howfine.delta import Delta
+from howfine.errors import DeltaError, TaskError
 from howfine.method import Tensors
 from howfine.readout import Asked, Head
 from howfine.task import Example
@@ -33,6 +34,15 @@ class Worn:
     def asked(self) -> Asked | None:
         """How its texts are to be written, where it writes."""
         return self.head.asked
+
+
+@contextmanager
+def naming(*names: str) -> Iterator[None]:
+    """Let errors of what is done inside say for which task it was."""
+    try:
+        yield
+    except (TaskError, DeltaError) as error:
+        raise type(error)(f"task {' or '.join(map(repr, names))}: {error}") from error
 
 
 def shares(base: Base, task: Worn) -> bool:

@@ -60,6 +60,8 @@ def search(
     """
     if top < 1:
         raise SettingError(f"top is {top}, expected 1 or more pictures")
+    if isinstance(queries, str):
+        raise SettingError("search takes several queries; put the one in a list")
     folder = Path(folder).expanduser()
     states = _states(folder)
     kept = _Index(Path(cache or fingerprint.cache_folder() / "search"), Path(delta), folder)

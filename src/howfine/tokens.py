@@ -242,7 +242,10 @@ def window(base: Base) -> int:
 def _check_sight(base: Base, kwargs: dict[str, Any], count: int) -> None:
     """Past a window's width there must be no padding between what stands in front and a text."""
     mask, sight = kwargs.get("attention_mask"), window(base)
-    if not sight or mask is None or count + mask.shape[1] <= sight or bool(mask[:, 0].all()):
+    if not sight or mask is None:
+        return
+    mask = _plain(mask)
+    if count + mask.shape[1] <= sight or bool(mask[:, 0].all()):
         return
     raise SettingError(
         f"layers of {base.name} look back on {window(base)} tokens, and with padding on the left "

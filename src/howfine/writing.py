@@ -17,10 +17,15 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
-from transformers import GenerationConfig, StoppingCriteriaList
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    StoppingCriteriaList,
+)
 from transformers.generation.streamers import BaseStreamer
 
-from howfine import language, layout, vectors
+from howfine import checks, language, layout, vectors
 from howfine.base import Base
 from howfine.batch import Batch
 from howfine.readout import Asked
@@ -33,7 +38,8 @@ _WRITING = threading.RLock()
 def written(base: Base, batch: Batch, asked: Asked) -> Tensor:
     """(B, most) tokens that follow a batch's sources, NOTHING behind the end of each.
 
-    Vectors of the readout's own must be on the base (`howfine.vectors`).
+    Vectors of the readout's own must be on the base (`howfine.vectors`). Raises DeltaError where
+    scores were NaN or infinite in a step.
     """
     ends = ends_of(base, asked)
     apart = base.kind == language.SEQ2SEQ
@@ -52,8 +58,11 @@ def written(base: Base, batch: Batch, asked: Asked) -> Tensor:
     more: dict[str, Any] = (
         {} if watch is None else {"streamer": watch, "stopping_criteria": watch.stops}
     )
+    odd = _Odd()
+    more["logits_processor"] = LogitsProcessorList([odd])
     with torch.no_grad(), _neutral(base.tower):
         found = base.tower.generate(**batch.inputs, generation_config=how, **more)
+    checks.finite(odd.count(len(found)), len(found), base.name)
     before = "decoder_input_ids" if apart else "input_ids"
     return cut(found[:, batch.inputs[before].shape[1] :], ends, asked.most)
 
@@ -69,6 +78,22 @@ def cut(found: Tensor, ends: Sequence[int], most: int) -> Tensor:
     ended = torch.isin(found, torch.tensor(ends, device=found.device)).long().cumsum(1)
     found = found.masked_fill(ended > 0, NOTHING)[:, :most]
     return functional.pad(found, (0, most - found.shape[1]), value=NOTHING)
+
+
+class _Odd(LogitsProcessor):
+    """Sees whose scores were no numbers in some step, which a written text does not show."""
+
+    def __init__(self) -> None:
+        self._rows: Tensor | None = None
+
+    def __call__(self, input_ids: Any, scores: Any) -> Any:
+        odd = (scores.isnan() | scores.isposinf()).any(1)
+        self._rows = odd if self._rows is None else self._rows | odd
+        return scores
+
+    def count(self, examples: int) -> int:
+        """Of so many examples, each of which may have several beams."""
+        return 0 if self._rows is None else int(self._rows.view(examples, -1).any(1).sum())
 
 
 @contextmanager

@@ -39,10 +39,12 @@ def zero_shot(
 
     Good answers need a base that was trained so: see `meta_train`. `settings` are the readout's.
     Raises SettingError for a base without a masked language model and for two equal options,
-    TaskError for a text that holds the mask token.
+    TaskError for a text that holds the mask token and for an Example with options of its own.
     """
     if isinstance(texts, str):
         raise SettingError("zero_shot takes several texts; put the one in a list")
+    if isinstance(options, str):
+        raise SettingError("zero_shot takes several options; put each of them in a list")
     known: Any = Recipe.load(RECIPE).readout
     if unknown := set(settings) - {field.name for field in fields(known)}:
         raise SettingError(f"zero_shot has no setting {', '.join(sorted(unknown))}: nothing trains")
@@ -51,6 +53,12 @@ def zero_shot(
     base = Base.load(base, kind=read.kind) if isinstance(base, str) else base
     model = Wired(base, read, read.attach(base, tuple(options))).eval()
     examples = examples_of(texts)
+    for number, example in enumerate(examples, 1):
+        if example.options:
+            raise TaskError(
+                f"input {number} is an Example with options of its own, and those of all are asked "
+                "for; take them out of it, or ask with them as the options"
+            )
     if not examples:
         return []
     outputs = logits(model, base, examples, batch_size=batch_size, progress=progress)

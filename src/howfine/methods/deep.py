@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import nn
-from transformers import Cache
+from transformers import Cache, EncoderDecoderCache
 
 from howfine import first, inserted, surgery, whole
 from howfine.base import ON_TOP, Base
@@ -146,12 +146,23 @@ def _on_top(compute: Any, block: nn.Module, base: Base) -> Any:
 
 
 def _make_room(found: Cache, number: int) -> None:
-    """Let a cache that knows how many layers its model has keep another one's keys and values."""
-    cache: Any = getattr(found, "self_attention_cache", found)
-    while 0 < len(cache.layers) <= number:
-        last = cache.layers[-1]
-        window = getattr(last, "sliding_window", None)
-        cache.layers.append(type(last)() if window is None else type(last)(window))
+    """Let a cache that knows how many layers its model has keep another one's keys and values.
+
+    Of an encoder-decoder both its caches. Raises SettingError for one of a fixed size.
+    """
+    caches: list[Any] = [found]
+    if isinstance(found, EncoderDecoderCache):
+        caches = [found.self_attention_cache, found.cross_attention_cache]
+    for cache in caches:
+        while 0 < len(cache.layers) <= number:
+            last = cache.layers[-1]
+            if hasattr(last, "max_cache_len"):
+                raise SettingError(
+                    f"deep: found a cache of a fixed size ({type(last).__name__}), expected one "
+                    "that grows, as the new block keeps keys and values, too; use a dynamic cache"
+                )
+            window = getattr(last, "sliding_window", None)
+            cache.layers.append(type(last)() if window is None else type(last)(window))
 
 
 def _named(made: Mapping[int, nn.Module]) -> Tensors:

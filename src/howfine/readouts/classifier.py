@@ -15,6 +15,7 @@ from torch.nn import functional
 
 from howfine.base import Base
 from howfine.batch import Batch
+from howfine.encoding import encoded
 from howfine.errors import SettingError
 from howfine.pooling import pool, reading
 from howfine.readout import Head, Labels, Readout, class_answer, class_loss
@@ -68,38 +69,16 @@ class Classifier(Readout):
                 "give a text base"
             )
         columns = list(zip(*(example.texts for example in examples), strict=True))
-        encoded = base.tokenizer(
-            *map(list, columns),
-            padding=True,
-            truncation=True,
-            max_length=min(self.max_length, base.room),
-            padding_side="right",  # positions then start at 0 in every row, padded or not
-            return_tensors="pt",
-        )
-        _fill_empty(encoded, base.tokenizer)
         targets = torch.tensor([example.label for example in examples]) if labelled else None
         if targets is not None and targets.is_floating_point():
             targets = targets.float()
-        return Batch(inputs=dict(encoded), targets=targets)
+        return Batch(inputs=encoded(base, columns, self.max_length), targets=targets)
 
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
         return class_loss(outputs, targets)
 
     def predict(self, outputs: Tensor) -> Tensor:
         return class_answer(outputs)
-
-
-def _fill_empty(encoded: Any, tokenizer: Any) -> None:
-    """Give a text without any token (blank, and no special tokens) one to read."""
-    empty = encoded["attention_mask"].sum(1) == 0
-    if not empty.any():
-        return
-    if not encoded["attention_mask"].shape[1]:
-        for name, value in encoded.items():
-            encoded[name] = torch.zeros(len(value), 1, dtype=torch.long)
-    token = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.pad_token_id
-    encoded["input_ids"][empty, 0] = token
-    encoded["attention_mask"][empty, 0] = 1
 
 
 class _LinearHead(Head):

@@ -26,6 +26,7 @@ from torch.utils.checkpoint import checkpoint
 from howfine import images, retrieval
 from howfine.base import IMAGE, TEXT, Base, TwoTowers
 from howfine.batch import Batch
+from howfine.encoding import encoded
 from howfine.errors import SettingError
 from howfine.metrics import Metric
 from howfine.pooling import pool, reading
@@ -77,7 +78,14 @@ class Contrastive(Readout):
         return replace(self, size=self.size or _stated_size(_towers(base).parts[IMAGE]))
 
     def attach(self, base: Base, labels: Labels) -> Head:
-        return Aligned(_towers(base), self)
+        towers = _towers(base)
+        size, patch = self.settled(base).size, _patch(towers.parts[IMAGE])
+        if size < patch:
+            raise SettingError(
+                f"contrastive size: found {size} pixels, and a patch of {base.name} has {patch} on "
+                "a side; give as many at least, or 0 for what the image tower states"
+            )
+        return Aligned(towers, self)
 
     def collate(self, base: Base, examples: Sequence[Example], labelled: bool = True) -> Batch:
         """`pictures` (B,) says which of the `pixel_values` (U, 3, H, W) a row is about.
@@ -93,16 +101,7 @@ class Contrastive(Readout):
             inputs["pixel_values"] = normalised(parts[IMAGE], images.pixels(different, size))
             inputs["pictures"] = torch.tensor([numbers[picture.digest] for picture in shown])
         if texts := [example.texts[0] for example in examples if example.texts]:
-            text = parts[TEXT]
-            encoded = text.tokenizer(
-                texts,
-                padding=True,
-                truncation=True,
-                max_length=min(self.max_length, text.room),
-                padding_side="right",
-                return_tensors="pt",
-            )
-            inputs |= dict(encoded)
+            inputs |= encoded(parts[TEXT], [texts], self.max_length)
         targets = torch.tensor([picture.digest for picture in shown]) if labelled else None
         return Batch(inputs=inputs, targets=targets)
 
@@ -164,6 +163,12 @@ def _stated_size(image: Base) -> int:
             if side in stated:
                 return int(stated[side])
     return int(image.config.image_size)
+
+
+def _patch(image: Base) -> int:
+    """Pixels of a patch's longer side; 1 for a tower that knows no patches."""
+    stated = getattr(image.config, "patch_size", None) or 1
+    return max(stated) if isinstance(stated, list | tuple) else int(stated)
 
 
 def normalised(image: Base, values: images.Pixels) -> Tensor:

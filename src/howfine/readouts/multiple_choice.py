@@ -26,7 +26,7 @@ from howfine.base import Base
 from howfine.batch import Batch
 from howfine.errors import SettingError, TaskError
 from howfine.readout import Head, Labels, Readout
-from howfine.task import Example
+from howfine.task import Example, Task
 
 # What is added to the logit of a place that is no option's, as in the authors' code.
 NEVER = -10_000.0
@@ -86,9 +86,14 @@ class MultipleChoice(Readout):
             )
         return _Chooser(base, self, labels)
 
-    def settled(self, base: Base, labels: Labels = ()) -> MultipleChoice:
-        """With the class names as options, where none are given."""
-        return replace(self, options=self.options or labels)
+    def of_task(self, task: Task) -> MultipleChoice:
+        """With the class names as options, where none are given and examples have none.
+
+        The classes of examples that have some are numbers, and mean nothing without them.
+        """
+        if self.options or all(example.options for example in task.splits["train"]):
+            return self
+        return replace(self, options=task.labels)
 
     def collate(self, base: Base, examples: Sequence[Example], labelled: bool = True) -> Batch:
         rows = [choices.row(base, self, example) for example in examples]

@@ -61,7 +61,7 @@ class Verbalizer(Readout):
                 f"verbalizer words: found {len(self.words)}, expected {max(1, len(labels))}: one "
                 f"for each of {list(labels)}"
             )
-        return _ClassVectors(base, self, max(1, len(labels)))
+        return _ClassVectors(base, self, labels)
 
     def _check_mask(self, base: Base) -> None:
         masks = template.parse(self.template).masks
@@ -93,16 +93,17 @@ class Verbalizer(Readout):
 class _ClassVectors(Head):
     """V (K, H') and c (K) on what the decoder would read."""
 
-    def __init__(self, base: Base, settings: Verbalizer, classes: int) -> None:
+    def __init__(self, base: Base, settings: Verbalizer, labels: Labels) -> None:
         super().__init__()
         self.tower_name = base.tower_name
         self.body_path = base.body_path
         self.reading = language.before_decoder(base)
-        self.cap = language.capped(base)
         self.hidden = settings.read == "hidden"
+        # Bounds are for the model's logits; a score has its own scale.
+        self.cap = language.capped(base) if labels and not self.hidden else None
         decoder = language.decoder(base)
         width = base.hidden_size if self.hidden else decoder.weight.shape[1]
-        self.classes = nn.Linear(width, classes)  # U(±1/√H'), as the authors leave it
+        self.classes = nn.Linear(width, max(1, len(labels)))  # U(±1/√H'), as the authors leave it
         if settings.words:
             self._begin_as(base, settings.words)
         self.classes.weight.requires_grad_(settings.train_vectors)
@@ -128,7 +129,7 @@ class _ClassVectors(Head):
         if not self.hidden:
             read = self.reading(towers[self.tower_name], read)
         found: Tensor = self.classes(read.to(self.classes.weight.dtype))
-        return found if self.hidden else self.cap(found)
+        return found if self.cap is None else self.cap(found)
 
 
 EXAMPLE = Verbalizer(template="{slot} {text} {slot*2} {mask} {pair}", max_length=32)
