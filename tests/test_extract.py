@@ -225,6 +225,17 @@ def test_less_error_than_the_largest_in_four_bits(
     assert found.error * float(d.square().sum()) <= error
 
 
+def test_the_error_is_the_power_of_what_is_left_out(models: Models, tmp_path: Path) -> None:
+    """However little that is beside the whole: it is no difference of two large sums."""
+    before, generator = weights(models.base), torch.Generator().manual_seed(0)
+    after = {name: v + torch.randn(v.shape, generator=generator) for name, v in before.items()}
+    d = torch.cat([(after[name] - before[name]).flatten() for name in before]).double().square()
+    tuned = models.write(tmp_path / "far", after)
+    found = extract(str(models.base), tuned, tmp_path / OUT, density=0.99, store="fp32")
+    left = d.sort().values[: d.numel() - found.kept].sum()
+    assert found.error == pytest.approx(float(left / d.sum()), rel=1e-3)
+
+
 # Targets.
 
 

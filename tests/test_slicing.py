@@ -119,6 +119,19 @@ def test_even_heads_are_where_a_config_can_say_so(tmp_path: Path) -> None:
     assert not made(tiny_base("bert"), tmp_path / "b", scope="layer")[0].plain
 
 
+def test_heads_of_a_stated_width_keep_it(tmp_path: Path) -> None:
+    """Where it is not the hidden size over their number: Qwen3's, and after a slicing before."""
+    wide = tiny_base("qwen3", num_key_value_heads=4, head_dim=16)
+    done, expected = made(wide, tmp_path / "wide", scope="layer")
+    assert done.plain
+    assert torch.allclose(outputs(Base.load(str(done.folder))), expected, atol=1e-5)
+    once, _ = made(tiny_base("llama", num_key_value_heads=4), tmp_path / "once", scope="layer")
+    twice, expected = made(Base.load(str(once.folder)), tmp_path / "twice", scope="layer")
+    assert twice.plain
+    assert twice.heads == (1, 1)
+    assert torch.allclose(outputs(Base.load(str(twice.folder))), expected, atol=1e-5)
+
+
 def test_language_models_are_sliced_with_their_heads(tmp_path: Path) -> None:
     base = tiny_language_base("bert")
     done, expected = made(base, tmp_path)

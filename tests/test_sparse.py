@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -165,6 +166,7 @@ def test_movement_and_start_take_an_earlier_training() -> None:
     assert len(chosen) == round(0.01 * count)
     left = torch.cat([size.flatten() for size in moved.values()]).sort(descending=True).values
     assert torch.equal(chosen.sort(descending=True).values, left[: len(chosen)])
+    probe.start = {path: probe.start[path] for path in paths}
     whole = supports(base, probe, by="start")
     assert sum(map(len, whole.values())) == count
     with pytest.raises(SettingError, match="takes its places from an earlier training"):
@@ -606,7 +608,43 @@ def test_weights_in_another_order_of_memory() -> None:
 def test_regrowth_without_room_is_refused() -> None:
     base = tiny_base("bert")
     with pytest.raises(SettingError, match="others are free"):
-        supports(base, TinyProbe(READOUT, base), by="gradient", regrow=0.25)
+        supports(base, TinyProbe(READOUT, base), where=("all",), by="gradient", regrow=0.25)
+
+
+@pytest.mark.parametrize("settings", [{"by": "start"}, {"by": "random", "regrow": 0.25}])
+def test_a_start_that_would_be_lost_is_refused(settings: dict[str, Any]) -> None:
+    """Outside `where`, or with no change inside it."""
+    base, chosen = tiny_base("bert"), method("sparse", where=("Q",), **settings)
+    query, key = (base.choose((part,))[0] for part in ("Q", "K"))
+    probe = TinyProbe(READOUT)
+    probe.start = {path: base.original(path).clone() for path in (query, key)}
+    with pytest.raises(SettingError, match="the start has the base's own values in all 2 tensors"):
+        chosen.attach(base, probe)
+    probe.start[query][0, :4] += 1
+    with chosen.attach(base, probe) as change:
+        assert len(change.trainable["values"]) == 4
+    probe.start[key][0, 0] += 1
+    with pytest.raises(SettingError, match=f"a change of {key} and 0 others, which would be left"):
+        chosen.attach(base, probe)
+    assert base.is_untouched()
+
+
+def test_places_to_keep_out_of_are_not_free() -> None:
+    """They leave too little room for regrowth, which is said before anything is chosen twice."""
+    base = tiny_base("bert")
+    (path, *_) = base.choose(("Q",))
+    start, taken = base.original(path).clone(), torch.ones_like(base.original(path)).bool()
+    start[0] += 1
+    taken[0], taken[-1, -3:] = False, False
+    probe = TinyProbe(READOUT)
+    probe.start, probe.outside = {path: start}, {path: taken}
+    where = (path.removeprefix("text."),)
+    with pytest.raises(SettingError, match="8 of 32 places would be given up, and 3 others are"):
+        method("sparse", where=where, by="random", regrow=0.25).attach(base, probe)
+    with method("sparse", where=where, by="random", regrow=0.1).attach(base, probe) as change:
+        places = next(iter(change.parts.values())).index
+        assert len(places.unique()) == len(places) == 32
+    assert base.is_untouched()
 
 
 def test_places_that_repeat_are_refused() -> None:

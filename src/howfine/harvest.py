@@ -128,10 +128,10 @@ def _kept(pair: Pair, path: str, quantiser: Quantiser, weight: float, tally: Tal
             size *= np.float32(weight)
         at = np.flatnonzero(size >= np.float32(max(quantiser.threshold, 1e-45)))
         kept = d[at]
-        power = _power(d)
-        tally.energy += power
+        tally.energy += _power(d)
         values, stored = _values(quantiser, kept, size[at], after[at], scale)
-        tally.error += power - _power(kept) + _power(kept - stored)
+        d[at] = kept - stored  # what the stored change lacks
+        tally.error += _power(d)
         tally.kept += len(at)
         tally.entries += len(d)
         found.index.append((at + start).astype(np.uint32 if found.size < 2**32 else np.int64))

@@ -185,7 +185,9 @@ def _stated(base: Base, model: Any) -> dict[str, int]:
         found |= {name: neurons.copy().pop() for name in _INNER if hasattr(config, name)}
     count = int(getattr(config, base.anatomy.heads))
     if heads != {count} and len(heads) == 1:
-        found |= {base.anatomy.heads: heads.pop(), "head_dim": config.hidden_size // count}
+        # Some state a width of their own, such as that of a model that was sliced before.
+        width = getattr(config, "head_dim", None) or config.hidden_size // count
+        found |= {base.anatomy.heads: heads.pop(), "head_dim": width}
         if hasattr(config, "num_key_value_heads"):
             found["num_key_value_heads"] = found[base.anatomy.heads]
     return found

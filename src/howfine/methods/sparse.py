@@ -90,8 +90,16 @@ class Sparse(Method):
                 "checkpoint that differs from the base there)"
             )
         if self.by == "start" or self.regrow:
+            assert probe is not None
+            self._check_kept(base, paths, probe.start)
             moved = {p: (w - base.original(p)).abs() for p, w in begun.items()}
             held = {path: size.flatten().nonzero().flatten() for path, size in moved.items()}
+            if not any(map(len, held.values())):
+                raise SettingError(
+                    f"sparse by={self.by!r}, regrow={self.regrow}: the start has the base's own "
+                    f"values in all {len(paths)} tensors of where={','.join(self.where)}, so it "
+                    "names no places; choose other tensors or another start"
+                )
             if self.regrow:
                 return self._regrown(base, paths, probe, moved, held)
             return held
@@ -105,6 +113,15 @@ class Sparse(Method):
                 self._check_moved(part, count)
             found |= entries.strongest(part, count)
         return found
+
+    def _check_kept(self, base: Base, paths: list[str], start: Mapping[str, Tensor]) -> None:
+        """Refuse a start of which a part would be lost."""
+        others = sorted(start.keys() - set(paths))
+        if left := [p for p in others if (start[p] != base.original(p)).any()]:
+            raise SettingError(
+                f"the start is a change of {left[0]} and {len(left) - 1} others, which would be "
+                "left out of the file; name them in where, such as where=all, or take another start"
+            )
 
     def _check_moved(self, scores: Mapping[str, Tensor], count: int) -> None:
         """Refuse to choose among places that have not moved: the first ones would be taken."""
@@ -131,7 +148,7 @@ class Sparse(Method):
         given_up = round(self.regrow * count)
         if not given_up:
             return held
-        free = sum(base.parameter(path).numel() for path in paths) - count
+        free = _free(base, paths, held, {} if probe is None else probe.outside)
         if free < given_up or given_up == count:
             raise SettingError(
                 f"sparse regrow {self.regrow}: {given_up:,} of {count:,} places would be given up, "
@@ -213,6 +230,21 @@ def _moved(base: Base, begun: Tensors, path: str, index: Tensor) -> Tensor:
     if path not in begun:
         return torch.zeros(len(index), device=index.device)
     return (begun[path].float() - base.original(path).float()).flatten()[index]
+
+
+def _free(
+    base: Base, paths: list[str], held: Mapping[str, Tensor], outside: Mapping[str, Tensor]
+) -> int:
+    """How many entries of these tensors are neither held nor to keep out of."""
+    found = 0
+    for path in paths:
+        taken = torch.zeros(base.parameter(path).numel(), dtype=torch.bool)
+        if path in outside:
+            taken |= outside[path].flatten().cpu()
+        if path in held:
+            taken[held[path].cpu()] = True
+        found += int((~taken).sum())
+    return found
 
 
 def _without(chosen: dict[str, Tensor], outside: Mapping[str, Tensor]) -> dict[str, Tensor]:
