@@ -86,7 +86,7 @@ def test_special_tokens_leave_room_for_a_text(texts):
     batch = readout("classifier", max_length=taken + 1).collate(base, [Example(texts)])
     assert batch.inputs["input_ids"].shape[1] == taken + 1
     base.reserved = base.room - taken
-    with pytest.raises(SettingError, match=f"the base holds {taken}"):
+    with pytest.raises(SettingError, match=f"tiny-bert holds {taken} beside"):
         readout("classifier").collate(base, [Example(texts)])
 
 

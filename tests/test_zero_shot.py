@@ -295,7 +295,7 @@ def test_options_of_their_own_need_a_readout_that_reads_them(tmp_path: Path) -> 
 def test_training_goes_on_with_other_options(tmp_path: Path) -> None:
     """A change without a head means the same under another readout of no parameters."""
     base = Base.load(saved_base(tmp_path / "base"), kind="masked_or_causal_lm")
-    task = tiny_task()
+    task = replace(tiny_task(), labels=("w5", "w6"))
     first = Recipe.load("unimc").override(
         answers=("w50", "w51"), options=("w1", "w2"), max_steps=2, learning_rate=1e-3
     )
@@ -310,4 +310,4 @@ def test_training_goes_on_with_other_options(tmp_path: Path) -> None:
     assert 0 <= done.score.value <= 1
     named = first.override(options=())
     done = tune(base, task, named, out=tmp_path / f"named{SUFFIX}")
-    assert done.delta.readout.options == ("no", "yes")  # type: ignore[attr-defined]
+    assert done.delta.readout.options == ("w5", "w6")  # type: ignore[attr-defined]

@@ -21,9 +21,11 @@ def encoded(base: Base, columns: Sequence[Sequence[str]], max_length: int) -> di
     taken = base.tokenizer.num_special_tokens_to_add(pair=len(columns) > 1)
     limit = min(max_length, base.room)
     if taken >= limit:
+        how = f"raise max_length, found {max_length}, to {taken + 1} or more"
+        if base.room == limit:  # the base itself, or what changes leave of it
+            how = f"{base.name} holds {limit} beside what is put in front: put fewer vectors there"
         raise SettingError(
-            f"special tokens take {taken} of {limit} tokens and leave no room for a text; raise "
-            f"max_length, found {max_length}, to {taken + 1} or more (the base holds {base.room})"
+            f"special tokens take {taken} of {limit} tokens and leave no room for a text; {how}"
         )
     found = base.tokenizer(
         *map(list, columns),
