@@ -735,7 +735,7 @@ def test_half_a_character_and_a_text_without_a_list() -> None:
     base = tiny_base("bert")
     delta = untrained(base, 32)
     for bad in ("\ud800 w1", ("w1", "\ud800"), Example(("w1 \udfff",))):
-        with pytest.raises(TaskError, match=r"input 2 holds .*\\ud.* half a character .* at place"):
+        with pytest.raises(TaskError, match=r"row 2, holds .*\\ud.* half a character .* at place"):
             predict(delta, [("w1", "w2") if isinstance(bad, tuple) else "w1", bad], base)
     with pytest.raises(SettingError, match="found one text, 'w1 w2', expected several"):
         predict(delta, "w1 w2", base)

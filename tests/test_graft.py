@@ -351,7 +351,11 @@ def test_the_shipped_recipe_runs_from_its_own_phase(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "chosen",
-    [graft(density=0.1), *(method("sparse", density=0.1, by=by) for by in ("gradient", "start"))],
+    [
+        graft(density=0.1),
+        method("sparse", density=0.1, by="gradient"),
+        method("sparse", where=("all", "embedding", "pooler"), by="start"),
+    ],
     ids=str,
 )
 def test_entries_to_keep_out_of_stay_the_bases(chosen: Method) -> None:

@@ -147,7 +147,7 @@ def learnable(task: Asked) -> None:
                 f"split {split!r} of task {task.name!r} has examples of {sorted(counts)} texts, "
                 "expected one text in each, or two in each"
             )
-        _encodable(task.name, split, examples)
+        encodable(f"split {split!r} of task {task.name!r}", examples)
         for example in examples:
             if example.options and not 0 <= example.label < len(example.options):
                 raise UnknownLabel(
@@ -176,7 +176,7 @@ def learnable(task: Asked) -> None:
     _varied(task)
 
 
-def _encodable(name: str, split: str, examples: Sequence[Any]) -> None:
+def encodable(where: str, examples: Sequence[Any]) -> None:
     """Raises TaskError for half a character, which no tokenizer takes and no file holds."""
     for number, example in enumerate(examples, 1):
         read = (text for _, text in example.segments)
@@ -185,9 +185,9 @@ def _encodable(name: str, split: str, examples: Sequence[Any]) -> None:
                 text.encode()
             except UnicodeEncodeError as error:
                 raise TaskError(
-                    f"split {split!r} of task {name!r}, row {number}, holds {text!a:.200} with "
-                    "half a character (a lone surrogate), expected whole ones; correct the row or "
-                    "take it out"
+                    f"{where}, row {number}, holds {text!a:.200} with half a character (a lone "
+                    f"surrogate) at place {error.start + 1}, expected whole ones; correct the row "
+                    "or take it out"
                 ) from error
 
 

@@ -228,21 +228,8 @@ def examples_of(texts: Sequence[str | tuple[str, str] | Example]) -> list[Exampl
             f"found inputs of {found} texts, expected one text in each, or a pair in each; take "
             "surplus tabs out"
         )
-    for number, example in enumerate(examples, 1):
-        read = (text for _, text in example.segments)
-        for text in (*example.texts, *example.options, *read):
-            _check_encodable(number, text)
+    checks.encodable("what is asked", examples)
     return examples
-
-
-def _check_encodable(number: int, text: str) -> None:
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise TaskError(
-            f"input {number} holds {text!a:.80} with half a character (a lone surrogate) at place "
-            f"{error.start + 1}, expected whole ones; correct it, or leave it out"
-        ) from error
 
 
 def _texts(found: Any) -> tuple[str, ...]:

@@ -43,8 +43,7 @@ class Metric:
     greater_is_better: bool = True
     # Metrics that are by custom reported beside this one.
     also: tuple[str, ...] = ()
-    # (n,) predictions and targets -> (n, s) numbers of which a score is made, s of each example, or
-    # of each group of them that is drawn as one.
+    # (n,) predictions and targets -> (n, s): s numbers of each example, or group drawn as one.
     statistics: Callable[[np.ndarray, np.ndarray], np.ndarray] | None = None
 
 

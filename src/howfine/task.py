@@ -155,8 +155,7 @@ class Task:
                 continue
             if size < 1:
                 raise SettingError(f"subset size {split}={size}, expected at least 1")
-            rng = np.random.default_rng([seed, number])
-            whole = self.splits[split]
+            rng, whole = np.random.default_rng([seed, number]), self.splits[split]
             strata = [example.label if self.labels else 0 for example in whole]
             splits[split] = [whole[row] for row in stratified(strata, size, rng)]
         if not (asked := ", ".join(f"{s} {n}" for s, n in sizes.items() if n is not None)):
@@ -220,7 +219,7 @@ class Task:
         found = _named(name, data, {**given, **({"seed": seed} if seed else {})})
         found = found or _unnamed(name, wanted(given, seed))
         checks.filled(name, found.splits)
-        labels, metric, splits = _encoded(found, metric)
+        labels, metric, splits = _encoded(found, metric or found.metric)
         return Task(
             name=name.removeprefix("glue/"),
             splits=splits,
@@ -244,8 +243,7 @@ def _named(name: str, data: str | Path | None, options: Mapping[str, Any]) -> Fo
         )
     if name == rotten_tomatoes.NAME:
         return rotten_tomatoes.read()
-    folder = data or os.environ.get(DATA_VARIABLE)
-    source = Path(folder) if folder else None
+    source = Path(folder) if (folder := data or os.environ.get(DATA_VARIABLE)) else None
     return collection.read(name, source) if collection else glue.read(short, source)
 
 
@@ -267,7 +265,6 @@ def _encoded(
     found: Found, metric: str | None
 ) -> tuple[tuple[str, ...], str, dict[str, list[Example]]]:
     """Class names, metric, and examples whose labels are class indices or scores."""
-    metric = metric or found.metric
     if found.splits["train"][0].targets:
         texts = {
             split: [Example(r.texts, targets=r.targets, segments=r.segments) for r in rows]
