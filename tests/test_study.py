@@ -226,6 +226,7 @@ def test_a_run_that_fails_is_recorded_and_the_others_go_on(tmp_path, monkeypatch
     assert all("score" in record for record in records if record["recipe"] != "bitfit")
 
 
+@pytest.mark.slow
 def test_what_a_network_may_mend_is_tried_again_by_the_next_call(tmp_path, monkeypatch):
     real, tried = study_module.run_once, []
 
