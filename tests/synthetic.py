@@ -167,13 +167,14 @@ def where(layers: int = LAYERS, least: int = 0, share: float = 1e-4) -> list[dic
 
 
 def located(result: Any) -> Any:
-    """The report with such rows for every recipe, as if their files had been counted in."""
+    """The report as if its files were there: rows for every recipe, and one that merges."""
     for number, group in enumerate(result["groups"]):
         if group["recipe"] not in result["where"]:
             share = 1.0 if group["role"] == "ceiling" else 1e-6 * 4**number
             result["where"][group["recipe"]] = where(share=share, least=number % 3)
             result["where_runs"][group["recipe"]] = group["keys"][0]
     chosen = result["recommended"]
+    chosen["merges"] = True
     result["where"][chosen["recipe"]] = where(least=2)
     result["where_runs"][chosen["recipe"]] = chosen["key"]
     return result

@@ -302,5 +302,9 @@ def test_pictures_of_one_colour_and_short_inputs_are_sliced(
     name: str, changes: dict[str, int], tmp_path: Path
 ) -> None:
     base = tiny_base(name, **changes)
-    done, _ = made(base, tmp_path, scope="layer")
-    assert sum(done.neurons) < sum(done.heads) + done.before
+    done, expected = made(base, tmp_path, scope="layer")
+    assert done.parameters < done.before
+    small = Base.load(str(done.folder))
+    with torch.no_grad():
+        found = small.tower.eval()(**trial(small, 2, min(8, small.room)))[0]
+    assert torch.allclose(found, expected, atol=1e-5)

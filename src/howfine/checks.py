@@ -176,6 +176,12 @@ def learnable(task: Asked) -> None:
     _varied(task)
 
 
+def several(what: str, given: Any) -> None:
+    """Raises SettingError for one text where a list of them belongs: it has letters, no items."""
+    if isinstance(given, str):
+        raise SettingError(f"found one text, {given!a:.80}, expected several {what} in a list")
+
+
 def encodable(where: str, examples: Sequence[Any]) -> None:
     """Raises TaskError for half a character, which no tokenizer takes and no file holds."""
     for number, example in enumerate(examples, 1):

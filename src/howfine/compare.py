@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
-from howfine import container
+from howfine import container, stated
 from howfine.align import Place
 from howfine.anatomy import Anatomy
 from howfine.architectures import anatomy_of
@@ -98,14 +97,16 @@ def _config(name: str | Path) -> SimpleNamespace | None:
     file = folder / "config.json"
     if path.exists() and file.is_file():
         try:
-            found = json.loads(file.read_text())
+            found = stated.json_object(file)
         except (OSError, ValueError, RecursionError) as error:
-            raise BaseError(f"{file} can't be read as JSON: {error}; get a fresh copy") from error
-        width = found.get("initializer_range") if isinstance(found, dict) else found
-        if not isinstance(found, dict) or not isinstance(width, int | float | None):
             raise BaseError(
-                f"{file}: expected the object of a Hugging Face config, with a number as "
-                f"initializer_range, found {width!r:.40}; get a fresh copy"
+                f"{file} can't be read: {error}; expected a config's object: get a fresh copy"
+            ) from error
+        width = found.get("initializer_range")
+        if not isinstance(width, int | float | None):
+            raise BaseError(
+                f"{file}: found initializer_range {width!r:.40}, expected a number; get a fresh "
+                "copy"
             )
         return SimpleNamespace(**found)
     if path.exists():

@@ -12,6 +12,7 @@ import numpy.typing as npt
 import torch
 from tqdm.auto import tqdm
 
+from howfine import checks
 from howfine.base import Base
 from howfine.batch import to_device
 from howfine.delta import Delta
@@ -35,8 +36,7 @@ class Encoder:
 
     def texts(self, texts: Sequence[str]) -> Directions:
         """(n, width) directions of length 1. Raises TaskError for an empty text."""
-        if isinstance(texts, str):
-            raise SettingError("found one text, expected several; put it in a list")
+        checks.several("texts", texts)
         for number, text in enumerate(texts, 1):
             if not text.strip():
                 raise TaskError(f"text {number} is empty; give one that says something")
@@ -106,8 +106,8 @@ def classify(
     (Radford et al. 2021). Raises SettingError for fewer than two different names, or a prompt
     without {}.
     """
-    if isinstance(names, str) or isinstance(prompts, str):
-        raise SettingError("classify takes several names, and prompts in a list; put each in one")
+    checks.several("names", names)
+    checks.several("prompts", prompts)
     if len(set(names)) < 2 or len(set(names)) < len(names) or not all(map(str.strip, names)):
         raise SettingError(
             f"class names: found {list(names)!r:.200}, expected two or more, all different, none "

@@ -215,8 +215,7 @@ def examples_of(texts: Sequence[str | tuple[str, str] | Example]) -> list[Exampl
 
     Raises TaskError for a mixture, for others and for half a character, SettingError for one text.
     """
-    if isinstance(texts, str):
-        raise SettingError(f"found one text, {texts!a:.80}, expected several; put it in a list")
+    checks.several("texts", texts)
     examples = [
         text if isinstance(text, Example) else Example(texts=_texts(text), label=0)
         for text in texts

@@ -62,7 +62,8 @@ class Report(TypedDict):
     margin: float
     full: dict[str, Any]  # the ceiling's group
     floor: dict[str, Any] | None  # None where no floor run finished
-    # answer.recommend; file is None where it was not kept; merges: into a plain checkpoint
+    # answer.recommend; file is None where it was not kept; merges: `report` has found that a plain
+    # checkpoint can hold the change
     recommended: dict[str, Any]
     groups: list[dict[str, Any]]  # answer.groups, with the method's record
     runs: list[dict[str, Any]]
@@ -140,7 +141,7 @@ def summarise(
     """
     targets = task.targets("test")
     groups = _with_method(answer.groups(records, targets, margin), records)
-    recommended = {**answer.recommend(groups, records, margin), "merges": True}
+    recommended = {**answer.recommend(groups, records, margin), "merges": False}
     if folder is not None:
         kept = (folder / recommended["file"]).is_file()
         recommended["file"] = f"{recommended['recipe']}{SUFFIX}" if kept else None

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from howfine import fingerprint
+from howfine import checks, fingerprint
 from howfine.base import Base
 from howfine.container import write_atomically
 from howfine.directions import Directions, Encoder, encoder
@@ -60,8 +60,7 @@ def search(
     """
     if top < 1:
         raise SettingError(f"top is {top}, expected 1 or more pictures")
-    if isinstance(queries, str):
-        raise SettingError("search takes several queries; put the one in a list")
+    checks.several("queries", queries)
     folder = Path(folder).expanduser()
     states = _states(folder)
     kept = _Index(Path(cache or fingerprint.cache_folder() / "search"), Path(delta), folder)

@@ -12,6 +12,14 @@ from howfine.errors import BaseNotFound
 _POOLING = {"pooling_mode_cls_token": "cls", "pooling_mode_mean_tokens": "mean"}
 
 
+def json_object(path: Path) -> dict[str, Any]:
+    """What a config's file holds. Raises ValueError, OSError or RecursionError."""
+    found = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(found, dict):
+        raise ValueError(f"it holds {found!r:.40}")
+    return found
+
+
 def preprocessing(source: str, revision: str | None) -> dict[str, Any]:
     """What an image model's preprocessor_config.json says; {} where there is none.
 
@@ -27,9 +35,7 @@ def preprocessing(source: str, revision: str | None) -> dict[str, Any]:
             revision=revision,
             _raise_exceptions_for_missing_entries=False,
         )
-        found = {} if path is None else json.loads(Path(path).read_text(encoding="utf-8"))
-        if not isinstance(found, dict):
-            raise ValueError("it holds no object")
+        found = {} if path is None else json_object(Path(path))
     except (OSError, ValueError, RecursionError) as error:
         raise BaseNotFound(
             f"{IMAGE_PROCESSOR_NAME} of the image base {source!r} can't be read: "
@@ -47,9 +53,7 @@ def pooling(source: str) -> str | None:
     if not path.is_file():
         return None
     try:
-        stated = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(stated, dict):
-            raise ValueError(f"it holds {stated!r:.40}")
+        stated = json_object(path)
     except (OSError, ValueError, RecursionError) as error:
         raise BaseNotFound(
             f"{path} of the base {source!r} can't be read: {_reason(error)}; expected an object of "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -21,12 +21,18 @@ def going_on(base: Base, selectors: tuple[str, ...], start: Mapping[str, Tensor]
     `start` is the weights that it goes on from, where they differ from the base's.
     """
     training = base.choose(selectors) if selectors else []
-    if left := sorted(start.keys() - set(training)):
+    check_kept(base, start, training, "beside")
+    return training
+
+
+def check_kept(base: Base, start: Mapping[str, Tensor], paths: Sequence[str], setting: str) -> None:
+    """Refuse a start that changed what is not at `paths`, as `setting` names them."""
+    others = sorted(start.keys() - set(paths))
+    if left := [path for path in others if bool((start[path] != base.original(path)).any())]:
         raise SettingError(
             f"the start is a change of {left[0]} and {len(left) - 1} others, which would be left "
-            "out of the file; name them in beside, such as beside=all, or leave the start out"
+            f"out of the file; name them in {setting}, such as {setting}=all, or take another start"
         )
-    return training
 
 
 def attach(

@@ -12,6 +12,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from howfine import checks
 from howfine.base import Base
 from howfine.delta import SUFFIX
 from howfine.errors import SettingError, StorageError, TaskError
@@ -41,10 +42,8 @@ def zero_shot(
     Raises SettingError for a base without a masked language model and for two equal options,
     TaskError for a text that holds the mask token and for an Example with options of its own.
     """
-    if isinstance(texts, str):
-        raise SettingError("zero_shot takes several texts; put the one in a list")
-    if isinstance(options, str):
-        raise SettingError("zero_shot takes several options; put each of them in a list")
+    checks.several("texts", texts)
+    checks.several("options", options)
     known: Any = Recipe.load(RECIPE).readout
     if unknown := set(settings) - {field.name for field in fields(known)}:
         raise SettingError(f"zero_shot has no setting {', '.join(sorted(unknown))}: nothing trains")

@@ -20,7 +20,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from howfine import entries
+from howfine import entries, whole
 from howfine.base import Base
 from howfine.change import Change
 from howfine.codec import rounded
@@ -91,7 +91,7 @@ class Sparse(Method):
             )
         if self.by == "start" or self.regrow:
             assert probe is not None
-            self._check_kept(base, paths, probe.start)
+            whole.check_kept(base, probe.start, paths, "where")
             moved = {p: (w - base.original(p)).abs() for p, w in begun.items()}
             held = {path: size.flatten().nonzero().flatten() for path, size in moved.items()}
             if not any(map(len, held.values())):
@@ -113,15 +113,6 @@ class Sparse(Method):
                 self._check_moved(part, count)
             found |= entries.strongest(part, count)
         return found
-
-    def _check_kept(self, base: Base, paths: list[str], start: Mapping[str, Tensor]) -> None:
-        """Refuse a start of which a part would be lost."""
-        others = sorted(start.keys() - set(paths))
-        if left := [p for p in others if (start[p] != base.original(p)).any()]:
-            raise SettingError(
-                f"the start is a change of {left[0]} and {len(left) - 1} others, which would be "
-                "left out of the file; name them in where, such as where=all, or take another start"
-            )
 
     def _check_moved(self, scores: Mapping[str, Tensor], count: int) -> None:
         """Refuse to choose among places that have not moved: the first ones would be taken."""
