@@ -1,7 +1,8 @@
 """2:4 masks as torch's semi-structured tensors, which GPUs with sparse tensor cores multiply.
 
 A matrix of which two of every four neighbouring inputs are 0 is kept as its other half and two
-bits an entry. Whether that is faster hangs on the GPU, the kernel and the shapes: `python bench/semi_structured.py` tells for yours.
+bits an entry. Whether that is faster hangs on the GPU, the kernel and the shapes:
+`python bench/semi_structured.py` tells for yours.
 """
 
 from __future__ import annotations
