@@ -42,6 +42,7 @@ ROOMS = [
             "reparametrisation",
         ),
         *("vectors", "writing", "segmented", "first", "unit_gates", "replay", "rescaling"),
+        "hidden",
         "encoding",
     ),
     ("methods", "methods.*", "readouts", "readouts.*"),

@@ -72,6 +72,10 @@ class Gate(nn.Module):
             return own
         return own * concrete.hard_concrete(self.whole, self.noise[count:], TEMPERATURE)
 
+    def open(self) -> bool:
+        """Whether any of its units is on, in this step of a training."""
+        return bool((self._drawn() if self.training else self.settling.factors(self)).any())
+
     def folded(self, weight: Tensor) -> Tensor:
         """The matrix as it is stored: times the settled factors, 0 where units are off."""
         factors = self.settling.factors(self)
