@@ -33,7 +33,7 @@ def written(module: Any, records: dict[str, Any], page: Path, patch: Any) -> str
 
 
 def test_warp(bench: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Transfer has three of five seeds: only those are compared."""
+    """Transfer has three seeds where what it is compared with has five: only those are compared."""
     warp = bench("warp")
     level = {"warp-20": 0.8, "warp-8": 0.79, "warp-1": 0.78, "warp-0": 0.7, "full": 0.85}
     runs = [
