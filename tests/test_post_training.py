@@ -12,9 +12,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from howfine import macs, rescaling, units
+from howfine import fingerprint, macs, rescaling, timing, units
 from howfine.base import Base
 from howfine.batch import Batch
+from howfine.cuts import smaller
 from howfine.delta import SUFFIX, Delta
 from howfine.errors import DamagedDelta, SettingError
 from howfine.evaluate import evaluate
@@ -25,6 +26,7 @@ from howfine.recipe import Recipe
 from howfine.replay import Replay
 from howfine.slicing import sliced
 from howfine.task import Task
+from howfine.timing import Timed
 from howfine.training import Training
 from howfine.tune import tune
 from tiny import (
@@ -67,6 +69,12 @@ def whole_probe(base: Base) -> Any:
 
 def costs_of(base: Base, length: int = 8) -> dict[str, int]:
     return {path: macs.of_unit(base, path, length) for path in units.counts(base)}
+
+
+def searched(base: Base, scores: Any, costs: dict[str, int], keep: float) -> dict[str, Tensor]:
+    """Within the share `keep` of what all units take, each of a layer the same."""
+    each = {path: torch.full((len(own),), costs[path]) for path, own in scores.items()}
+    return macs.search(base, scores, each, keep * sum(int(own.sum()) for own in each.values()))
 
 
 # --- multiply-adds -------------------------------------------------------------------------------
@@ -119,7 +127,7 @@ def test_the_search_finds_the_best_number_of_heads(keep: float) -> None:
     costs = costs_of(base)
     for seed in range(5):
         scores = drawn(base, seed)
-        kept = macs.search(base, scores, costs, keep)
+        kept = searched(base, scores, costs, keep)
         budget = keep * sum(costs[p] * len(v) for p, v in scores.items())
         assert sum(costs[p] * int(on.sum()) for p, on in kept.items()) <= budget
         assert all(on.any() for on in kept.values())
@@ -147,21 +155,76 @@ def best_sum(base: Base, scores: Any, costs: dict[str, int], budget: float) -> f
 
 
 def test_a_budget_out_of_reach_names_the_nearest() -> None:
+    """Which leaves a head and a neuron of each layer."""
     base = tiny_base("bert")
-    scores, costs = drawn(base, 0), costs_of(base)
-    with pytest.raises(SettingError, match="one head and one neuron of each layer") as error:
-        macs.search(base, scores, costs, 0.01)
-    nearest = float(str(error.value).rpartition(" ")[2])
-    kept = macs.search(base, scores, costs, nearest)
-    assert [int(on.sum()) for on in kept.values()] == [1] * 2 * LAYERS
-    with pytest.raises(SettingError, match="the nearest keep is"):
-        macs.search(base, scores, costs, nearest - 1e-3)
+    for of in ("macs@8", "encoder", "parameters"):
+        with pytest.raises(SettingError, match="one of both of each layer, take") as error:
+            pruning(keep=f"0.01 {of}").attach(base, probed(base))
+        nearest = str(error.value).rpartition("nearest keep is ")[2].strip("'")
+        with pruning(keep=nearest, stage="masked").attach(base, probed(base)) as change:
+            assert [int(on.sum()) for on in change.parts["kept"].values()] == [1] * 2 * LAYERS
+        less = f"{float(nearest.partition(' ')[0]) - 1e-3} {of}"
+        with pytest.raises(SettingError, match="the nearest keep is"):
+            pruning(keep=less).attach(base, probed(base))
     with pytest.raises(SettingError, match="the nearest keep is"):
         pruning(keep=0.01).attach(base, probed(base))
     assert base.is_untouched()
-    for wrong in ({"keep": 0.0}, {"keep": 1.1}, {"length": 0}, {"rows": 0}):
-        with pytest.raises(SettingError, match="a share above 0"):
+    for wrong in ({"keep": 0.0}, {"keep": 1.1}, {"keep": "half"}, {"keep": "5 s"}):
+        with pytest.raises(SettingError, match="expected a share above 0"):
             pruning(**wrong)
+    for wrong in ({"length": 0}, {"rows": 0}):
+        with pytest.raises(SettingError, match="expected numbers from 1 on"):
+            pruning(**wrong)
+
+
+def cut(base: Base, chosen: Any) -> Any:
+    """The model without what is off."""
+    with chosen.attach(base, probed(base)) as change:
+        packed = chosen.pack(base, change)
+    with chosen.unpack(base, packed):
+        return smaller(base)
+
+
+@pytest.mark.parametrize("share", [0.4, 0.7])
+def test_as_many_parameters_stay_as_asked(share: float) -> None:
+    """Counted in the model that is cut; one neuron more would be too many."""
+    base = tiny_base("bert")
+    whole = sum(p.numel() for p in base.tower.parameters())
+    matrices = LAYERS * (4 * HIDDEN * HIDDEN + 2 * HIDDEN * INNER + 5 * HIDDEN + INNER)
+    for of, total in (("encoder", matrices), ("parameters", whole)):
+        keep = share if of == "encoder" else 1 - (1 - share) * matrices / whole
+        model = cut(base, pruning(keep=f"{keep:.6f} {of}", stage="masked"))
+        spent = total - whole + sum(p.numel() for p in model.parameters())
+        assert total * keep - (2 * HIDDEN + 1) < spent <= total * keep
+
+
+def test_a_time_is_met_by_the_tables_of_heads_and_neurons(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """By a clock to which a head is ten neurons, and half of a layer's neurons are for nothing."""
+    base, d = tiny_base("bert"), HIDDEN // HEADS
+
+    def took(base: Base, model: Any, rows: int, tokens: int) -> Timed:
+        blocks = model.encoder.layer
+        heads = sum(block.attention.self.query.out_features // d for block in blocks)
+        neurons = [block.intermediate.dense.out_features for block in blocks]
+        free = INNER // 2
+        spent = 5.0 + heads + 0.1 * sum(max(0, own - free) for own in neurons)
+        return Timed(spent, 5.0 + LAYERS * (HEADS + 0.1 * free), 1)
+
+    monkeypatch.setattr(timing, "of_model", took)
+    monkeypatch.setattr(fingerprint, "cache_folder", lambda: tmp_path / "cache")
+    whole = 5.0 + LAYERS * (HEADS + 0.1 * INNER / 2)
+    for asked in (18.0, 12.0, 9.0):
+        assert asked < whole
+        model = cut(base, pruning(keep=f"{asked} ms@1x8", stage="masked"))
+        spent = took(base, model, 1, 8).milliseconds
+        assert asked - 0.3 < spent <= asked + 0.05  # between two sizes, time goes straight
+    with pruning(keep=f"{whole} ms@1x8").attach(base, probed(base)) as change:
+        assert all(on.all() for on in change.parts["kept"].values())
+    with pytest.raises(SettingError, match="take 7 ms; the nearest keep is '7.0 ms@1x8'"):
+        pruning(keep="6 ms@1x8").attach(base, probed(base))
+    assert base.is_untouched()
 
 
 # --- the rearrangement ---------------------------------------------------------------------------
@@ -460,7 +523,7 @@ def test_a_base_without_neurons_that_are_known_is_refused() -> None:
     heads = {path: own for path, own in drawn(base, 0).items() if "attention" in path}
     costs = costs_of(base)
     with pytest.raises(SettingError, match="no matrix of tiny-bert that neurons lead into"):
-        macs.search(base, heads, costs, 0.5)
+        searched(base, heads, costs, 0.5)
     letters = {letter: own for letter, own in base.anatomy.letters.items() if letter != "O"}
     base.anatomy = replace(base.anatomy, letters=letters)
     for which in ("both", "neurons"):
@@ -483,7 +546,7 @@ def test_importances_that_are_no_numbers_are_refused(odd: float) -> None:
     path = list(information)[1]
     information[path][3] = odd
     with pytest.raises(SettingError, match=f"1 of .* units at {path} .*load the base in float32"):
-        macs.search(base, information, costs, 0.5)
+        searched(base, information, costs, 0.5)
     for scope in ("global", "layer"):
         with pytest.raises(SettingError, match="NaN or infinite, so that none can be ranked"):
             units.strongest(base, information, 0.5, scope)
@@ -495,7 +558,7 @@ def test_a_budget_is_exact_beyond_single_precision() -> None:
     counts = units.counts(base)
     information = {path: torch.rand(count) for path, count in counts.items()}
     costs = {path: 700_000_049 if "attention" in path else 90_000_017 for path in counts}
-    kept = macs.search(base, information, costs, 1.0)
+    kept = searched(base, information, costs, 1.0)
     assert all(on.all() for on in kept.values())
 
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -23,7 +24,7 @@ from howfine.errors import SettingError
 from howfine.method import as_parameter
 
 Of = Literal["units", "encoder", "parameters", "macs", "ms"]
-# Of a share of units, this much apart is the same: far less than one unit is.
+# Of a share, this much apart is the same: far less than one unit is.
 _APART = 1e-7
 _SAID = re.compile(
     r"([0-9.]+(?:e[+-]?\d+)?)\s*(?:(units|encoder|parameters|macs|ms)(?:@(?:(\d+)x)?(\d+))?)?"
@@ -111,6 +112,56 @@ class Budget:
             low, high = (middle, high) if spent(middle) <= self.amount else (low, middle)
         return low
 
+    def prices(
+        self, base: Base, counted: Mapping[str, int], *, cache: str | Path | None = None
+    ) -> Prices:
+        """What the units of `counted` take of this budget, by path, for a search among them.
+
+        A time is that of the heads, and of the neurons, of every layer alike, between the sizes of
+        a table for each (Kwon et al. 2022, arXiv 2204.09656, have one of each kind, too).
+        """
+        if self.of != "ms":
+            whole, own = self._costs(base, counted)
+            exact = torch.float64
+            return Prices(
+                whole, {p: torch.full((n,), own[p], dtype=exact) for p, n in counted.items()}
+            )
+        kinds: dict[str, dict[str, int]] = {}
+        for path, count in counted.items():
+            kinds.setdefault(units.kind(base, path), {})[path] = count
+        tables = [
+            (paths, _table(base, paths, self, self._least(base, paths), cache))
+            for paths in kinds.values()
+        ]
+        milliseconds = sum(rows[0].milliseconds for _, rows in tables) / len(tables)
+        times: dict[str, Tensor] = {}
+        for paths, rows in tables:
+            times |= _times(paths, rows, milliseconds)
+        return Prices(milliseconds, {path: times[path] for path in counted})
+
+    def room(self, prices: Prices, *, milder: bool = False) -> float:
+        """What the units may take together; with `milder`, under the square root of this budget.
+
+        Raises SettingError, with the nearest budget, where it is less than one unit of each layer
+        takes.
+        """
+        share = self.amount / prices.whole if self.of == "ms" else self.amount
+        if share >= 1:
+            return math.inf
+        own = sum(float(cost.sum()) for cost in prices.costs.values())
+        other = prices.whole - own
+        least = sum(float(cost[0]) for cost in prices.costs.values())
+        found = (math.sqrt(share) if milder else share) * prices.whole - other
+        if found < least - _APART * prices.whole:
+            nearest = (other + least) / (1 if self.of == "ms" else prices.whole)
+            nearest = math.ceil(1e4 * nearest - _APART) / 1e4
+            said = "ms" if self.of == "ms" else f"of the {_WORDS[self.of]}"
+            raise SettingError(
+                f"keep '{self}': all but heads and neurons, and one of both of each layer, take "
+                f"{nearest:.4g} {said}; the nearest keep is '{replace(self, amount=nearest)}'"
+            )
+        return found
+
     def _least(self, base: Base, counted: Mapping[str, int]) -> float:
         """The smallest share by which every layer has a unit of each kind."""
         kinds: dict[str, list[int]] = {}
@@ -151,6 +202,17 @@ class Budget:
         raise AssertionError("the fastest is in the table")
 
 
+@dataclass(frozen=True)
+class Prices:
+    """What a model takes of a budget with all units on, and what each of them does.
+
+    The first unit that a layer has takes `costs[path][0]`, the next `costs[path][1]`, and so on.
+    """
+
+    whole: float
+    costs: Mapping[str, Tensor]
+
+
 _WORDS = {"encoder": "blocks' parameters", "parameters": "parameters", "macs": "multiply-adds"}
 
 
@@ -188,6 +250,23 @@ def _table(
     told = ["even", dict(counted), budget.rows, budget.tokens, sizes]
     # Processes that train together have to prune the same units.
     return processes.agreed(lambda: timing.table(base, told, measured, cache), base.device)
+
+
+def _times(counted: Mapping[str, int], rows: list[timing.Timed], whole: float) -> dict[str, Tensor]:
+    """(units,) milliseconds that each unit of a layer adds, of units of one kind, by path.
+
+    Each layer takes what its part of them does; the first unit, which every layer has, nothing. A
+    smaller size that took longer, by chance, takes what the next larger one does.
+    """
+    shares = np.array([_keep(row) for row in rows])
+    parts = np.array([row.milliseconds for row in rows]) / rows[0].milliseconds
+    parts = np.minimum.accumulate(parts)
+    found = {}
+    for path, count in counted.items():
+        sizes = np.arange(1, count + 1) / count
+        taken = whole * count / sum(counted.values()) * np.interp(sizes, shares[::-1], parts[::-1])
+        found[path] = torch.from_numpy(np.diff(taken, prepend=taken[0]))
+    return found
 
 
 def _timed(base: Base, counted: Mapping[str, int], budget: Budget, share: float) -> timing.Timed:

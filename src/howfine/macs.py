@@ -1,4 +1,4 @@
-"""Which heads and neurons stay on under a budget of operations, by Fisher information.
+"""Which heads and neurons stay on under a budget, by Fisher information.
 
 Kwon et al. 2022 (arXiv 2204.09656), sections 4.1 and 4.2: a search that takes the information to be
 diagonal, then a rearrangement within each layer by what its units have in common. Multiply-adds
@@ -16,7 +16,6 @@ from torch import Tensor
 from howfine import units
 from howfine.anatomy import FEEDS
 from howfine.base import Base
-from howfine.errors import SettingError
 
 Tensors = dict[str, Tensor]
 
@@ -43,48 +42,42 @@ def of_unit(base: Base, path: str, length: int) -> int:
 
 
 def search(
-    base: Base, information: Mapping[str, Tensor], costs: Mapping[str, int], keep: float
+    base: Base, information: Mapping[str, Tensor], costs: Mapping[str, Tensor], room: float
 ) -> Tensors:
-    """(units,) which stay on, by path, within the share `keep` of the MACs of all units.
+    """(units,) which stay on, by path, that together take no more than `room`.
 
-    For each number k of heads, the k of the largest information and as many neurons as the rest of
-    the budget has room for; of these the k with the largest sum. Of each layer the best head and
-    neuron come first. Raises SettingError where the budget has no room for those, or where there
-    are none.
+    `costs` (units,) says what the first unit of a layer takes, the second, and so on. For each
+    number k of heads, the k of the largest information and as many neurons as the rest has room
+    for; of these the k with the largest sum. Of each layer the best head and neuron come first,
+    for which there has to be room. Raises SettingError where the base has no such units.
     """
     units.check_kinds(base, information, "both")
     kinds = units.by_kind(base, information)
     heads, neurons = (_Ranked(kinds[kind], costs) for kind in ("heads", "neurons"))
-    whole = int(heads.cost[-1] + neurons.cost[-1])
-    budget = keep * whole
-    least = int(heads.cost[heads.firm] + neurons.cost[neurons.firm])
-    if budget < least:
-        nearest = math.ceil(1e4 * least / whole) / 1e4
-        raise SettingError(
-            f"keep {keep}: a budget of {int(budget):,} of {whole:,} MACs, and one head and one "
-            f"neuron of each layer take {least:,}; the nearest keep is {nearest:.4g}"
-        )
-    best = (-math.inf, 0, 0)
+    best = (-math.inf, heads.firm, neurons.firm)
     for k in range(heads.firm, len(heads.cost)):
-        left = torch.tensor(budget - float(heads.cost[k]), dtype=neurons.cost.dtype)
+        left = torch.tensor(room - float(heads.cost[k]), dtype=neurons.cost.dtype)
         n = int(torch.searchsorted(neurons.cost, left, right=True)) - 1
         if n >= neurons.firm:
             best = max(best, (float(heads.sum[k] + neurons.sum[n]), -k, n))
-    found = heads.strongest(-best[1]) | neurons.strongest(best[2])
+    found = heads.strongest(abs(best[1])) | neurons.strongest(best[2])
     return {path: found[path] for path in information}
 
 
 class _Ranked:
     """Units of one kind in the order in which they stay on, and sums over the first k of them."""
 
-    def __init__(self, information: Mapping[str, Tensor], costs: Mapping[str, int]) -> None:
+    def __init__(self, information: Mapping[str, Tensor], costs: Mapping[str, Tensor]) -> None:
         self.places = units.ranks(information, normalised=False)
         self.total, self.firm = sum(map(len, information.values())), len(information)
         order = torch.cat(list(self.places.values())).argsort(descending=True)
         own = torch.cat([value.double().cpu() for value in information.values()])[order]
-        cost = torch.cat([torch.full((len(v),), costs[p]) for p, v in information.items()])[order]
+        # A layer's units come in the order of their places: the first takes what the first does.
+        earlier = (p.argsort(descending=True).argsort() for p in self.places.values())
+        by_unit = [costs[path][nth] for path, nth in zip(self.places, earlier, strict=True)]
+        cost = torch.cat(by_unit).double()[order]
         self.sum = torch.cat([own.new_zeros(1), own.cumsum(0)])
-        self.cost = torch.cat([cost.new_zeros(1), cost.cumsum(0)]).double()
+        self.cost = torch.cat([cost.new_zeros(1), cost.cumsum(0)])
 
     def strongest(self, count: int) -> Tensors:
         return {path: own >= self.total - count for path, own in self.places.items()}

@@ -1,4 +1,4 @@
-"""Heads and neurons of a fine-tuned model off under a budget of operations, with no training.
+"""Heads and neurons of a fine-tuned model off under a budget, with no training.
 
 Kwon et al. 2022, "A Fast Post-Training Pruning Framework for Transformers" (arXiv 2204.09656).
 Units are chosen by the diagonal of the Fisher information of their factors (section 4.1), then
@@ -9,8 +9,7 @@ The weights are those of the recipe's `start`.
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 
 from howfine import gates, macs, rescaling, surgery, units, whole
 from howfine.base import Base
+from howfine.budgets import Budget
 from howfine.change import Change, all_or_nothing
 from howfine.errors import DamagedDelta, SettingError
 from howfine.method import Method, Probe, Tensors
@@ -28,14 +28,15 @@ _FACTORS = "factors:"
 
 @dataclass(frozen=True)
 class PostTraining(Method):
-    """How many operations stay, and how far the paper's three steps go."""
+    """How much stays, and how far the paper's three steps go."""
 
     starts_at_base: ClassVar[bool] = False
     start: ClassVar[Any] = "needed"
 
-    # Share of the multiply-adds of all heads and neurons that stays; of each layer one of both.
-    keep: float = 0.5
-    # Tokens of the sequence whose multiply-adds are counted.
+    # How much stays: a share of the multiply-adds of all heads and neurons (0.5), of parameters
+    # ('0.5 encoder', '0.5 parameters'), or a time here ('5 ms@1x64'); of each layer one of both.
+    keep: float | str = 0.5
+    # Tokens of the sequence whose multiply-adds are counted, where `keep` is a number alone.
     length: int = 32
     # Train rows that are looked at.
     rows: int = 2048
@@ -45,10 +46,12 @@ class PostTraining(Method):
     beside: tuple[str, ...] = ("all",)
 
     def __post_init__(self) -> None:
-        if not 0 < self.keep <= 1 or self.length < 1 or self.rows < 1:
+        budget = Budget.parse(self.keep)
+        object.__setattr__(self, "keep", budget.amount if budget.of == "units" else str(budget))
+        if self.length < 1 or self.rows < 1:
             raise SettingError(
-                f"post_training: found keep {self.keep}, length {self.length} and rows "
-                f"{self.rows}, expected a share above 0, up to 1, and numbers from 1 on"
+                f"post_training: found length {self.length} and rows {self.rows}, expected numbers "
+                "from 1 on"
             )
 
     def attach(self, base: Base, probe: Probe | None = None) -> Change:
@@ -72,11 +75,14 @@ class PostTraining(Method):
 
     def _found(self, base: Base, probe: Probe, start: Tensors) -> tuple[Tensors, Tensors]:
         """(units,) which are on, and how far their factors are from 1, by path."""
-        counts = units.counts(base)
+        counts, budget = units.counts(base), Budget.parse(self.keep)
+        if budget.of == "units":
+            budget = replace(budget, of="macs", tokens=self.length)
+        prices = budget.prices(base, counts)
+        room, more = budget.room(prices), budget.room(prices, milder=True)
         found = probe.sensitivities(base, counts, at=start, rows=self.rows)
         information = units.importance(found, "squares")
-        costs = {path: macs.of_unit(base, path, self.length) for path in counts}
-        kept = macs.search(base, information, costs, self.keep)
+        kept = macs.search(base, information, prices.costs, room)
         if self.stage != "masked":
             kept = {p: macs.rearranged(on, units.of_batches(found[p])) for p, on in kept.items()}
         kept = {path: on.to(base.device) for path, on in kept.items()}
@@ -84,7 +90,7 @@ class PostTraining(Method):
             return kept, {
                 path: torch.zeros(len(on), device=base.device) for path, on in kept.items()
             }
-        milder = macs.search(base, information, costs, math.sqrt(self.keep))
+        milder = macs.search(base, information, prices.costs, more)
         milder = {path: on.to(base.device) for path, on in milder.items()}
         factors = rescaling.factors(base, probe, start, kept, milder, self.rows)
         return kept, {path: own - 1 for path, own in factors.items()}
