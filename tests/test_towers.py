@@ -348,6 +348,24 @@ def test_what_is_kept_of_a_towers_knowledge(tmp_path: Path) -> None:
         linear_probe(None, base, (pictures, classes), (pictures, [1]))
 
 
+def test_before_and_after_take_the_same_pictures_and_texts(tmp_path: Path) -> None:
+    """A tower that does not change keeps its states, whatever its readout makes of the inputs."""
+    base, task = tiny_towers(), captioned_task()
+    rows = task.splits["test"]
+    pictures = [row.picture for row in rows if row.picture]
+    texts = [row.texts[0] for row in rows]
+    for settings in ({"size": 16}, {"max_length": 4}):
+        read = readout("contrastive", **{"width": 16, "size": 8, "max_length": 16, **settings})
+        made = Recipe("own", TOWERS["locked"], read, Training(max_steps=1, batch_size=8))
+        done = tune(base, task, made, out=tmp_path / f"{min(settings)}{SUFFIX}")
+        found = drift(done.path, base, pictures=pictures, texts=texts)
+        assert found == pytest.approx({"image": 1.0, "text": 1.0}, abs=1e-6), settings
+        items: list[Any] = pictures if "size" in settings else texts
+        own, other = states(None, base, items, like=done.path), states(None, base, items)
+        assert not np.allclose(own, other)
+        assert np.allclose(own, states(done.path, base, items), atol=1e-5)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("text", ["gpt2", "t5", "deberta-v2", "llama"])
 def test_reuse_is_right_whatever_the_text_tower(text: str, tmp_path: Path) -> None:
