@@ -195,6 +195,18 @@ def test_n_of_m_refuses_a_rest() -> None:
         gates.settle_n_of_m(draws(3, 10), 2, 4)
 
 
+@pytest.mark.parametrize(
+    ("share", "count", "expected"),
+    [
+        *((0.29, 100, 29), (0.57, 100, 57), (0.285, 1000, 285), (1e-05, 300_000, 3), (0.5, 7, 3)),
+        *((0.0, 9, 0), (1, 9, 9), (1.0, 9, 9), (0.005, 33_360_000, 166_800)),
+    ],
+)
+def test_a_share_of_entries_is_as_written(share: float, count: int, expected: int) -> None:
+    """Products of floats such as 100·.29 = 28.999… would be one short."""
+    assert gates.count_of(share, count) == expected
+
+
 @pytest.mark.parametrize("share", [0.0, 0.05, 0.1, 0.25, 0.3, 0.5, 0.6, 0.99])
 @pytest.mark.parametrize("shape", [(1, 7), (13, 17), (32, 32)])
 def test_smallest(share: float, shape: tuple[int, int]) -> None:
@@ -203,7 +215,7 @@ def test_smallest(share: float, shape: tuple[int, int]) -> None:
     found = gates.smallest(values, share, torch.Generator().manual_seed(0))
     assert found.shape == values.shape
     assert found.dtype == torch.bool
-    count = math.floor(values.numel() * share)
+    count = int(values.numel() * round(100 * share)) // 100
     order = sorted(range(values.numel()), key=lambda i: abs(values.flatten()[i].item()))
     assert set(found.flatten().nonzero().flatten().tolist()) == set(order[:count])
 

@@ -9,6 +9,7 @@ that the mask trained with is not the mask stored. Here the forward value is the
 from __future__ import annotations
 
 import math
+from fractions import Fraction
 from typing import Any, Literal
 
 import numpy as np
@@ -190,6 +191,14 @@ def settle_n_of_m(scores: Tensor, keep: int, group: int, axis: int = -1) -> Tens
     return hard.view(moved.shape).movedim(-1, axis)
 
 
+def count_of(share: float, count: int) -> int:
+    """floor(n·share) of n entries, of the share as it is written: .29 of 100 are 29.
+
+    The product of two floats may lie just below a whole number.
+    """
+    return math.floor(count * Fraction(str(share)))
+
+
 def smallest(values: Tensor, share: float, generator: torch.Generator) -> Tensor:
     """Boolean mask of exactly floor(n·share) entries of smallest magnitude, ties in random order.
 
@@ -203,7 +212,7 @@ def smallest(values: Tensor, share: float, generator: torch.Generator) -> Tensor
     shuffle = torch.randperm(count, generator=generator).to(values.device)
     order = shuffle[torch.argsort(magnitude[shuffle], stable=True)]
     hard = torch.zeros(count, dtype=torch.bool, device=values.device)
-    hard[order[: math.floor(count * share)]] = True
+    hard[order[: count_of(share, count)]] = True
     return hard.view(values.shape)
 
 

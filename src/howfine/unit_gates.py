@@ -156,7 +156,7 @@ class Settling:
         self.gates, self.kinds, self.costs = dict(by_path), dict(kinds), dict(costs)
         self.units = {path: len(gate.log_alpha) for path, gate in self.gates.items()}
         self.prunable = sum(costs[path] * count for path, count in self.units.items())
-        self.budget = math.floor(keep * self.prunable)
+        self.budget = gates.count_of(keep, self.prunable)
         self._watched = [
             value
             for gate in self.gates.values()

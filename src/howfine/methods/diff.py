@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from howfine import concrete, entries, surgery, whole
+from howfine import concrete, entries, gates, surgery, whole
 from howfine.base import Base
 from howfine.change import Change, all_or_nothing
 from howfine.errors import SettingError
@@ -67,7 +67,7 @@ class _Budget:
 
     def __init__(self, weights: Mapping[str, Tensor], density: float) -> None:
         self.weights = weights
-        self.keep = math.floor(density * sum(weight.numel() for weight in weights.values()))
+        self.keep = gates.count_of(density, sum(weight.numel() for weight in weights.values()))
         self.gates: dict[str, _Gate] = {}
         self._watched: list[Tensor] = []
         # Parameters' versions, which loading counts up; fused optimisers don't: see `forget`.

@@ -58,7 +58,7 @@ def _above(at: float) -> Callable[[Tensor, float], Tensor]:
 
 
 def _strongest(scores: Tensor, share: float) -> Tensor:
-    keep = scores.numel() - math.floor(scores.numel() * share)
+    keep = scores.numel() - gates.count_of(share, scores.numel())
     return gates.settle_top_k(scores.abs(), keep)
 
 
