@@ -19,10 +19,11 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+import numpy as np
 import torch
 
 from howfine.base import Base
-from howfine.checks import GENERATION
+from howfine.checks import CLASSIFICATION, GENERATION
 from howfine.container import write_atomically
 from howfine.delta import SUFFIX
 from howfine.errors import HowfineError
@@ -111,8 +112,11 @@ class Bench:
         return self.bases[kind]
 
     def once(self, key: str, run: Callable[[], Record], **facts: Any) -> None:
-        """Run and record, unless the ledger has it. Raises TimeUp."""
-        if key in self.ledger.records():
+        """Run and record, unless the ledger has it. Raises TimeUp.
+
+        What failed is tried again: it may have been for want of room.
+        """
+        if "error" not in self.ledger.records().get(key, {"error": ""}):
             return
         if time.monotonic() > self.deadline:
             raise TimeUp
@@ -141,6 +145,7 @@ class Bench:
             "dev": done.score.value,
             "dev_scores": done.score.scores,
             "metric": test.metric,
+            "majority": majority(task),
             "n": test.n,
             "train_size": len(task.splits["train"]),
             "bytes": done.bytes,
@@ -150,6 +155,16 @@ class Bench:
             "precision": recipe.training.precision,
             "predictions": pack_predictions(test.predictions),
         }
+
+
+def majority(task: Task) -> float:
+    """The best test score of one answer for all of the rows; 0 where there are no classes."""
+    targets = np.array([example.label for example in task.splits["test"]])
+    metric = METRICS[task.metric]
+    if metric.kind != CLASSIFICATION:
+        return 0.0
+    answers = (np.full_like(targets, answer) for answer in range(len(task.labels)))
+    return max(float(metric.function(answer, targets)) for answer in answers)
 
 
 def machine(threads: int) -> str:
@@ -162,6 +177,7 @@ class Results:
 
     def __init__(self, records: Mapping[str, Record]) -> None:
         self.records = [record for record in records.values() if "score" in record]
+        self.failed = [record for record in records.values() if "error" in record]
 
     def rows(self, task: str, cell: str) -> list[Record]:
         return [r for r in self.records if r["task"] == task and r["cell"] == cell]
@@ -174,12 +190,24 @@ class Results:
         return mean(found) if found else None
 
     def both(self, tasks: Iterable[str], *cells: str) -> list[str]:
-        """The tasks on which all the cells were run with equally many seeds."""
+        """The tasks on which all the cells were run with the same seeds (and splits)."""
         return [
             task
             for task in tasks
-            if len({len(self.rows(task, cell)) for cell in cells}) == 1
+            if len({frozenset(map(_run, self.rows(task, cell))) for cell in cells}) == 1
             and self.rows(task, cells[0])
+        ]
+
+    def learned(self, tasks: Iterable[str], *cells: str) -> list[str]:
+        """Of these tasks those on which any of the cells is, on average, above one answer for all.
+
+        On the others, orders are of what none of them has learned.
+        """
+        return [
+            task
+            for task in tasks
+            for rows in [[row for cell in cells for row in self.rows(task, cell)]]
+            if any((self.mean(task, cell) or 0) > 100 * rows[0]["majority"] for cell in cells)
         ]
 
     def common(self, task: str, *cells: str) -> list[list[float]]:
@@ -219,7 +247,9 @@ def formats(records: Iterable[Record]) -> str:
     return f"{said[most]} ({', '.join(f'{n} of {len(trained)} in {said[f]}' for f, n in rest)})"
 
 
-Verdict = tuple[str, bool | None]  # figures in words; None where runs are lacking
+# Runs are there, and do not tell: within the noise, or with settings that may not be the best.
+OPEN = "open"
+Verdict = tuple[str, bool | str | None]  # figures in words; None where runs are lacking
 Claim = tuple[str, str, Callable[[Results], Verdict]]  # name, statement, check
 
 
@@ -227,6 +257,10 @@ def table(results: Results, tasks: Sequence[str], cells: Sequence[str]) -> list[
     """A row a cell, a column a task: mean ± deviation (worst) over so many runs."""
     lines = [f"| cell | {' | '.join(tasks)} | trained | bytes |"]
     lines += ["|" + " --- |" * (len(tasks) + 3)]
+    most = {row["task"]: 100 * row["majority"] for row in results.records if "majority" in row}
+    if most:
+        said = [f"{most[task]:.1f}" if task in most else "" for task in tasks]
+        lines.append(f"| (one answer for all) | {' | '.join(said)} | | |")
     for cell in cells:
         rows = [row for task in tasks for row in results.rows(task, cell)]
         if not rows:
@@ -250,7 +284,7 @@ def verdicts(results: Results, claims: Sequence[Claim]) -> list[str]:
     lines = ["| claim | says | found | |", "| --- | --- | --- | --- |"]
     for name, statement, check in claims:
         found, held = check(results)
-        word = {True: "holds", False: "**does not hold**", None: "not run"}[held]
+        word = {True: "holds", False: "**does not hold**", None: "not run", OPEN: "open"}[held]
         lines.append(f"| {name} | {statement} | {found} | {word} |")
     return lines
 
@@ -275,9 +309,8 @@ def write(
     lines += [
         f"{len(results.records):,} runs, {when}, on {machines}. Scores are of the delta file,"
     ]
-    lines += [
-        f"loaded again, {figures}.",
-        "",
-        *parts,
-    ]
+    lines += [f"loaded again, {figures}.", ""]
+    for record in results.failed:
+        lines += [f"Not made: {record['key']} ({record['error']}).", ""]
+    lines += parts
     write_atomically(path, ("\n".join(lines) + "\n").encode())

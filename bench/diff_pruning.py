@@ -26,6 +26,7 @@ from frontier import Size, sized
 from howfine.base import Base
 from howfine.delta import SUFFIX, Delta
 from howfine.entries import flat_entries
+from howfine.errors import HowfineError
 from howfine.evaluate import evaluate
 from howfine.ledger import Ledger, Record
 from howfine.recipe import Recipe
@@ -110,7 +111,8 @@ def main() -> None:
     if not options.page:
         Bench(options).run()
     records = Ledger(LEDGER).records()
-    diff_pruning_page.write(PAGE, records, SIZES, SEEDS, BUDGETS, COMMON)
+    rates = {"differences": DIFF_RATE, "full": FULL_RATE, "last layer": LAST_RATE}
+    diff_pruning_page.write(PAGE, records, SIZES, SEEDS, BUDGETS, COMMON, rates)
 
 
 class Bench:
@@ -145,7 +147,11 @@ class Bench:
         starts = Path(self.options.work) / "starts"
         with tempfile.TemporaryDirectory() as folder:
             out = Path(folder) / f"x{SUFFIX}"
-            tuned = tune(self.base, task, recipe, out=out, seed=seed, starts=starts)
+            try:
+                tuned = tune(self.base, task, recipe, out=out, seed=seed, starts=starts)
+            except HowfineError as error:  # such as a start that moved fewer entries; tried again
+                print(key, f"not made: {error}", flush=True)
+                return
             score = evaluate(tuned.delta, self.base, task, split="test")
             record: Record = {"key": key, "task": task.name, "cell": cell, "seed": seed}
             record |= {"score": score.value, "metric": score.metric, "n": score.n}

@@ -58,10 +58,11 @@ def write(
     seeds: Sequence[int],
     budgets: Sequence[float],
     common: Mapping[str, Any],
+    rates: Mapping[str, float],
 ) -> None:
     """Write the page."""
     found = Found(records, len(seeds))
-    lines = [_intro(found, sizes, seeds, common), "## Scores", ""]
+    lines = [_intro(found, sizes, seeds, common, rates), "## Scores", ""]
     for task in found.tasks:
         lines += [f"### {task}", "", *_scores(found, task), ""]
     lines += ["## Verdicts", "", *_verdicts(found, budgets), ""]
@@ -73,19 +74,23 @@ def _intro(
     sizes: Mapping[str, tuple[int, int]],
     seeds: Sequence[int],
     common: Mapping[str, Any],
+    rates: Mapping[str, float],
 ) -> str:
     dates = sorted({record["date"] for record in found.records}) or ["no day yet"]
     machines = "; ".join(sorted({r["machine"] for r in found.records})) or "no machine yet"
     parts = ", ".join(
-        f"{name} {rows:,} rows, {length} tokens" for name, (rows, length) in sizes.items()
+        f"{name} {sizes[name][0]:,} rows, {sizes[name][1]} tokens" for name in found.tasks
     )
     settings = ", ".join(f"{key} {value}" for key, value in common.items())
     return f"""# Diff pruning
 
 Written by `python bench/diff_pruning.py` from {len(found.records)} runs of {dates[0]} to
-{dates[-1]} on {machines}. Base MiniLM (6 × 384, the embedded base), whole official dev or test
-sets, {len(seeds)} seeds. Training: {parts}; {settings}; in
-{formats(found.records)}; the learning rate of differences is that of the table in the script.
+{dates[-1]} on {machines}. Base MiniLM (6 × 384, the embedded base), whole test sets (SST-2 and
+MRPC: the official validation sets; others: howfine's own split), {len(seeds)} seeds but where a
+table says less. Training: {parts}; {settings}; in
+{formats(found.records)}. The rate of differences, and of those that train on, is
+{rates["differences"]:g}, of full fine-tuning {rates["full"]:g}, of the last layer
+{rates["last layer"]:g}.
 Scores are of files, loaded again. The letters are those of the claims that
 were taken from Guo, Rush & Kim 2021 (arXiv 2012.07463) on BERT-large and whole GLUE: what is
 checked here is whether they carry over to a small base and a thousand rows.
@@ -177,10 +182,11 @@ def _d7(found: Found) -> tuple[str, str]:
     if not tasks:
         return name, _NONE
     before, after, cut = (float(found.over_tasks(cell, tasks=tasks) or 0) for cell in cells)
-    holds = before - after < 0.005 and after - cut > CLEAR
+    lost = before - cut
+    holds = before - after < 0.005 and lost > CLEAR and lost > before - after
     return name, (
-        f"{_said(holds)} Before {_points(before)}, cut {_points(cut)}, trained on {_points(after)} "
-        f"on {', '.join(tasks)}."
+        f"{_said(holds)} Before {_points(before)}, cut {_points(cut)}, trained on, with as many "
+        f"epochs again, {_points(after)} on {', '.join(tasks)}."
     )
 
 
@@ -222,4 +228,6 @@ def _d10(found: Found) -> tuple[str, str]:
     falls = all(a >= b for a, b in itertools.pairwise(densities))
     said = ", ".join(f"{penalty}: {density:.2%}" for penalty, density in known)
     capped = " (at most 50 % are stored)" if max(densities) > 0.499 else ""
-    return name, f"{_said(falls and densities[0] > densities[-1])} {said}{capped}."
+    where = ", ".join(dict.fromkeys(r["task"] for r in rows))
+    told = f"{said}{capped}, {len(shared)} seed of {where}"
+    return name, f"{_said(falls and densities[0] > densities[-1])} {told}."

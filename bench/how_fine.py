@@ -14,12 +14,14 @@ import math
 import tempfile
 import time
 from dataclasses import dataclass, replace
+from datetime import date
 from pathlib import Path
 from typing import Any
 
 import how_fine_page
 import numpy as np
 import torch
+from claims import machine, majority
 from transformers import AutoModel, set_seed
 
 from howfine.base import Base
@@ -28,7 +30,6 @@ from howfine.compare import delta_distance
 from howfine.delta import SUFFIX, Delta, Stream
 from howfine.evaluate import evaluate
 from howfine.ledger import Ledger, Record, pack_predictions
-from howfine.metrics import METRICS
 from howfine.recipe import Recipe
 from howfine.task import Task
 from howfine.tune import tune
@@ -176,7 +177,7 @@ class Bench:
                 record["permuted_score"] = evaluate(shuffled, base, task, split="test").value
         else:
             path.unlink()
-        self.ledger.add(record)
+        self.ledger.add(record | when_and_where())
         print(key, f"{score.value:.4f}", f"{tuned.seconds:.0f} s", flush=True)
 
     def most_and_least(self, seed: int) -> None:
@@ -233,7 +234,8 @@ class Bench:
         pairs = [(0, 1), (0, 2), (1, 2)]
         shares = [float(f.float().mean()) for f in flips]
         self.ledger.add(
-            {
+            when_and_where()
+            | {
                 "key": key,
                 "task": self.name,
                 "cell": "overlap",
@@ -250,11 +252,8 @@ class Bench:
         )
 
 
-def majority(task: Task) -> float:
-    """The best score of one answer for all of the test split."""
-    targets = np.array([example.label for example in task.splits["test"]])
-    metric = METRICS[task.metric].function
-    return max(float(metric(np.full_like(targets, c), targets)) for c in range(len(task.labels)))
+def when_and_where() -> Record:
+    return {"date": date.today().isoformat(), "machine": machine(torch.get_num_threads())}
 
 
 def mask_at_start(delta: Delta, base: Base, seed: int) -> dict[str, torch.Tensor]:

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import datetime
 import math
-import os
-import platform
 from collections.abc import Callable
 from pathlib import Path
 from statistics import mean, stdev
@@ -38,6 +35,17 @@ class Results:
 
     def tasks_with(self, *cells: str) -> list[str]:
         return [t for t in self.tasks if all(self.rows(t, cell) for cell in cells)]
+
+    def learned(self, *cells: str) -> list[str]:
+        """Those of them on which the first cell is above one answer for all.
+
+        On the others, orders are of what has not been learned.
+        """
+        return [
+            t
+            for t in self.tasks_with(*cells)
+            if mean(self.scores(t, cells[0])) > 100 * self.rows(t, cells[0])[0]["majority"]
+        ]
 
     def matrices(self, task: str, seed: int) -> list[dict]:
         rows = self.records[f"{task}/full/s{seed}"]["distance"]
@@ -85,7 +93,7 @@ def a4(r: Results) -> Verdict:
     """Freezing keys, or the embedding, costs < 1 seed-std; all three ≤ 2 points."""
     cells = ("full", "freeze-keys", "freeze-embedding", "freeze-all-three")
     words, fine = [], []
-    for task in r.tasks_with(*cells):
+    for task in r.learned(*cells):
         full = r.scores(task, "full")
         drops = [mean(full) - mean(r.scores(task, cell)) for cell in cells[1:]]
         spread = stdev(full)
@@ -100,7 +108,7 @@ def a4(r: Results) -> Verdict:
 def a5(r: Results) -> Verdict:
     """Freezing the most moved matrices costs at least as much as the least moved ones."""
     words, fine = [], []
-    for task in r.tasks_with("freeze-most-moved", "freeze-least-moved"):
+    for task in r.learned("full", "freeze-most-moved", "freeze-least-moved"):
         scores = [r.scores(task, f"freeze-{which}-moved") for which in ("most", "least")]
         most, least = map(mean, scores)
         spread = max(map(stdev, scores))
@@ -112,7 +120,7 @@ def a5(r: Results) -> Verdict:
 
 
 def a6(r: Results) -> Verdict:
-    """Masks at s₀ ≤ .2 within 3 points of full on ≥ 2 tasks; kept weights bit-identical."""
+    """A mask at s₀ = .05 within 3 points of full on ≥ 2 tasks; kept weights bit-identical."""
     words, near, same, asked = [], 0, True, 0
     for task in r.tasks_with("full", "mask-0.05"):
         # Where all training examples were used, those runs are the better witness.
@@ -122,22 +130,22 @@ def a6(r: Results) -> Verdict:
             100 * r.rows(task, "full")[0]["majority"],
         )
         masks = [c + end for c in ("mask-0.0", "mask-0.05", "mask-0.2") if r.rows(task, c + end)]
-        best = max(masks, key=lambda cell: mean(r.scores(task, cell)))
-        gap = mean(r.scores(task, best)) - full
+        found = mean(r.scores(task, "mask-0.05" + end))
         words.append(
-            f"{task}: full{end} {full:.2f} (majority {majority:.2f}), best {best} {gap:+.2f} points"
+            f"{task}: full{end} {full:.2f} (majority {majority:.2f}), mask {found - full:+.2f}"
         )
         asked += 1
-        near += gap >= -3 and full > majority  # where full learns nothing, nothing is matched
+        # Where one of them learns nothing, nothing is matched.
+        near += found - full >= -3 and min(found, full) > majority
         same &= all(row["kept_bit_identical"] for c in masks for row in r.rows(task, c))
     words.append("kept weights bit-identical" if same else "kept weights NOT identical")
     return "; ".join(words), (near >= 2 and same) if asked >= 2 else None
 
 
 def a7(r: Results) -> Verdict:
-    """Trained > one-shot magnitude > random ≥ permuted, and the gap grows with s."""
+    """Trained > one-shot magnitude > random, shuffled trained ≤ shuffled random; growing with s."""
     words, fine = [], []
-    for task in r.tasks_with("mask-0.2", "magnitude-0.2", "random-0.2"):
+    for task in r.learned("full", "mask-0.2", "magnitude-0.2", "random-0.2"):
         gaps = []
         for share in ("0.2", "0.4"):
             if not r.rows(task, f"mask-{share}") or not r.rows(task, f"magnitude-{share}"):
@@ -147,20 +155,24 @@ def a7(r: Results) -> Verdict:
             trained, magnitude, chance = (
                 mean(r.scores(task, f"{name}-{share}")) for name in ("mask", "magnitude", "random")
             )
-            shuffled = mean(r.scores(task, f"mask-{share}", "permuted_score"))
+            # Neither head was trained for the mask that it meets.
+            shuffled, other = (
+                mean(r.scores(task, f"{name}-{share}", "permuted_score"))
+                for name in ("mask", "random")
+            )
             words.append(
                 f"{task}, s₀ {share}: trained {trained:.1f}, magnitude {magnitude:.1f}, random "
-                f"{chance:.1f}, permuted {shuffled:.1f}"
+                f"{chance:.1f}; shuffled, trained {shuffled:.1f}, random {other:.1f}"
             )
             gaps.append(trained - magnitude)
-            fine.append(trained > magnitude > chance >= shuffled)
+            fine.append(trained > magnitude > chance and shuffled <= other)
         if len(gaps) == 2:
             fine.append(gaps[1] > gaps[0])
     return "; ".join(words), all(fine) if fine else None
 
 
 def a8(r: Results) -> Verdict:
-    """Score against final sparsity is flat, then falls: the knee expected at 20 to 60 %."""
+    """Score against final sparsity first falls 2 points below its best at 20 to 60 %."""
     words, fine = [], []
     shares = ("0.0", "0.05", "0.2", "0.4", "0.6")
     for task in r.tasks_with(*(f"mask-{share}" for share in shares)):
@@ -177,7 +189,7 @@ def a8(r: Results) -> Verdict:
 
 
 def a9(r: Results) -> Verdict:
-    """Seeds give masks of similar score whose flipped entries overlap little more than chance."""
+    """Seeds give masks whose flipped entries overlap little more than chance."""
     words, fine = [], []
     for task in r.tasks:
         row = r.records.get(f"{task}/overlap")
@@ -212,7 +224,7 @@ def a11(r: Results) -> Verdict:
 
 
 def a12(r: Results) -> Verdict:
-    """A mask's file ≤ Σn/8 + head + 1 KB, and comes back bit-exact."""
+    """A mask's file ≤ Σn/8 + head + 1 KB."""
     rows = [row for row in r.records.values() if "sparsity" in row]
     if not rows:
         return "", None
@@ -256,14 +268,17 @@ def write(
 
 def _intro(r: Results, sizes: dict[str, tuple[int, int]], epochs: int) -> str:
     parts = "; ".join(f"{task}: {_sizes(r, task, *sizes[task])}" for task in r.tasks)
+    dates = sorted({row["date"] for row in r.records.values()})
+    machines = "; ".join(sorted({row["machine"] for row in r.records.values()}))
     return f"""# How fine can fine-tuning be, on MiniLM
 
-Radiya-Dixit & Wang 2020 (arXiv 2004.14129). Written by `python bench/how_fine.py` on
-{datetime.date.today().isoformat()} from the ledgers under `bench/ledgers`; {os.cpu_count()} CPU
-cores ({platform.machine()}). Base `minilm`: 6 layers of width 384, 22.7 M parameters. {parts}.
+Radiya-Dixit & Wang 2020 (arXiv 2004.14129). Written by `python bench/how_fine.py` from the ledgers
+under `bench/ledgers`: runs of {" to ".join(dict.fromkeys([dates[0], dates[-1]]))} on
+{machines}. Base `minilm`: 6 layers of width 384, 22.7 M parameters. {parts}.
 {epochs} epochs, batch 16, {len(r.seeds)} seeds, bfloat16 autocast; full fine-tuning at 1e-4, masks
 at 50 over the number of steps (chosen on SST-2's dev split, carved out of train). Nothing was
-chosen on these validation sets.
+chosen on these validation sets. A4, A5 and A7 leave out tasks on which full fine-tuning is not
+above one answer for all. A shuffled mask's head is not trained again.
 
 Cells that lack a seed count as not run. A8, A10, A11 and the larger shares of A7 were run on SST-2
 alone, `whole` on all of MRPC's training examples. At these sizes RTE hardly rises above one answer

@@ -185,6 +185,7 @@ def lines(path: Path = LEDGER) -> list[str]:
     first = found[WHOLE]
     heads = [f"ms, {rows} × {tokens} | times as fast" for rows, tokens in BATCHES]
     said = [
+        "XLM-R base's shape (12 layers of 768, 250,002 tokens) with random weights; "
         f"{first['machine']}, {first['cores']} cores, {first['threads']} threads, torch "
         f"{first['torch']}, {first['date']}, load {first['load']}; medians of {first['rounds']} "
         "rounds, fp32.",

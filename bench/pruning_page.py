@@ -59,17 +59,32 @@ def against(r: Results, one: str, other: str, keep: float) -> Pairs:
     return found
 
 
-def gaps(r: Results, one: str, other: str) -> dict[float, float]:
+class Gap(float):
+    """A mean difference in points, of so many pairs of runs."""
+
+    runs = 0
+
+
+Gaps = dict[float, Gap]
+
+
+def gaps(r: Results, one: str, other: str) -> Gaps:
     """The mean difference in points by share kept, where both have enough runs to compare."""
-    found = {keep: against(r, one, other, keep) for keep in KEEPS}
-    return {keep: mean(a - b for a, b in own) for keep, own in found.items() if len(own) >= LEAST}
+    found: Gaps = {}
+    for keep in KEEPS:
+        own = against(r, one, other, keep)
+        if len(own) >= LEAST:
+            found[keep] = Gap(mean(a - b for a, b in own))
+            found[keep].runs = len(own)
+    return found
 
 
-def _said(found: dict[float, float]) -> str:
-    return ", ".join(f"{gap:+.1f} at s={1 - keep:.1f}" for keep, gap in found.items())
+def _said(found: Gaps) -> str:
+    """With how many pairs of runs each is of."""
+    return ", ".join(f"{g:+.1f} ({g.runs}) at s={1 - keep:.1f}" for keep, g in found.items())
 
 
-def _whole(found: dict[float, float]) -> bool:
+def _whole(found: Gaps) -> bool:
     return len(found) == len(KEEPS)
 
 
@@ -180,19 +195,21 @@ def page(results: Results) -> None:
     """Verdicts, then what they rest on."""
     about = """Written by `python bench/pruning.py --data DIR --base minilm`. MiniLM (6 layers of 12
 heads and 1,536 neurons, English), fp32. Each task is fine-tuned on 1,000 rows (3 epochs, batches
-of 16, 1e-4); every algorithm goes on from that file and ranks by at most 256 of those rows. What
+of 16, 1e-4); every algorithm goes on from that file and ranks by at most 256 of those rows
+(post-training pruning by 512). What
 trains has 2 epochs more (126 steps, 5e-5), a training of all sizes as many steps of three passes.
 Sparsity s is the share of heads and of neurons that go; of post-training pruning and L0 the cards
-say of what. Test: SST-2's 872 rows, MRPC's 408 (F1), 1,000 of QNLI's. Verdicts compare runs of the
-same task and seed."""
+say of what. Test: SST-2's 872 rows, MRPC's 408, 1,000 of QNLI's; accuracy. Verdicts compare runs of
+the same task and seed. The claims are Li et al.'s (arXiv 2204.02601), the numbers in them ours."""
     parts = ["## Claims", "", *claims.verdicts(results, CLAIMS), ""]
     for task in (name for name in TASKS if results.rows(name, "full")):
         parts += [f"## {task}", "", *curves(results, task), ""]
     parts += ["## Latency against size", "", *latency.lines(), ""]
     parts += SAID.splitlines()
-    claims.write(PAGE, "Structured pruning of a small model", about, results, parts)
+    claims.write(PAGE, "Structured pruning of a small model", about, results, parts, FIGURES)
 
 
+FIGURES = "shares times 100: mean (worst; number of runs)"
 SAID = """Seconds are of training alone, beside other work on the same machine. Domains (F1) are
 MRPC's pairs of news sentences and QQP's pairs of questions, as one task of paraphrases: masks
 ranked on the rows of one domain or of both, over the same weights, none of them trained on.

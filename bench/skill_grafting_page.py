@@ -49,8 +49,9 @@ def _intro(found: Found, sizes: Mapping[str, tuple[int, int]], test: int) -> str
     paragraphs = [
         f"Written by `python bench/skill_grafting.py` from {len(found.records)} records of "
         f"{dates[0]} to {dates[-1]} on {machines}. Base MiniLM (6 × 384, the embedded base). "
-        f"Training: {trained}; 3 epochs of AdamW, batches of 16, bf16. Seeds {seeds}; the column "
-        "*seeds* says how many a row has. Test rows (official dev or test sets, cut to "
+        f"Training: {trained}; 3 epochs of AdamW (SGD 4, the head alone 5), batches of 16, "
+        f"bf16. Seeds {seeds}; the column *seeds* says how many a row has. Test rows (official dev "
+        "or test sets, cut to "
         f"{test:,} by a fixed sample): {tests}. Accuracy throughout, for MRPC and QQP too. Figures "
         "are of files, loaded again, but for one body tuned on task after task, which is scored "
         "in memory.",

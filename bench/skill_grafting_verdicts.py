@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 
 from skill_grafting_found import REGION, SIMILAR, Curve, Found, needed
@@ -176,6 +177,18 @@ def _sgd(found: Found) -> Verdict:
     figures += f" (rate {best['cell'].removeprefix('sgd-')}), head alone {_points(head)}"
     if abs(ends[0] - ends[1]) > ALIKE or min(ends) - head < LEAST_GAIN:
         return name, f"Void: the two are not alike, or gain too little. {figures}. {_PENALTY}"
+    if any(a > b + ALIKE for curve in curves for (_, a), (_, b) in itertools.pairwise(curve)):
+        parts = [
+            ", ".join(
+                f"{share:.2%}: {(at - head) / (curve[-1][1] - head):.0%}" for share, at in curve
+            )
+            for curve in curves
+        ]
+        told = f"Share of the gain kept, by size: AdamW {parts[0]}; SGD {parts[1]}"
+        return (
+            name,
+            f"Void: a larger graft scores below a smaller one. {figures}. {told}. {_PENALTY}",
+        )
     sizes = [needed(curve, head + KEPT * (curve[-1][1] - head)) for curve in curves]
     shares = [_share(*pair) for pair in zip(sizes, curves, strict=True)]
     text = f"{figures}. {KEPT:.0%} of each one's gain: AdamW {shares[0]}, SGD {shares[1]}"

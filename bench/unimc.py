@@ -172,22 +172,26 @@ def above(points: float) -> Callable[[Results], Verdict]:
 
 
 def losses(r: Results) -> Verdict:
-    cells = ("both losses", "words alone", "choice alone")
-    tasks = [task for task in ASKED if all(r.rows(task, cell) for cell in cells)]
-    if not tasks:
-        return "", None
-    both, words, choice = (r.over(tasks, cell) for cell in cells)
-    said = f"both {both:.1f}, words alone {words:.1f}, choice alone {choice:.1f}"
-    return f"{said} over {len(tasks)} tasks", both >= words and both >= choice
+    return compared(r, "both losses", "words alone", "choice alone")
 
 
 def block(r: Results) -> Verdict:
-    cells = ("both losses", "no block mask")
+    return compared(r, "both losses", "no block mask")
+
+
+def compared(r: Results, *cells: str) -> Verdict:
+    """Whether the first is at least as good as the others, where any is better than one answer."""
     tasks = [task for task in ASKED if all(r.rows(task, cell) for cell in cells)]
     if not tasks:
         return "", None
-    one, other = (r.over(tasks, cell) for cell in cells)
-    return f"with {one:.1f}, without {other:.1f} over {len(tasks)} tasks", one >= other
+    found = r.learned(tasks, *cells)
+    if not found:
+        return f"on none of {len(tasks)} tasks is any above one answer for all", claims.OPEN
+    means = [r.over(found, cell) for cell in cells]
+    said = ", ".join(f"{cell} {value:.1f}" for cell, value in zip(cells, means, strict=True))
+    left = len(tasks) - len(found)
+    said += f" on {', '.join(found)}; {left} others, where none is above one answer for all"
+    return said, means[0] >= max(means[1:])
 
 
 CLAIMS: list[claims.Claim] = [

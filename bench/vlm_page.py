@@ -140,7 +140,7 @@ CLAIMS: list[claims.Claim] = [
     ("7 teacher", "a teacher's texts narrow it", teaching),
     ("8", "random start, vectors, words, VLM: each better; VLM at most as good as full", order),
     ("9", "types help a dialogue, and more than a table", types),
-    ("10", "wider is better, and less so each time", wider),
+    ("10", "wider is better, and 10 to 100 gains more than 100 to 300", wider),
     ("11", "one model and five tasks take at most 1.13 times one model", stored),
     ("12", "writing takes longer at batch 1, and at most 5 % longer at 16", latency),
 ]

@@ -129,11 +129,17 @@ def loaded(bench: Bench, name: str) -> Task:
     return bench.tasks[name]
 
 
+# What is said where none of the cells is above one answer for all on any task.
+UNLEARNED = "none is above one answer for all"
+
+
 def order(r: Results) -> Verdict:
     cells = ("warp-20", "warp-8", "warp-1", "warp-0")
     tasks = r.both(TASKS, *cells)
     if not tasks:
         return "", None
+    if not (tasks := r.learned(tasks, *cells)):
+        return UNLEARNED, claims.OPEN
     scores = {task: [mean(r.scores(task, cell)) for cell in cells] for task in tasks}
     said = "; ".join(f"{t}: {' ≥ '.join(f'{s:.1f}' for s in found)}" for t, found in scores.items())
     held = all(a >= b - 1 and b >= c - 1 and c > d for a, b, c, d in scores.values())
@@ -144,29 +150,34 @@ def gap(r: Results) -> Verdict:
     tasks = r.both(TASKS, "warp-20", "full")
     if not tasks:
         return "", None
+    if not (tasks := r.learned(tasks, "warp-20", "full")):
+        return UNLEARNED, claims.OPEN
     apart = {t: mean(r.scores(t, "full")) - mean(r.scores(t, "warp-20")) for t in tasks}
     said = "; ".join(f"{task}: full is {gap:+.1f} ahead" for task, gap in apart.items())
     return said, all(found > 0 for found in apart.values())
 
 
 def compared(
-    tasks: tuple[str, ...], better: str, worse: str
+    tasks: tuple[str, ...], better: str, worse: str, no_worse: bool = False
 ) -> claims.Callable[[Results], Verdict]:
-    """Whether one cell's mean over tasks is above another's."""
+    """Whether one cell's mean over tasks is above another's (or, where it need be `no_worse`)."""
 
     def check(r: Results) -> Verdict:
         ran = [task for task in tasks if r.common(task, better, worse)]
         if not ran:
             return "", None
+        if not (ran := r.learned(ran, better, worse)):
+            return UNLEARNED, claims.OPEN
         pairs = [r.common(task, better, worse) for task in ran]
         one, other = (mean(mean(scores[side]) for scores in pairs) for side in (0, 1))
-        return f"{better} {one:.1f}, {worse} {other:.1f} over {', '.join(ran)}", one >= other
+        said = f"{better} {one:.1f}, {worse} {other:.1f} over {', '.join(ran)}"
+        return said, one > other or (no_worse and one == other)
 
     return check
 
 
 CLAIMS: list[claims.Claim] = [
-    ("3 order", "20 ≥ 8 ≥ 1 > 0 slots, to a point", order),
+    ("3 order", "20 ≥ 8 (here 7) ≥ 1 > 0 slots, to a point", order),
     ("4 gap", "below full fine-tuning", gap),
     (
         "5 few-shot",
@@ -179,11 +190,13 @@ CLAIMS: list[claims.Claim] = [
         compared(TRANSFERRED, TRANSFER, "warp-20"),
     ),
     ("7 masks", "masks begin better than N(0, 1)", compared(SHORT, "warp-20", "warp-20-normal")),
-    ("8 dropout", "no dropout is no worse", compared(SHORT, "warp-20", "warp-20-dropout")),
+    ("8 dropout", "no dropout is no worse", compared(SHORT, "warp-20", "warp-20-dropout", True)),
 ]
 
 
 def page(results: Results) -> None:
+    best = {row["task"]: row["majority"] for row in results.records}
+    majorities = ", ".join(f"{task} {100 * most:.1f}" for task, most in best.items()) or "none yet"
     names = [*(cell.name for cell in [*CELLS, *STARTS, FROM_WORDS]), TRANSFER]
     sizes = ", ".join(f"{task} {rows:,}" for task, rows in TASKS.items())
     some, more = COMMON, FEW_COMMON
@@ -192,10 +205,12 @@ def page(results: Results) -> None:
 MiniLM (6 × 384) with a masked language model's head, continued on 9 M tokens of English. Training
 rows: {sizes}; {some["epochs"]} epochs, batch {some["batch_size"]}. FewGLUE's CB and RTE: 32 rows,
 {more["epochs"]} epochs, batch {more["batch_size"]}. Seeds {", ".join(map(str, SEEDS))}. All in
-{claims.formats(results.records)}, the best of {states} states on {DEV} rows of dev. Tests
-are the official validation sets. `full` is full fine-tuning with a linear layer. `{TRANSFER}`
-begins with the vectors of a training on {NLI_ROWS:,} rows of SNLI with the same seed. Starts and
-dropout (claims 7 and 8) are compared on SST-2; MRPC has one seed of them."""
+{claims.formats(results.records)}, the best of {states} states on at most {DEV} rows
+of dev (few-shot: 32). Tests are the official validation sets. `full` is full fine-tuning with a
+linear layer. `{TRANSFER}` begins with the vectors of a training on {NLI_ROWS:,} rows of SNLI with
+the same seed. Starts and dropout (claims 7 and 8) are compared on SST-2 (on MRPC, one seed of the
+start). Claims leave out tasks on which none of the runs compared is above one answer for all, whose
+scores are: {majorities}."""
     parts = ["## Claims", "", *claims.verdicts(results, CLAIMS), "", "## Scores", ""]
     parts += claims.table(results, [*TASKS, *FEW], names)
     claims.write(PAGE, "WARP: free input vectors", about, results, parts)
