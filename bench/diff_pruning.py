@@ -72,6 +72,8 @@ LAST = {
 }
 
 
+# A start that has moved fewer entries than its budget is refused, and so has no row; the one of the
+# ledger, sst2/structured@0.01/s2, is from before that, and holds what it moved.
 def cut(start: str, density: float, trained: bool = True) -> dict[str, Any]:
     """The largest changes of a start, trained on or left as they are."""
     rates = {"learning_rate": DIFF_RATE if trained else 0.0}

@@ -153,7 +153,21 @@ def _d5(found: Found, budgets: Sequence[float]) -> tuple[str, str]:
         pair = [found.over_tasks(cell, tasks=found.having(*both) or [""]) for cell in both]
         gaps.append((b, *pair))
     wide = ", ".join(f"{b:.2%}: {_points(x - y)}" for b, x, y in gaps if x and y)
-    return name, f"{said} Structured less non-adaptive by budget: {wide}."
+    return name, f"{said} Structured less non-adaptive by budget: {wide}.{_fewer(found, budgets)}"
+
+
+def _fewer(found: Found, budgets: Sequence[float]) -> str:
+    """Where a start has moved fewer entries than a budget has room for."""
+    cells = [f"{kind}@{b}" for kind in KINDS for b in budgets]
+    held = {
+        cell: (statistics.fmean(row["density"] for row in rows), float(cell.partition("@")[2]))
+        for task in found.tasks
+        for cell in cells
+        if (rows := found.rows(task, cell))
+    }
+    said = ", ".join(f"{cell} {own:.2%}" for cell, (own, b) in held.items() if own < 0.99 * b)
+    told = " Some starts moved fewer entries than that; changed are, on average: "
+    return f"{told}{said}." if said else ""
 
 
 def _d6(found: Found, budgets: Sequence[float]) -> tuple[str, str]:

@@ -269,8 +269,8 @@ and target; *rows-p*: keys and values that train themselves, without the net; *f
 and values of "{WORDS}". The paper's figures are of GPT-2 with whole E2E; what is checked is whether
 its orderings carry over. Rates are the best of three for each kind of change, by the likelihood of
 dev after {RATE_STEPS} steps with one seed. The best is at the edge of those tried for
-{at_edges}: a rate beyond may be better, and a claim is open where that may turn it. A claim's figures are of
-the seeds that all its cells have."""
+{at_edges}: a rate beyond may be better, and a
+claim is open where that may turn it. A claim's figures are of the seeds that all its cells have."""
     groups = ["e2e", *(f"e2e, {size}" for size in LOW)]
     parts = ["## Claims", "", *claims.verdicts(results, CLAIMS), "", "## Scores", ""]
     parts += figures(results, groups)
