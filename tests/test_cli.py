@@ -363,6 +363,12 @@ def test_methods_lists_them_with_their_settings() -> None:
     )
 
 
+@pytest.mark.parametrize("name", sorted(methods().keys() - recipes()))
+def test_a_method_without_a_recipe_runs_at_its_defaults(name: str) -> None:
+    """Not as its example, which is made for tiny models."""
+    assert Recipe.load(name).method == methods()[name]()
+
+
 def test_a_recipe_is_listed_by_its_name() -> None:
     words = howfine_here("methods", "bitfit").out
     assert "(default 'fp16')" in words

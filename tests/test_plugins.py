@@ -10,6 +10,7 @@ import os
 import re
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -164,6 +165,32 @@ def test_a_recipe_comes_with_it(plugins: Path) -> None:
     assert lines[0].startswith("True toy Toy(start=1.0")
     assert lines[1] == "{'toy': {'start': 0.5}}"
     assert lines[2] == "2.0"
+
+
+@pytest.mark.slow
+def test_a_setting_without_a_default_is_the_examples(tmp_path: Path) -> None:
+    """Which has to come from somewhere for `--recipe toy`; other methods run at their defaults."""
+    (tmp_path / "methods").mkdir()
+    needed = TOY.replace("start", "begin").replace("begin: float = 1.0", "begin: float")
+    needed = needed.replace("Toy()", "Toy(begin=0.25)")
+    (tmp_path / "methods" / "toy.py").write_text(needed)
+    code = "from howfine.recipe import Recipe\nprint(Recipe.load('toy').method.begin)"
+    assert run(tmp_path, "-c", code).split() == ["0.25"]
+
+
+@pytest.mark.slow
+def test_the_method_that_contributing_shows_works(tmp_path: Path) -> None:
+    """It trains, and obeys the laws of a file."""
+    page = (TESTS.parent / "CONTRIBUTING.md").read_text()
+    (block,) = re.findall(r"   ```python\n(.*?)   ```", page, re.S)
+    (tmp_path / "methods").mkdir()
+    (tmp_path / "methods" / "biases.py").write_text(textwrap.dedent(block))
+    laws = str(TESTS / "test_laws.py")
+    found = run(tmp_path, "-m", "pytest", laws, "-k", "biases and bert", "-q", "--no-header")
+    passed = re.search(r"(\d+) passed", found)
+    assert passed is not None
+    assert int(passed.group(1)) >= 5, found
+    assert "failed" not in found
 
 
 @pytest.mark.slow

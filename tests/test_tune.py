@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import re
@@ -844,6 +845,20 @@ def test_attach_trains_in_a_loop_of_ones_own(name: str, settings: dict[str, Any]
     other = Base("tiny", tiny_tower("bert"))
     with attached.method.unpack(other, packed):
         assert not torch.equal(Loop(other.tower).outputs(), outputs)
+
+
+@pytest.mark.parametrize(
+    ("name", "left"), [("l0", "passes"), ("l0", "penalty"), ("diff", "penalty"), ("mask", "")]
+)
+def test_a_loop_that_leaves_out_a_methods_part_is_told(name: str, left: str) -> None:
+    """What is packed then is not what the paper trains."""
+    with howfine.attach(tiny_tower("bert"), name) as attached:
+        for part in {"passes", "penalty"} - {left}:
+            found = getattr(attached, part)(0.5)
+            assert part == "penalty" or list(found) == [0.0]
+        told = pytest.warns(UserWarning, match=rf"call attached\.{left}\(progress\)")
+        with told if left else contextlib.nullcontext():
+            attached.tensors()
 
 
 @pytest.mark.parametrize("name", ["t5", "bart"])

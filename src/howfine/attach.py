@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from howfine.base import Base
@@ -26,6 +27,7 @@ class Attached:
 
     def __init__(self, base: Base, method: Method, change: Change) -> None:
         self.base, self.method, self.change = base, method, change
+        self._asked: set[str] = set()
 
     def parameters(self, learning_rate: float | None = None) -> list[dict[str, Any]]:
         """Groups for a torch optimiser: only what the method trains.
@@ -45,8 +47,33 @@ class Attached:
             made.append(kept)
         return made
 
+    def passes(self, progress: float) -> Iterator[float]:
+        """Set the change up for each forward pass of a step, at `progress` (0 to 1) of the loop.
+
+        Yields for each the share of its loss that is how far its outputs are from the first pass's;
+        the step's loss is the mean over passes. Most methods have one pass, of which that is 0.
+        """
+        self._asked.add("passes")
+        return self.method.passes(self.change, progress)
+
+    def penalty(self, progress: float) -> Tensor:
+        """What the method's paper adds to the loss, at `progress` (0 to 1); 0 for most."""
+        self._asked.add("penalty")
+        return self.method.penalty(self.change, progress)
+
     def tensors(self) -> dict[str, Any]:
-        """The packed change: the fewest tensors that say it all."""
+        """The packed change: the fewest tensors that say it all.
+
+        Warns where the loop has left out what the method does in each step.
+        """
+        own = [name for name in ("passes", "penalty") if name in vars(type(self.method))]
+        if left := [name for name in own if name not in self._asked]:
+            calls = " and ".join(f"attached.{name}(progress)" for name in left)
+            warnings.warn(
+                f"{type(self.method).__name__} has a part in each step of a training that this "
+                f"loop never asked for: call {calls}",
+                stacklevel=2,
+            )
         return self.method.pack(self.base, self.change)
 
     def __enter__(self) -> Attached:
@@ -69,6 +96,10 @@ def attach(
         with howfine.attach(model, "mask", initial_sparsity=0.1) as attached:
             optimizer = torch.optim.AdamW(attached.parameters(), lr=0.1)
             ...
+            packed = attached.tensors()
+
+    Some methods (of gates that are drawn or held to a size) have a part in each step: run the model
+    once for each of `attached.passes(progress)`, and add `attached.penalty(progress)` to the loss.
 
     The model's body is frozen but for what the method trains. A head on the body, such as that of
     an `AutoModelForSequenceClassification`, is left as it is: train it beside, or freeze it.

@@ -49,9 +49,10 @@ class Recipe:
 
     @classmethod
     def load(cls, name: str | Path) -> Recipe:
-        """A recipe that ships with howfine by name, a YAML file by path, or a method's EXAMPLE.
+        """A recipe that ships with howfine by name, a YAML file by path, or a method.
 
-        A method without a recipe of its own runs with its example's settings and the defaults.
+        A method without a recipe of its own runs at its defaults; where some of its settings have
+        none, with those of its example.
         """
         text = _shipped().get(str(name))
         if text is None and Path(name).suffix in (".yaml", ".yml"):
@@ -61,8 +62,7 @@ class Recipe:
         if text is not None:
             return cls.parse(Path(name).stem, parsed(text, f"recipe {name}"))
         if str(name) in methods():
-            example = plugins.examples("methods", Method)[str(name)]
-            return cls(str(name), example, default_readout())
+            return cls(str(name), _at_defaults(str(name)), default_readout())
         known = {*_shipped(), *methods()}
         raise SettingError(f"recipe {str(name)!r} is unknown. {near(str(name), known)}")
 
@@ -190,6 +190,16 @@ def about(name: str) -> str:
     """What a recipe that ships with howfine says of itself; "" for a method without one."""
     text = _shipped().get(name)
     return str(parsed(text, f"recipe {name}").get("about", "")) if text else ""
+
+
+def _at_defaults(name: str) -> Method:
+    cls = methods()[name]
+    needed = [
+        field
+        for field in dataclasses.fields(cls)  # type: ignore[arg-type]
+        if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+    ]
+    return plugins.examples("methods", Method)[name] if needed else cls()
 
 
 def default_readout() -> Readout:
