@@ -7,7 +7,10 @@ import pytest
 
 from howfine import plugins
 from howfine.method import Method
+from howfine.plan import Plan, runs_of
 from howfine.readout import Readout
+from howfine.recipe import Recipe
+from tiny import tiny_base, tiny_task
 
 DOCS = Path(__file__).parent.parent / "docs"
 ROOT = DOCS.parent
@@ -40,6 +43,18 @@ def test_relative_links_lead_somewhere(page):
     for target in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text()):
         if not target.startswith("http"):
             assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+def test_recipes_and_plans_are_what_their_page_shows(tmp_path):
+    blocks = re.findall(r"```yaml\n(.*?)```", (DOCS / "recipes.md").read_text(), re.S)
+    files = [tmp_path / "mine.yaml", tmp_path / "plan.yaml"]
+    for file, block in zip(files, blocks, strict=True):
+        file.write_text(block.replace("mine.yaml", str(files[0])))
+    recipe = Recipe.load(files[0])
+    assert set(recipe.knob) == {"density"}
+    assert isinstance(recipe.start, Recipe)
+    made = runs_of(Plan.load(files[1]), tiny_base("bert"), tiny_task())
+    assert len({run.key for run in made}) == len(made) == 3 * (1 + 1 + 2 + 1 + 3)
 
 
 @pytest.mark.parametrize("name", plugins.examples("methods", Method))

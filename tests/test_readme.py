@@ -37,7 +37,7 @@ def small(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_the_python_snippets_run(small, capsys):
-    assert len(SNIPPETS) == 3
+    assert len(SNIPPETS) == 4
     exec(compile(SNIPPETS[0], "README.md", "exec"), {})
     bytes_on_disk, score = capsys.readouterr().out.split()
     (file,) = (small / "runs").iterdir()
@@ -61,6 +61,11 @@ def test_several_tasks_run(small, page):
     snippet, *_ = (s for s in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "combine" in s)
     found = {"howfine": howfine}
     exec(compile(snippet.replace("tasks.predict", "found = tasks.predict"), page, "exec"), found)
+    if page == "README.md":
+        alone = SNIPPETS[2].replace("howfine.predict", "found = howfine.predict")
+        held = {"howfine": howfine}
+        exec(compile(alone, page, "exec"), held)
+        assert held["found"][0]["label"] == found["found"][0]["label"]
     assert [answer["task"] for answer in found["found"]][:2] == ["mood", "same"]
     assert all(0 <= answer["probability"] <= 1 for answer in found["found"])
 

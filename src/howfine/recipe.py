@@ -71,7 +71,9 @@ class Recipe:
         """A recipe from a YAML file's content; unknown keys are errors with the near name."""
         known = ("about", "method", "readout", "training", "store", "knob", "start", "outside")
         if not isinstance(raw, dict) or "method" not in raw:
-            raise SettingError(f"recipe {name}: expected a mapping with a 'method'; see docs")
+            raise SettingError(
+                f"recipe {name}: expected a mapping with a 'method', such as 'method: mask'"
+            )
         for key in raw:
             if key not in known:
                 raise SettingError(f"recipe {name} has no key {key!r}. {near(str(key), known)}")
