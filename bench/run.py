@@ -108,7 +108,7 @@ def _cell(value: Any) -> str:
     return str(value)
 
 
-def page(rows: list[Row], date: str) -> str:
+def page(rows: list[Row]) -> str:
     def of(name: str) -> list[Row]:
         return [dict(row) for row in rows if row["bench"] == name]
 
@@ -161,8 +161,9 @@ def page(rows: list[Row], date: str) -> str:
         row["holds"] = row["bytes"] < row["limit"]
     return f"""# Measurements
 
-Written by `make bench` on {date}: {os.cpu_count()} cores ({platform.machine()}, no GPU),
-Python {platform.python_version()}. Timings on a shared machine are noisy: ratios are medians over
+Written by `make bench` from runs of {_when(rows)} on {
+        _where(rows)
+    }. Timings on a shared machine are noisy: ratios are medians over
 interleaved rounds, with quartiles. Each table is of one run; two tables may be of two machines.
 
 ## Step time and memory against full fine-tuning
@@ -411,6 +412,16 @@ Wall seconds of a fresh process, medians of 7; less than {STARTUP_SECONDS}.
 """
 
 
+def _when(rows: list[Row]) -> str:
+    days = sorted({row["date"] for row in rows})
+    return " to ".join(dict.fromkeys([days[0], days[-1]]))
+
+
+def _where(rows: list[Row]) -> str:
+    """What they ran on, in words; rows of before it was recorded don't say."""
+    return "; ".join(sorted({row.get("machine", "a machine of 2 cores") for row in rows}))
+
+
 def _threads(steps: list[Row]) -> Any:
     return steps[0]["threads"] if steps else "?"
 
@@ -424,16 +435,16 @@ def main() -> None:
     parser.add_argument("--only", default=",".join((*SCRIPTS, "startup", "header")))
     chosen = parser.parse_args().only.split(",")
     old = [json.loads(line) for line in LEDGER.read_text().splitlines()] if LEDGER.exists() else []
-    date = datetime.date.today().isoformat()
     made: list[Row] = []
     for name in chosen:
         made += {"startup": startup, "header": header}.get(name, lambda name=name: run(name))()
     fresh = {row["bench"] for row in made}
     rows = [row for row in old if row["bench"] not in fresh]
-    rows += [{**row, "date": date} for row in made]
-    when = sorted({row["date"] for row in rows})
+    where = f"{os.cpu_count()} CPU cores ({platform.machine()}), Python {platform.python_version()}"
+    stamp = {"date": datetime.date.today().isoformat(), "machine": where}
+    rows += [{**row, **stamp} for row in made]
     write_atomically(LEDGER, "".join(json.dumps(row) + "\n" for row in rows).encode())
-    write_atomically(PAGE, page(rows, " to ".join(dict.fromkeys([when[0], when[-1]]))).encode())
+    write_atomically(PAGE, page(rows).encode())
     print(PAGE.read_text())
 
 
