@@ -11,6 +11,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from importlib.metadata import version
 from importlib.util import find_spec, module_from_spec
 from pathlib import Path
@@ -20,6 +21,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import typer
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoTokenizer
 
@@ -27,6 +29,7 @@ from console import Said, howfine_here, settle
 from disk import base_folder, howfine, plan_file, task_folder
 from howfine import container, stated
 from howfine.base import Base
+from howfine.cli import app
 from howfine.delta import Delta
 from howfine.method import methods
 from howfine.recipe import Recipe, recipes
@@ -554,3 +557,20 @@ def test_a_system_without_resource_has_its_peak_from_psutil(
         return SimpleNamespace(peak_wset=next(peaks))
 
     assert again.PeakMemory(torch.device("cpu")).growth() == 2_000
+
+
+def test_no_help_is_taken_for_markup() -> None:
+    """Rich takes a word in brackets out: `[default: 1]` would not be seen."""
+
+    def every(command: Any) -> Iterator[Any]:
+        yield command
+        for inner in getattr(command, "commands", {}).values():
+            yield from every(inner)
+
+    found = [
+        (command.name, option.name, option.help)
+        for command in every(typer.main.get_command(app))
+        for option in command.params
+        if "[" in (getattr(option, "help", "") or "")
+    ]
+    assert not found

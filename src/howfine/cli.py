@@ -101,7 +101,7 @@ def tune(
 @app.command()
 def evaluate(
     delta: options.DeltaFile,
-    base: options.BaseName = None,
+    base: options.OwnBase = None,
     task: Annotated[str | None, typer.Option(help="As for tune; default: the delta's own.")] = None,
     split: options.Split = "test",
     temperature_from: options.TemperatureFrom = None,
@@ -139,7 +139,7 @@ def evaluate(
 def predict(
     delta: options.DeltaFile,
     texts: Annotated[list[str], typer.Argument(help="Texts; '-' reads lines from standard input.")],
-    base: options.BaseName = None,
+    base: options.OwnBase = None,
     device: options.Device = "cpu",
     dtype: options.Dtype = "float32",
     as_json: options.AsJson = False,

@@ -54,7 +54,7 @@ def search(
     queries: Annotated[list[str], typer.Argument(help='Texts, such as "a dog in snow".')],
     delta: Annotated[Path, typer.Option(help="A delta file that `align` made.")],
     images: Annotated[Path, typer.Option(help="A folder of pictures; those under it count too.")],
-    base: options.BaseName = None,
+    base: options.OwnBase = None,
     top: Annotated[int, typer.Option(help="Pictures shown of each text.")] = 10,
     page: Annotated[Path | None, typer.Option(help="Write the pictures as one HTML page.")] = None,
     device: options.Device = "cpu",

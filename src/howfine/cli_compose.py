@@ -36,7 +36,7 @@ def union(
     ] = None,
     head: HeadOf = None,
     store: Store = None,
-    base: options.BaseName = None,
+    base: options.OwnBase = None,
     as_json: options.AsJson = False,
 ) -> None:
     """The changes of all files. Exact where no two change the same entry."""
@@ -50,7 +50,7 @@ def difference(
     out: Out,
     head: HeadOf = None,
     store: Store = None,
-    base: options.BaseName = None,
+    base: options.OwnBase = None,
     as_json: options.AsJson = False,
 ) -> None:
     """The first file's change without the entries that another one changes. Exact."""
@@ -66,7 +66,7 @@ def scaled_sum(
     ] = None,
     head: HeadOf = None,
     store: Store = None,
-    base: options.BaseName = None,
+    base: options.OwnBase = None,
     as_json: options.AsJson = False,
 ) -> None:
     """Scaled changes added up: task arithmetic, or interpolation where weights sum to 1."""
@@ -81,7 +81,7 @@ def scale(
     by: Annotated[str, typer.Argument(help="The factor; not 0.")],
     out: Out,
     store: Store = None,
-    base: options.BaseName = None,
+    base: options.OwnBase = None,
     as_json: options.AsJson = False,
 ) -> None:
     """A change times a number."""
@@ -93,7 +93,7 @@ def negate(
     file: options.DeltaFile,
     out: Out,
     store: Store = None,
-    base: options.BaseName = None,
+    base: options.OwnBase = None,
     as_json: options.AsJson = False,
 ) -> None:
     """The opposite change."""
@@ -101,7 +101,7 @@ def negate(
 
 
 @app.command()
-def overlap(files: Files, base: options.BaseName = None, as_json: options.AsJson = False) -> None:
+def overlap(files: Files, base: options.OwnBase = None, as_json: options.AsJson = False) -> None:
     """Which share of the entries that one file changes another one changes too."""
     from dataclasses import asdict
 

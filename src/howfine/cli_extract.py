@@ -32,7 +32,7 @@ def extract(
     ] = None,
     task: Annotated[str | None, typer.Option(help="As for tune: what scores are taken on.")] = None,
     split: Annotated[
-        str | None, typer.Option(help="Of --task: train, dev or test. [default: dev]")
+        str | None, typer.Option(help="Of --task: train, dev or test; default: dev.")
     ] = None,
     store: Annotated[str, typer.Option(help="steps, sign, bitdelta, fp16 or fp32.")] = "steps",
     weigh: Annotated[
@@ -41,7 +41,7 @@ def extract(
     gain: Annotated[
         bool | None,
         typer.Option(
-            help="Of --task: scale what is kept so that answers are AFTER's. [default: gain]"
+            help="Of --task: scale what is kept so that answers are AFTER's; default: gain."
         ),
     ] = None,
     data: options.DataDir = None,

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 def merge(
     delta: options.DeltaFile,
     out: Annotated[Path, typer.Argument(help="Folder to write.")],
-    base: options.BaseName = None,
+    base: options.OwnBase = None,
     as_json: options.AsJson = False,
 ) -> None:
     """Write base and delta as a plain Hugging Face checkpoint."""
@@ -35,7 +35,7 @@ def merge(
 def cut(
     delta: options.DeltaFile,
     out: Annotated[Path, typer.Argument(help="Folder to write.")],
-    base: options.BaseName = None,
+    base: options.OwnBase = None,
     keep: Annotated[
         float | None, typer.Option(help="Share of the units to keep, of a delta of all sizes.")
     ] = None,
@@ -43,18 +43,21 @@ def cut(
         float | None, typer.Option(help="Of a delta of all sizes the largest as fast, in ms here.")
     ] = None,
     rows: Annotated[
-        int | None, typer.Option(help="Of --latency-ms: inputs at a time. [default: 1]")
+        int | None, typer.Option(help="Of --latency-ms: inputs at a time; default: 1.")
     ] = None,
     tokens: Annotated[
-        int | None, typer.Option(help="Of --latency-ms: tokens of an input. [default: 64]")
+        int | None, typer.Option(help="Of --latency-ms: tokens of an input; default: 64.")
     ] = None,
     vocabulary: Annotated[
         str | None,
-        typer.Option(metavar="TEXTS", help="Keep the tokens of these: a .txt file, or a task."),
+        typer.Option(
+            metavar="TEXTS",
+            help="Keep the tokens of these: a .txt file, or all of a task, its test split, too.",
+        ),
     ] = None,
     least: Annotated[
         int | None,
-        typer.Option(help="Of --vocabulary: how often a token has to be there. [default: 1]"),
+        typer.Option(help="Of --vocabulary: how often a token has to be there; default: 1."),
     ] = None,
     data: options.DataDir = None,
     as_json: options.AsJson = False,
@@ -100,7 +103,7 @@ def _told(done: Sliced, keep: float | None) -> str:
 def export(
     delta: options.DeltaFile,
     out: Annotated[Path, typer.Argument(help="The .onnx file to write.")],
-    base: options.BaseName = None,
+    base: options.OwnBase = None,
     pair: Annotated[bool, typer.Option("--pair", help="The task's inputs are two texts.")] = False,
     as_json: options.AsJson = False,
 ) -> None:

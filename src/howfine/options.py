@@ -16,6 +16,12 @@ BaseName = Annotated[
     str | None,
     typer.Option(help="'minilm' (embedded), a Hugging Face name, or a folder."),
 ]
+OwnBase = Annotated[
+    str | None,
+    typer.Option(
+        help="Where the base is: a name or a folder; default: as it was named in training."
+    ),
+]
 TaskName = Annotated[
     str,
     typer.Option(
