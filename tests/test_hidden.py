@@ -115,6 +115,18 @@ def test_the_distance_is_of_positions_that_are_no_padding_under_the_map() -> Non
     assert base.is_untouched()
 
 
+def test_half_precision_is_the_models_alone() -> None:
+    """Under autocast both models run in bf16; the difference of the two is taken in full."""
+    base = tiny_base("bert")
+    found = []
+    for scale in (1.0, 1.0 + 1e-4):  # less than bf16 can tell from 1
+        with listening(base, {}) as teacher, torch.autocast("cpu", torch.bfloat16):
+            base.body(**inputs_of(base))
+            found.append(teacher.apart(scale * IDENTITY, [True] * LAYERS).item())
+    assert found[0] == 0
+    assert found[1] > 0
+
+
 def test_a_layer_that_is_off_learns_nothing() -> None:
     """The one that is left stands for both of the teacher's; without any, nothing is apart."""
     base, found = tiny_base("bert"), []

@@ -81,13 +81,12 @@ class Teacher:
         for args, kwargs, states in listened:
             taught = self._answers(args, kwargs)
             counts = _positions(kwargs.get("attention_mask"), taught[0])
-            mine = [
-                functional.linear(own.float(), layer_map)[counts]
-                for number, own in states
-                if on[number]
-            ]
+            left = [own.float()[counts] for number, own in states if on[number]]
             wanted = [taught[at].float()[counts] for at in taught_layers(len(taught))]
-            found.append(_distance(wanted, mine))
+            # Both models run in the training's number format; how far they are apart is small.
+            with torch.autocast(layer_map.device.type, enabled=False):
+                mine = [functional.linear(own, layer_map) for own in left]
+                found.append(_distance(wanted, mine))
         return torch.stack(found).mean() if found else layer_map.new_zeros(())
 
     @torch.no_grad()
