@@ -247,6 +247,11 @@ def formats(records: Iterable[Record]) -> str:
     return f"{said[most]} ({', '.join(f'{n} of {len(trained)} in {said[f]}' for f, n in rest)})"
 
 
+def decided(gaps: Sequence[float]) -> bool:
+    """Whether a mean of differences, one a seed, is further from 0 than half their range."""
+    return abs(mean(gaps)) > (max(gaps) - min(gaps)) / 2
+
+
 # Runs are there, and do not tell: within the noise, or with settings that may not be the best.
 OPEN = "open"
 Verdict = tuple[str, bool | str | None]  # figures in words; None where runs are lacking

@@ -228,8 +228,8 @@ def wise_or_deep(r: Results) -> Verdict:
     if not gaps:
         return "", None
     said = ", ".join(f"{gap:+.1f}" for gap in gaps)
-    decided = abs(mean(gaps)) > (max(gaps) - min(gaps)) / 2
-    return f"layerwise less deep, by seed: {said}", mean(gaps) >= 0 if decided else claims.OPEN
+    held = mean(gaps) >= 0 if claims.decided(gaps) else claims.OPEN
+    return f"layerwise less deep, by seed: {said}", held
 
 
 def locked(r: Results) -> Verdict:

@@ -158,9 +158,9 @@ def gap(r: Results) -> Verdict:
 
 
 def compared(
-    tasks: tuple[str, ...], better: str, worse: str, no_worse: bool = False
+    tasks: tuple[str, ...], better: str, worse: str
 ) -> claims.Callable[[Results], Verdict]:
-    """Whether one cell's mean over tasks is above another's (or, where it need be `no_worse`)."""
+    """Whether one cell's mean over tasks is above another's; open where seeds differ by more."""
 
     def check(r: Results) -> Verdict:
         ran = [task for task in tasks if r.common(task, better, worse)]
@@ -170,8 +170,12 @@ def compared(
             return UNLEARNED, claims.OPEN
         pairs = [r.common(task, better, worse) for task in ran]
         one, other = (mean(mean(scores[side]) for scores in pairs) for side in (0, 1))
+        gaps = [
+            mean(first - second for first, second in of_seed)
+            for of_seed in zip(*(zip(*scores, strict=True) for scores in pairs), strict=False)
+        ]
         said = f"{better} {one:.1f}, {worse} {other:.1f} over {', '.join(ran)}"
-        return said, one > other or (no_worse and one == other)
+        return said, one > other if claims.decided(gaps) else claims.OPEN
 
     return check
 
@@ -190,7 +194,7 @@ CLAIMS: list[claims.Claim] = [
         compared(TRANSFERRED, TRANSFER, "warp-20"),
     ),
     ("7 masks", "masks begin better than N(0, 1)", compared(SHORT, "warp-20", "warp-20-normal")),
-    ("8 dropout", "no dropout is no worse", compared(SHORT, "warp-20", "warp-20-dropout", True)),
+    ("8 dropout", "no dropout is better", compared(SHORT, "warp-20", "warp-20-dropout")),
 ]
 
 
@@ -209,8 +213,9 @@ rows: {sizes}; {some["epochs"]} epochs, batch {some["batch_size"]}. FewGLUE's CB
 of dev (few-shot: 32). Tests are the official validation sets. `full` is full fine-tuning with a
 linear layer. `{TRANSFER}` begins with the vectors of a training on {NLI_ROWS:,} rows of SNLI with
 the same seed. Starts and dropout (claims 7 and 8) are compared on SST-2 (on MRPC, one seed of the
-start). Claims leave out tasks on which none of the runs compared is above one answer for all, whose
-scores are: {majorities}."""
+start). Claims 3, 4 and 6 are as remembered of the paper, their numbers ours. Claims leave out tasks
+on which none of the runs compared is above one answer for all ({majorities}),
+and 5 to 8 are open where the seeds' differences are wider apart than their mean is from 0."""
     parts = ["## Claims", "", *claims.verdicts(results, CLAIMS), "", "## Scores", ""]
     parts += claims.table(results, [*TASKS, *FEW], names)
     claims.write(PAGE, "WARP: free input vectors", about, results, parts)
