@@ -848,11 +848,17 @@ def test_attach_trains_in_a_loop_of_ones_own(name: str, settings: dict[str, Any]
 
 
 @pytest.mark.parametrize(
-    ("name", "left"), [("l0", "passes"), ("l0", "penalty"), ("diff", "penalty"), ("mask", "")]
+    ("name", "left"),
+    [
+        *(("l0", "passes"), ("l0", "penalty"), ("diff", "penalty"), ("dynamic", "passes")),
+        *(("mask", ""), ("prune", "")),
+    ],
 )
 def test_a_loop_that_leaves_out_a_methods_part_is_told(name: str, left: str) -> None:
     """What is packed then is not what the paper trains."""
-    with howfine.attach(tiny_tower("bert"), name) as attached:
+    settings: dict[str, Any] = {"by": "magnitude"} if name in ("dynamic", "prune") else {}
+    settings |= {"smallest": 0.3} if name == "dynamic" else {}
+    with howfine.attach(tiny_tower("bert"), name, **settings) as attached:
         for part in {"passes", "penalty"} - {left}:
             found = getattr(attached, part)(0.5)
             assert part == "penalty" or list(found) == [0.0]

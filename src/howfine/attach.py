@@ -67,6 +67,8 @@ class Attached:
         Warns where the loop has left out what the method does in each step.
         """
         own = [name for name in ("passes", "penalty") if name in vars(type(self.method))]
+        if "penalty" not in own and not self.method.moves:  # nothing is set up between passes
+            own = []
         if left := [name for name in own if name not in self._asked]:
             calls = " and ".join(f"attached.{name}(progress)" for name in left)
             warnings.warn(
