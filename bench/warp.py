@@ -214,8 +214,9 @@ of dev (few-shot: 32). Tests are the official validation sets. `full` is full fi
 linear layer. `{TRANSFER}` begins with the vectors of a training on {NLI_ROWS:,} rows of SNLI with
 the same seed. Starts and dropout (claims 7 and 8) are compared on SST-2 (on MRPC, one seed of the
 start). Claims 3, 4 and 6 are as remembered of the paper, their numbers ours. Claims leave out tasks
-on which none of the runs compared is above one answer for all ({majorities}),
-and 5 to 8 are open where the seeds' differences are wider apart than their mean is from 0."""
+on which none of the runs compared is above one answer for all
+({majorities}), and 5 to 8 are open where the seeds' differences
+are wider apart than their mean is from 0."""
     parts = ["## Claims", "", *claims.verdicts(results, CLAIMS), "", "## Scores", ""]
     parts += claims.table(results, [*TASKS, *FEW], names)
     claims.write(PAGE, "WARP: free input vectors", about, results, parts)
