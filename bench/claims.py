@@ -112,11 +112,12 @@ class Bench:
         return self.bases[kind]
 
     def once(self, key: str, run: Callable[[], Record], **facts: Any) -> None:
-        """Run and record, unless the ledger has it. Raises TimeUp.
+        """Run and record, unless the ledger has it with the same facts. Raises TimeUp.
 
         What failed is tried again: it may have been for want of room.
         """
-        if "error" not in self.ledger.records().get(key, {"error": ""}):
+        known = self.ledger.records().get(key, {"error": ""})
+        if "error" not in known and all(known.get(name) == facts[name] for name in facts):
             return
         if time.monotonic() > self.deadline:
             raise TimeUp

@@ -47,12 +47,12 @@ def prefix(length: int, **settings: object) -> Recipe:
 
 
 RATES = {
-    "prefix": (1e-3, 3e-3, 1e-2),
-    "rows": (3e-3, 1e-2, 3e-2),  # keys and values themselves
-    "infix": (1e-3, 3e-3, 1e-2),
-    "vectors": (1e-2, 3e-2, 1e-1),
-    "adapter": (1e-3, 3e-3, 1e-2),
-    "full": (1e-4, 3e-4, 1e-3),
+    "prefix": (1e-3, 3e-3, 1e-2, 3e-4),
+    "adapter": (1e-3, 3e-3, 1e-2, 3e-2),
+    "rows": (3e-3, 1e-2, 3e-2, 1e-1),  # keys and values themselves
+    "infix": (1e-3, 3e-3, 1e-2, 3e-4),
+    "vectors": (1e-2, 3e-2, 1e-1, 3e-3),
+    "full": (1e-4, 3e-4, 1e-3, 3e-5),
 }
 # A rate whose neighbour's perplexity is this many times its own is no flat best.
 STEEP = 1.02
@@ -267,7 +267,7 @@ with all their references, {DEV} of dev for the rate. {STEPS} steps of batch {BA
 input vectors in front (embedding-only); *infix-p*: keys and values of p positions between source
 and target; *rows-p*: keys and values that train themselves, without the net; *from words*: the keys
 and values of "{WORDS}". The paper's figures are of GPT-2 with whole E2E; what is checked is whether
-its orderings carry over. Rates are the best of three for each kind of change, by the likelihood of
+its orderings carry over. Rates are the best of four for each kind of change, by the likelihood of
 dev after {RATE_STEPS} steps with one seed. The best is at the edge of those tried for
 {at_edges}: a rate beyond may be better, and a
 claim is open where that may turn it. A claim's figures are of the seeds that all its cells have."""
