@@ -122,9 +122,26 @@ def one(
 
 def best(bench: Bench, kind: str) -> float:
     """The rate with the lowest perplexity on dev."""
-    found = Results(bench.ledger.records())
-    rows = [row for row in found.records if row["task"] == f"rate {kind}"]
+    found = _best(Results(bench.ledger.records()), kind)
+    assert found is not None  # rates come first
+    return found
+
+
+def _best(r: Results, kind: str) -> float | None:
+    rows = [row for row in r.records if row["task"] == f"rate {kind}"]
+    if not rows:
+        return None
     return float(min(rows, key=lambda row: row["dev_scores"]["perplexity"])["rate"])
+
+
+def stale(r: Results) -> list[str]:
+    """Cells that were made before a better rate was tried: they are to be made again."""
+    rates = {name: _best(r, kind) for name, (kind, _) in CELLS.items()}
+    return [
+        name
+        for name, rate in rates.items()
+        if rate is not None and any(row["rate"] != rate for row in r.rows("e2e", name))
+    ]
 
 
 def edges(r: Results) -> dict[str, str]:
@@ -258,6 +275,7 @@ def _line(group: str, cell: str, rows: Sequence[Record]) -> str:
 
 
 def page(results: Results) -> None:
+    others = ", ".join(stale(results)) or "none"
     at_edges = ", ".join(f"{kind} ({name})" for kind, name in edges(results).items()) or "none"
     about = f"""Written by `python bench/prefix_tuning.py --data DIR --base CAUSAL_LM`. Base:
 `stories15M`, a LLaMA (6 × 288, 15.2 M parameters) trained on English children's stories. Task: E2E,
@@ -270,7 +288,8 @@ and values of "{WORDS}". The paper's figures are of GPT-2 with whole E2E; what i
 its orderings carry over. Rates are the best of four for each kind of change, by the likelihood of
 dev after {RATE_STEPS} steps with one seed. The best is at the edge of those tried for
 {at_edges}: a rate beyond may be better, and a
-claim is open where that may turn it. A claim's figures are of the seeds that all its cells have."""
+claim is open where that may turn it. Cells made before a better rate was tried:
+{others}. A claim's figures are of the seeds that all its cells have."""
     groups = ["e2e", *(f"e2e, {size}" for size in LOW)]
     parts = ["## Claims", "", *claims.verdicts(results, CLAIMS), "", "## Scores", ""]
     parts += figures(results, groups)
