@@ -160,6 +160,15 @@ def test_a_student_with_all_units_on_is_its_teacher(name: str) -> None:
     assert base.is_untouched()
 
 
+def test_a_step_counts_what_it_ran_alone() -> None:
+    """Not what ran before it with gradients on, such as a loop's own validation."""
+    base, chosen = tiny_base("bert"), method("l0", keep=1.0, states=1.0)
+    with chosen.attach(base) as change:
+        base.body(**inputs_of(base))
+        list(chosen.passes(change, 0.5))
+        assert not change.parts["teacher"]._listened
+
+
 def test_a_teacher_of_a_language_model_is_its_body() -> None:
     base = tiny_language_base("bert")
     start = tuned_weights(base)

@@ -70,6 +70,10 @@ class Teacher:
         if self._inside:  # not where a checkpointed block is computed again, for its gradients
             self._listened[-1][2].append((number, _states(made)))
 
+    def forget(self) -> None:
+        """Drop what was noted, with its graphs: a step begins, and what came before is no part."""
+        self._listened.clear()
+
     def apart(self, layer_map: Tensor, on: Sequence[bool]) -> Tensor:
         """Σ over layers of the mean squared error, a scalar; of what was noted since the last call.
 

@@ -115,6 +115,8 @@ class L0(Method):
         for gate in change.parts["settling"].gates.values():
             gate.clamp()
             gate.draw()
+        if self.states:
+            change.parts["teacher"].forget()
         yield 0.0
 
     def penalty(self, change: Change, progress: float) -> Tensor:
