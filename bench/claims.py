@@ -200,22 +200,37 @@ class Results:
         ]
 
     def learned(self, tasks: Iterable[str], *cells: str) -> list[str]:
-        """Of these tasks those on which any of the cells is, on average, above one answer for all.
+        """Of these tasks those on which any of the cells is above one answer for all.
 
-        On the others, orders are of what none of them has learned.
+        By two standard errors of its runs, where it has several. On the others, orders are of what
+        none of them has learned.
         """
-        return [
-            task
-            for task in tasks
-            for rows in [[row for cell in cells for row in self.rows(task, cell)]]
-            if any((self.mean(task, cell) or 0) > 100 * rows[0]["majority"] for cell in cells)
-        ]
+
+        def above(task: str, cell: str) -> bool:
+            over = [_points(row) - 100 * row["majority"] for row in self.rows(task, cell)]
+            return bool(over) and mean(over) > 0 and (len(over) < 2 or decided(over))
+
+        return [task for task in tasks if any(above(task, cell) for cell in cells)]
 
     def common(self, task: str, *cells: str) -> list[list[float]]:
         """Scores of the cells with the seeds (and splits) that all have; [] without any."""
         rows = [{_run(row): _points(row) for row in self.rows(task, c)} for c in cells]
         seeds = sorted(set.intersection(*map(set, rows)))
         return [[row[seed] for seed in seeds] for row in rows] if seeds else []
+
+    def shared(self, tasks: Iterable[str], *cells: str) -> list[str]:
+        """The tasks on which all the cells have a run of the same seed (and split)."""
+        return [task for task in tasks if self.common(task, *cells)]
+
+    def runs(self, tasks: Iterable[str], *cells: str) -> list[list[float]]:
+        """Each cell's means over the tasks, one for every run that all have on all of them."""
+        found = [
+            [{_run(row): _points(row) for row in self.rows(task, cell)} for task in tasks]
+            for cell in cells
+        ]
+        every = [set(scores) for of_cell in found for scores in of_cell]
+        runs = sorted(set.intersection(*every)) if every else []
+        return [[mean(scores[run] for scores in of_cell) for run in runs] for of_cell in found]
 
     def over(
         self, tasks: Sequence[str], cell: str, of: Callable[[list[float]], float] | None = None
@@ -249,12 +264,14 @@ def formats(records: Iterable[Record]) -> str:
 
 
 def decided(gaps: Sequence[float]) -> bool:
-    """Whether a mean of differences, one a seed, is further from 0 than half their range."""
-    return abs(mean(gaps)) > (max(gaps) - min(gaps)) / 2
+    """Whether a mean of differences, one a run, is two standard errors from 0."""
+    return len(gaps) > 1 and abs(mean(gaps)) > 2 * stdev(gaps) / len(gaps) ** 0.5
 
 
 # Runs are there, and do not tell: within the noise, or with settings that may not be the best.
 OPEN = "open"
+# What is said where none of the cells is above one answer for all on any task.
+UNLEARNED = "none is above one answer for all"
 Verdict = tuple[str, bool | str | None]  # figures in words; None where runs are lacking
 Claim = tuple[str, str, Callable[[Results], Verdict]]  # name, statement, check
 

@@ -49,7 +49,7 @@ def prefix(length: int, **settings: object) -> Recipe:
 RATES = {
     "prefix": (1e-3, 3e-3, 1e-2, 3e-4),
     "adapter": (1e-3, 3e-3, 1e-2, 3e-2),
-    "rows": (3e-3, 1e-2, 3e-2, 1e-1),  # keys and values themselves
+    "rows": (3e-3, 1e-2, 3e-2, 1e-1, 3e-1),  # keys and values themselves
     "infix": (1e-3, 3e-3, 1e-2, 3e-4),
     "vectors": (1e-2, 3e-2, 1e-1, 3e-3),
     "full": (1e-4, 3e-4, 1e-3, 3e-5),

@@ -131,9 +131,18 @@ def test_perfect(bench: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
                     runs.append({"task": task, "cell": cell.name, "split": split, "seed": seed,
                                  "score": score + spread})  # fmt: skip
     text = written(perfect, made(runs), tmp_path / "perfect.md", monkeypatch)
-    assert "perfect 70.0, mask at the end 69.0 over 3 tasks, 15 runs each | holds |" in text
-    assert "masks 1: 70.0, 2: 65.0, 5: 65.0, 10: 60.0 over 6 tasks, 30 runs each | holds" in text
+    assert "perfect 70.0, mask at the end 69.0 over mrpc, rte, qnli, 5 runs each | holds |" in text
+    every = ", ".join(perfect.TASKS)
+    assert f"masks 1: 70.0, 2: 65.0, 5: 65.0, 10: 60.0 over {every}, 5 runs each | holds" in text
     assert "not run" not in text
+    # What no cell has learned is left out, and a mean that seeds don't tell from 0 decides nothing.
+    for run in runs:
+        run["majority"] = 0.95 if run["task"] == "mrpc" else 0.3
+        if run["cell"] == "mask at the end":
+            run["score"] += 0.1 if run["split"] == perfect.SPLITS[-1] else -0.03
+    text = written(perfect, made(runs), tmp_path / "noise.md", monkeypatch)
+    assert "perfect 70.0, mask at the end 68.6 over rte, qnli, 5 runs each | open |" in text
+    assert f"masks 1: 70.0, 2: 65.0, 5: 65.0, 10: 60.0 over {every}".replace("mrpc, ", "") in text
     early = [run for run in runs if run["split"] == perfect.SPLITS[0] and not run["seed"]]
     text = written(perfect, made(early[:12]), tmp_path / "early.md", monkeypatch)
     assert "with less spread |  | not run |" in text
@@ -145,13 +154,21 @@ def test_unimc(bench: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     unimc = bench("unimc")
     level = {"both losses": 0.7, unimc.UNTRAINED: 0.5}
     runs = [
-        {"task": task, "cell": cell, "seed": 0, "score": level.get(cell, 0.6), "chance": 0.5,
-         "majority": 0.5}
+        {"task": task, "cell": cell, "seed": seed, "score": level.get(cell, 0.6) + 0.01 * seed,
+         "chance": 0.5, "majority": 0.5}
         for task in unimc.ASKED
         for cell in (unimc.UNTRAINED, *unimc.VARIANTS)
+        for seed in (0, 1)
     ]  # fmt: skip
+    for run in runs:
+        if run["cell"] == unimc.UNTRAINED:
+            run["score"] = 0.5
     text = written(unimc, made(runs), tmp_path / "unimc.md", monkeypatch)
     assert text.count("| holds |") == 3
+    # One seed tells nothing of two cells.
+    alone = [run for run in runs if not run["seed"]]
+    text = written(unimc, made(alone), tmp_path / "alone.md", monkeypatch)
+    assert text.count("| open |") == 2
     assert "sst2: 70.0, untrained 50.0, chance 50.0" in text
 
 
