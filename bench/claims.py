@@ -4,6 +4,7 @@ What `warp.py`, `perfect.py`, `prefix_tuning.py` and `unimc.py` share: a ledger 
 a table, a verdict for each claim.
 """
 
+# long: running, figures and verdicts are what every page of claims needs together.
 from __future__ import annotations
 
 import argparse
@@ -266,6 +267,11 @@ def formats(records: Iterable[Record]) -> str:
 def decided(gaps: Sequence[float]) -> bool:
     """Whether a mean of differences, one a run, is two standard errors from 0."""
     return len(gaps) > 1 and abs(mean(gaps)) > 2 * stdev(gaps) / len(gaps) ** 0.5
+
+
+def gaps(one: Sequence[float], other: Sequence[float], by: float = 0.0) -> list[float]:
+    """By run, how much more than `by` one is above the other."""
+    return [a - b - by for a, b in zip(one, other, strict=True)]
 
 
 # Runs are there, and do not tell: within the noise, or with settings that may not be the best.

@@ -115,9 +115,8 @@ def better(
         if not learned:
             return UNLEARNED, OPEN
         first, second = map(mean, runs)
-        gaps = [a - b - by for a, b in zip(*runs, strict=True)]
         said = f"{one} {first:.1f}, {other} {second:.1f}{over(learned, runs)}"
-        return said, first - second >= by if claims.decided(gaps) else OPEN
+        return said, first - second >= by if claims.decided(claims.gaps(*runs, by=by)) else OPEN
 
     return check
 
@@ -134,7 +133,7 @@ def steadier(r: Results) -> Verdict:
     (score, spread), (other, wider) = ((r.over(tasks, c), r.over(tasks, c, stdev)) for c in cells)
     said = f"perfect {score:.1f} ± {spread:.1f}, fine-tuning {other:.1f} ± {wider:.1f}"
     runs = r.runs(tasks, *cells)
-    told = claims.decided([a - b for a, b in zip(*runs, strict=True)])
+    told = claims.decided(claims.gaps(*runs))
     return said + over(tasks, runs), score > other and spread < wider if told else OPEN
 
 
@@ -154,7 +153,7 @@ def biases(r: Results) -> Verdict:
             said.append(f"{name}: {UNLEARNED}")
             held.append(None)
             continue
-        gaps = [b - a for a, b in zip(*runs, strict=True)]
+        gaps = claims.gaps(runs[1], runs[0])
         said.append(f"{name}: {mean(gaps):+.1f}{over(learned, runs)}")
         near = abs(mean(gaps)) <= most if most else mean(gaps) < 0
         held.append(near if most or claims.decided(gaps) else None)
@@ -186,7 +185,7 @@ def flat(r: Results) -> Verdict:
     means = [mean(scores) for scores in runs]
     said = ", ".join(f"{m}: {s:.1f}" for m, s in zip(MASKS, means, strict=True))
     few = max(runs[:2], key=mean)
-    if not claims.decided([a - b for a, b in zip(few, runs[-1], strict=True)]):
+    if not claims.decided(claims.gaps(few, runs[-1])):
         return f"masks {said}{over(learned, runs)}", OPEN
     return f"masks {said}{over(learned, runs)}", max(means[:2]) == max(means) > means[-1]
 

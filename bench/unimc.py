@@ -195,7 +195,7 @@ def compared(r: Results, *cells: str) -> Verdict:
     said = ", ".join(f"{cell} {mean(of):.1f}" for cell, of in zip(cells, runs, strict=True))
     left = len(tasks) - len(found)
     said += f" on {', '.join(found)}; {left} others, where none is above one answer for all"
-    gaps = [a - b for a, b in zip(own, max(others, key=mean), strict=True)]
+    gaps = claims.gaps(own, max(others, key=mean))
     return said, mean(gaps) >= 0 if claims.decided(gaps) else claims.OPEN
 
 

@@ -165,7 +165,7 @@ def compared(
             return claims.UNLEARNED, claims.OPEN
         runs = r.runs(ran, better, worse)
         one, other = map(mean, runs)
-        gaps = [first - second for first, second in zip(*runs, strict=True)]
+        gaps = claims.gaps(*runs)
         said = f"{better} {one:.1f}, {worse} {other:.1f} over {', '.join(ran)}"
         return said, one > other if claims.decided(gaps) else claims.OPEN
 

@@ -100,16 +100,17 @@ def test_what_a_better_rate_may_turn_is_open(
     scores = dict.fromkeys(prefix.METRICS, 30.0)
     cells = {"prefix-10": 50.0, "rows-10": 30.0, "adapter": 52.0}
     runs = [
-        {"task": "e2e", "cell": cell, "seed": 0, "score": value, "scores": scores, "rate": 0.1,
-         "metric": "bleu"}
+        {"task": "e2e", "cell": cell, "seed": seed, "score": value + seed, "scores": scores,
+         "rate": 0.1, "metric": "bleu"}
         for cell, value in cells.items()
+        for seed in (0, 1)
     ]  # fmt: skip
     for kind, other in (("rows", 400.0), ("prefix", next_one), ("adapter", 99.0)):
         for rate, perplexity in ((0.1, other), (0.3, 100.0)):
             runs.append({"task": f"rate {kind}", "cell": f"{rate}", "seed": 0, "score": 1.0,
                          "rate": rate, "dev_scores": {"perplexity": perplexity}})  # fmt: skip
     text = written(prefix, made(runs), tmp_path / "prefix.md", monkeypatch)
-    assert "prefix-10 50.0, rows-10 30.0 (1 of 3 seeds) | open |" in text
+    assert "prefix-10 50.5, rows-10 30.5 (2 of 3 seeds) | open |" in text
     assert "rows (highest)" in text
     (line,) = (line for line in text.splitlines() if line.startswith("| T1 adapter"))
     assert line.endswith(f"| {verdict} |")
