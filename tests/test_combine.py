@@ -187,8 +187,13 @@ def test_readouts_of_a_language_model(name: str) -> None:
         ),
         "few": (kinds()["adapter"], readout("label_embedding", max_length=32)),
         "line": (kinds()["prefix"], READOUT),
+        # LayerNorms of the language model's head are among those that rows wear.
+        "normed": (
+            method("adapter", beside=("norm",), std=0.3),
+            readout("verbalizer", template="{text} {mask}", max_length=32),
+        ),
         "choice": (
-            kinds()["adapter-wide"],
+            method("adapter", reduction=2, std=0.3, beside=("norm",)),
             readout("multiple_choice", options=("w20 w21", "w22"), answers=("w50", "w51")),
         ),
     }

@@ -276,10 +276,13 @@ def test_long_options_and_texts_are_cut() -> None:
     row = batch.inputs["input_ids"][0].tolist()
     assert len(row) == 64
     assert row[-1] == ALL.index("[SEP]")
-    cut = choice(options=("w2 " + long, "w3 " + long), max_length=64)
-    batch = cut.collate(base, [Example(("w9",), 0)])
+    both = ("w2 " + long, "w3 " + long)
+    batch = choice(options=(), max_length=64).collate(base, [Example(("w9",), 0, both)])
     assert batch.inputs["input_ids"].shape[1] <= 64
     assert ALL.index("w9") in batch.inputs["input_ids"][0].tolist()
+    # Those of a whole task are never cut.
+    with pytest.raises(SettingError, match="the options take 164 of 64 tokens, and leave a text"):
+        choice(options=both, max_length=64).collate(base, [Example(("w9",), 0)])
 
 
 def test_bad_input_is_named() -> None:

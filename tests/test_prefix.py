@@ -335,6 +335,8 @@ def test_bad_settings_are_named() -> None:
         method("prefix", length=0)
     with pytest.raises(SettingError, match="has 3 tokens, and length is 9"):
         method("prefix", length=9, init_text=FRONT).attach(base)
+    with pytest.raises(SettingError, match=r"first 90 tokens leave no room .*holds 64\)"):
+        method("prefix", length=0, init_text="w1 " * 90).attach(base)
     with pytest.raises(SettingError, match="64 vectors in front leave no room"):
         method("prefix", length=64).attach(base)
     with pytest.raises(DamagedDelta, match="expected keys_values of rows of 128 numbers"):

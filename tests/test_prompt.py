@@ -218,6 +218,8 @@ def test_bad_input_is_named() -> None:
         fill(LAYOUT, "w1 [MASK] w2")
     with pytest.raises(TaskError, match="an example has 2 texts"):
         fill("{text} {mask}", "w1", "w2")
+    with pytest.raises(SettingError, match=r"words .w1 \[MASK\]. hold the mask token; write"):
+        fill("{text} w1 [MASK] {mask}", "w1")
     with pytest.raises(SettingError, match=r"takes 27 of 20 tokens"):
         fill("{slot*20} {text} {mask} w1 w2 w3 w4", "w1", limit=20)
     with pytest.raises(SettingError, match="expected 2: one for each"):

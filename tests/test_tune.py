@@ -37,11 +37,20 @@ from howfine.evaluate import evaluate
 from howfine.loop import Fit
 from howfine.method import method
 from howfine.methods.mask import VARIANTS
+from howfine.readout import readout
 from howfine.recipe import Recipe
 from howfine.sampler import ByLength
 from howfine.task import Example, Task
 from howfine.tune import Tuned, tune
-from tiny import LABELS, TINY, tiny_base, tiny_task, tiny_tokenizer, tiny_tower
+from tiny import (
+    LABELS,
+    TINY,
+    tiny_base,
+    tiny_language_base,
+    tiny_task,
+    tiny_tokenizer,
+    tiny_tower,
+)
 
 # Rates at which a tiny model learns its 32 examples by heart in a second.
 LEARNS = {"batch_size": 8, "epochs": 4, "readout_learning_rate": 1e-2, "pooling": "mean"}
@@ -651,8 +660,47 @@ def test_patience_and_the_clock_outlive_a_kill(
     tuned, resumed = run(tmp_path, "bitfit", work=work, resume=True, **settings)
     assert (tuned.steps, resumed) == (7, written)
     assert tuned.seconds > spent
-    # Killed between its last checkpoint and its file, it may go on, but to the same end.
-    assert run(tmp_path, "bitfit", work=work, resume=True, **settings)[1] == written
+    # Killed between its last checkpoint and its file, it takes no further step.
+    again, same = run(tmp_path, "bitfit", work=work, resume=True, **settings)
+    assert (again.steps, same) == (7, written)
+
+
+@pytest.mark.parametrize("split", ["train", "dev", "test"])
+def test_a_text_that_the_readout_refuses_is_found_before_training(
+    split: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With its place; what seeds draw is not touched by looking for it."""
+    monkeypatch.setattr(Fit, "train", lambda *_: pytest.fail("it trains"))
+    task = tiny_task()
+    rows = list(task.splits[split])
+    rows[2] = replace(rows[2], texts=("w1 [MASK] w2",))
+    marked = replace(task, splits={**task.splits, split: rows})
+    base, out = tiny_language_base("bert"), tmp_path / f"x{SUFFIX}"
+    template = {"readout": readout("verbalizer", template="{text} {mask}")}
+    recipe = replace(Recipe.load("full"), **template)
+    with pytest.raises(TaskError, match=rf"{split} row 3: a text holds the mask token \[MASK\]"):
+        tune(base, marked, recipe, out=out, split="test")
+    assert not list(tmp_path.iterdir())
+    before = torch.get_rng_state()
+    with Fit(base, task, recipe, 0, tmp_path, False) as fit:
+        torch.manual_seed(3)
+        drawn = torch.get_rng_state()
+        fit.check(("train", "dev"))
+        assert torch.equal(torch.get_rng_state(), drawn)
+    torch.set_rng_state(before)
+
+
+@pytest.mark.parametrize("settings", [{"max_steps": 6}, {"max_steps": 8}, {}])
+def test_a_training_that_was_at_its_end_takes_no_step_more(
+    settings: dict[str, Any], tmp_path: Path
+) -> None:
+    """At a rate that does not fall to 0, a step more would be seen."""
+    settings = {"evaluations": 2, "schedule": "constant", **settings}
+    work = tmp_path / "work"
+    whole, written = run(tmp_path, "bitfit", work=work, **settings)
+    tuned, resumed = run(tmp_path, "bitfit", work=work, resume=True, **settings)
+    assert (tuned.steps, resumed) == (whole.steps, written)
+    assert tuned.score == whole.score
 
 
 @pytest.mark.slow

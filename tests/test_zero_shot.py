@@ -17,7 +17,14 @@ from howfine.base import Base
 from howfine.cli import app
 from howfine.compare import delta_distance
 from howfine.delta import SUFFIX
-from howfine.errors import BaseNotFound, SettingError, StorageError, TaskError, TaskNotFound
+from howfine.errors import (
+    BaseError,
+    BaseNotFound,
+    SettingError,
+    StorageError,
+    TaskError,
+    TaskNotFound,
+)
 from howfine.evaluate import predict
 from howfine.extract import extract
 from howfine.merge import merge
@@ -65,6 +72,48 @@ def test_zero_shot_gives_every_option_its_share() -> None:
         zero_shot(base, ["w1"], ["w20", "w21"], epochs=3)
     with pytest.raises(SettingError, match="needs a base of kind masked_lm"):
         zero_shot(tiny_language_base("gpt2"), ["w1"], ["w20", "w21"], **WORDS)
+
+
+def test_zero_shot_refuses_what_has_no_sensible_answer() -> None:
+    base = tiny_language_base("bert")
+    with pytest.raises(SettingError, match="found 1 options, expected what may be answered"):
+        zero_shot(base, ["w1"], ["w20"], **WORDS)
+    long = ["w20 " * 30, "w21 " * 30]
+    with pytest.raises(SettingError, match="the options take 62 of 64 tokens, and leave a text"):
+        zero_shot(base, ["w1"], long, **WORDS)
+    with pytest.raises(SettingError, match="shorten the question, or raise max_length"):
+        zero_shot(base, ["w1"], ["w20", "w21"], question="w9 " * 60, **WORDS)
+    with pytest.raises(SettingError, match=r"is a gpt2, of which there is none; give another"):
+        zero_shot(tiny_language_base("gpt2"), ["w1"], ["w20", "w21"], **WORDS)
+    with pytest.raises(TaskError, match=r"an option has \{pair\}, for a second text, and 'w1 w2'"):
+        zero_shot(base, ["w1 w2"], ["w30 {pair}", "w31 {pair}"], **WORDS)
+
+
+def test_zero_shot_asks_as_the_base_was_trained(tmp_path: Path) -> None:
+    """The folder that meta_train writes says which words answer."""
+    rows = tuple(
+        Example((f"w{n} w{n + 1}",), label=n % 2, options=(f"w{n + 20}", f"w{n + 40}"))
+        for n in range(8)
+    )
+    splits = {"train": rows, "dev": rows[:4], "test": rows[:4]}
+    task = Task("choices", splits, ("1", "2"), "accuracy", "made up")
+    settings = {**WORDS, "max_length": 40}
+    meta_train(
+        saved_base(tmp_path / "base"), task, tmp_path / "made", epochs=1, batch_size=4, **settings
+    )
+    asked = (str(tmp_path / "made"), ["w1 w2", "w7"], ["w20", "w21 w22"])
+    assert zero_shot(*asked) == zero_shot(*asked, **settings)
+    assert zero_shot(*asked) != zero_shot(*asked, answers=("w51", "w50"))
+    command = ["zero-shot", "w1 w2", "--options", "w20;w21 w22", "--base", asked[0], "--json"]
+    own, other = (
+        json.loads(CliRunner().invoke(app, [*command, *more]).stdout)
+        for more in ([], ["--answers", "w51,w50"])
+    )
+    assert own[0]["probabilities"] == pytest.approx(zero_shot(*asked)[0]["probabilities"], abs=1e-5)
+    assert other[0]["probabilities"] != pytest.approx(own[0]["probabilities"], abs=1e-5)
+    (tmp_path / "made" / "readout.json").write_text("[]")
+    with pytest.raises(BaseError, match="is not what merge wrote"):
+        zero_shot(*asked)
 
 
 def test_zero_shot_of_a_pair() -> None:

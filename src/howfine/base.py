@@ -209,6 +209,12 @@ class Base:
         stated = 2**31 if self.tokenizer is None else self.tokenizer.model_max_length
         return min(positions, stated) - self.reserved
 
+    @property
+    def room_said(self) -> str:
+        """`room` in words, with what changes take of it."""
+        taken = f", less {self.reserved} that the change takes" if self.reserved else ""
+        return f"the base holds {self.room + self.reserved}{taken}"
+
     @functools.cached_property
     def first_position(self) -> int:
         """The number of the first position: RoBERTa and its kin count on from the padding's."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -38,10 +38,14 @@ class Patience(EarlyStoppingCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
         """Count the evaluations since the best one, of those in a checkpoint's log."""
-        scores = [row["eval_score"] for row in state.log_history if "eval_score" in row]
+        self.early_stopping_patience_counter = self.waited(state.log_history)
+
+    @staticmethod
+    def waited(log: Sequence[Mapping[str, Any]]) -> int:
+        """Evaluations in a log since the best one."""
+        scores = [row["eval_score"] for row in log if "eval_score" in row]
         scores = [score for score in scores if score != -math.inf]
-        if scores:
-            self.early_stopping_patience_counter = len(scores) - 1 - scores.index(max(scores))
+        return len(scores) - 1 - scores.index(max(scores)) if scores else 0
 
 
 class Clock(TrainerCallback):

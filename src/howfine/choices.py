@@ -79,6 +79,11 @@ def row(base: Base, asked: Asked, example: Example) -> Row:
         )
     texts = dict(zip(("{text}", "{pair}"), example.texts, strict=False))
     rest = [text for hole, text in texts.items() if not any(hole in each for each in written)]
+    if "{pair}" not in texts and any("{pair}" in option for option in written):
+        raise TaskError(
+            f"an option has {{pair}}, for a second text, and {example.texts[0][:50]!r} is alone; "
+            "give two texts (with a tab in between, at the command line)"
+        )
     written = tuple(_HOLE.sub(lambda hole: texts.get(hole[0], ""), option) for option in written)
     if len({option.strip() for option in written}) < len(written):
         raise TaskError(
@@ -89,8 +94,36 @@ def row(base: Base, asked: Asked, example: Example) -> Row:
     whole = [_tokens(base, option) for option in written]
     options = _shortened(base, whole, limit)
     _check_apart(base, written, whole, options, limit)
-    parts = [_tokens(base, text) for text in (asked.question, *rest) if text]
-    return _joined(base, options, parts, limit)
+    # A task's own ones are asked of every text; an example's, or those with its text, may be cut.
+    if options != whole and written == asked.options:
+        raise SettingError(
+            f"the options take {sum(map(len, whole)) + len(whole)} of {limit} tokens, and leave a "
+            f"text fewer than {min(SPARED, limit // 2)}; write shorter ones, or raise max_length "
+            f"({base.room_said})"
+        )
+    question = [_tokens(base, asked.question)] if asked.question else []
+    return _fitted(base, options, question, [_tokens(base, text) for text in rest if text], limit)
+
+
+def _fitted(
+    base: Base,
+    options: list[list[int]],
+    question: list[list[int]],
+    texts: list[list[int]],
+    limit: int,
+) -> Row:
+    """All of them in one input, whose tail goes where it is too long; the last separator stays."""
+    _, after = around(base.tokenizer)
+    taken = len(_joined(base, options, question).ids)
+    if taken + bool(texts) * (1 + len(after)) > limit:
+        raise SettingError(
+            f"options and question take {taken} of {limit} tokens and leave no room for a text; "
+            f"shorten the question, or raise max_length ({base.room_said})"
+        )
+    made = _joined(base, options, [*question, *texts])
+    if len(made.ids) > limit:
+        made.ids = made.ids[: limit - len(after)] + list(after)
+    return made
 
 
 def _shortened(base: Base, options: list[list[int]], limit: int) -> list[list[int]]:
@@ -99,7 +132,7 @@ def _shortened(base: Base, options: list[list[int]], limit: int) -> list[list[in
         if max(map(len, options)) < 2:
             raise SettingError(
                 f"{len(options)} options leave no room for a text in {limit} tokens; raise "
-                f"max_length (the base holds {base.room}), or give fewer options"
+                f"max_length ({base.room_said}), or give fewer options"
             )
         options = [ids[: max(1, len(ids) // 2)] for ids in options]
     return options
@@ -125,11 +158,11 @@ def _check_apart(
             )
         raise TaskError(
             f"cut to fit, {both} are the same {len(ids)} tokens, as an input has {limit}; raise "
-            f"max_length (the base holds {base.room}), or let what tells them apart come first"
+            f"max_length ({base.room_said}), or let what tells them apart come first"
         )
 
 
-def _joined(base: Base, options: list[list[int]], parts: list[list[int]], limit: int) -> Row:
+def _joined(base: Base, options: list[list[int]], parts: list[list[int]]) -> Row:
     before, after = around(base.tokenizer)
     made = Row(list(before), [], 0)
     for ids in options:
@@ -139,8 +172,6 @@ def _joined(base: Base, options: list[list[int]], parts: list[list[int]], limit:
     made.ids += after
     for ids in parts:
         made.ids += ids + after
-    if len(made.ids) > limit:  # the tail goes, the last separator stays
-        made.ids = made.ids[: limit - len(after)] + list(after)
     return made
 
 

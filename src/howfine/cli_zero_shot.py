@@ -20,6 +20,12 @@ def zero_shot(
         str, typer.Option(help="A masked language model, best one that meta-train made.")
     ],
     question: Annotated[str, typer.Option(help="What is asked of each text.")] = "",
+    answers: Annotated[
+        str | None, typer.Option(help="Words for right and wrong: the base's own, or yes,no.")
+    ] = None,
+    max_length: Annotated[
+        int | None, typer.Option(help="Tokens of an input: the base's own, or 256.")
+    ] = None,
     device: options.Device = "cpu",
     dtype: options.Dtype = "float32",
     as_json: options.AsJson = False,
@@ -37,12 +43,14 @@ def zero_shot(
     given: list[Any] = [tuple(line.split("\t")) if "\t" in line else line for line in lines]
     wanted = [option.strip() for option in choices.split(";") if option.strip()]
     loaded = Base.load(base, kind=LANGUAGE_MODEL, device=device, dtype=dtype)
-    answers = run(loaded, given, wanted, question=question, progress=not as_json)
+    told: dict[str, Any] = {"answers": answers, "max_length": max_length}
+    stated = {name: value for name, value in told.items() if value is not None}
+    found = run(loaded, given, wanted, question=question, progress=not as_json, **stated)
     said = "\n".join(
         f"{answer['option']}\t{answer['probability']:.3f}\t{line}"
-        for answer, line in zip(answers, lines, strict=True)
+        for answer, line in zip(found, lines, strict=True)
     )
-    options.show(as_json, answers, said)
+    options.show(as_json, found, said)
 
 
 def meta_train(

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -21,11 +22,27 @@ def require(base: Base, what: str, kinds: tuple[str, ...] = (MASKED, CAUSAL)) ->
     if base.kind in kinds and (base.anatomy.language is not None or base.kind == SEQ2SEQ):
         return
     named = " or ".join(kinds)
+    if not any(_can_be(base, kind) for kind in kinds):
+        raise SettingError(
+            f"{what} needs a base of kind {named}, and {base.name} is a {base.config.model_type}, "
+            "of which there is none; give another base"
+        )
     found = "no language model's head" if base.kind == "body" else f"kind {base.kind}"
     raise SettingError(
         f"{what} needs a base of kind {named}, and {base.name} was loaded with {found}; load it "
         f"with Base.load({base.name!r}, kind={kinds[0]!r}), or give another base"
     )
+
+
+def _can_be(base: Base, kind: str) -> bool:
+    """Whether transformers has a model of the base's architecture with that head."""
+    heads = {
+        MASKED: transformers.MODEL_FOR_MASKED_LM_MAPPING,
+        CAUSAL: transformers.MODEL_FOR_CAUSAL_LM_MAPPING,
+        SEQ2SEQ: transformers.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
+    }
+    found: bool = type(base.tower.config) in heads[kind]
+    return found
 
 
 def before_decoder(base: Base) -> Callable[[nn.Module, Tensor], Tensor]:

@@ -74,7 +74,7 @@ def room(base: Base, asked: Room) -> int:
     if limit <= most:
         raise SettingError(
             f"max_new_tokens {most} leaves no room for a text in {limit} tokens; raise max_length "
-            f"(the base holds {base.room}), or let less be written"
+            f"({base.room_said}), or let less be written"
         )
     return limit - most
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import set_seed
+from transformers import TrainerState, set_seed
 
 from howfine import checks, features
 from howfine.base import Base
@@ -81,8 +81,31 @@ class Fit:
     def __exit__(self, *_: object) -> None:
         self._undo.close()
 
+    def check(self, splits: Iterable[str]) -> None:
+        """Let the readout read what it may refuse, before anything trains.
+
+        That is the first row of each split, rows with options of their own, and rows with the mask
+        token in a text. Raises TaskError with the row's place, SettingError where settings don't
+        fit the base.
+        """
+        base, read = self.parts.base, self.parts.recipe.readout
+        mask = getattr(base.tokenizer, "mask_token", None)
+        for split in dict.fromkeys(splits):
+            for number, row in enumerate(self.parts.task.splits[split], 1):
+                marked = mask is not None and any(mask in text for text in row.texts)
+                if number > 1 and not row.options and not marked:
+                    continue
+                try:
+                    with torch.random.fork_rng(devices=[]):  # seeds are the training's
+                        read.collate(base, [row])
+                except TaskError as error:
+                    raise TaskError(f"{split} row {number}: {error}") from error
+
     def train(self, checkpoint: Path | None) -> None:
         """Run the training loop, from a checkpoint on if given; NaN ends it with TrainingError."""
+        if checkpoint:
+            state = checkpoint / "trainer_state.json"
+            self.trainer.resumed = TrainerState.load_from_json(str(state))
         self.trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         self.seconds = self.trainer.clock.seconds()
         self.peak_bytes = self.memory.growth()

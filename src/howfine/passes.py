@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -70,7 +70,9 @@ def read(base: Base, tasks: Mapping[str, Worn], batches: Mapping[str, Batch]) ->
     found, start = {}, 0
     for name, batch in batches.items():
         rows, length = batch.inputs["input_ids"].shape
-        with _replayed(base, state, slice(start, start + rows), length):
+        # A head may go through parts of the tower, which rows wear changes of, too.
+        worn = replace(batch, rows=batch.inputs["input_ids"].new_full((rows,), tasks[name].number))
+        with _replayed(base, state, slice(start, start + rows), length), running(worn):
             found[name] = tasks[name].head(base.towers, batch)
         start += rows
     return found

@@ -90,7 +90,7 @@ def _row(base: Base, asked: Asked, example: Example, limit: int) -> _Row:
     if taken + 1 > limit:
         raise SettingError(
             f"the markers of {len(read)} segments take {taken} of {limit} tokens and leave no room "
-            f"for their texts; raise max_length (the base holds {base.room}), or let less be "
+            f"for their texts; raise max_length ({base.room_said}), or let less be "
             "written"
         )
     template.shorten(texts, limit - taken)

@@ -98,7 +98,7 @@ class Template:
         if taken + any(texts.values()) > limit:
             raise SettingError(
                 f"template {self.written!r} takes {taken} of {limit} tokens and leaves no room "
-                f"for a text; shorten it, or raise max_length (the base holds {base.room})"
+                f"for a text; shorten it, or raise max_length ({base.room_said})"
             )
         shorten(texts, limit - taken)
         row = _Row(list(before), [-1] * len(before), [])
@@ -177,7 +177,13 @@ def _words(written: str, between: str) -> list[Part]:
 def _fixed(base: Base, part: Part, first: bool) -> list[int]:
     """Token numbers of a part that is no text; the first one stands after no space."""
     if not part.kind:
-        return pieces(base, part.word, after_space=not first)
+        words = pieces(base, part.word, after_space=not first)
+        if base.tokenizer.mask_token_id in words:  # None is no token's number
+            raise SettingError(
+                f"the template's words {part.word.strip()!r} hold the mask token; write {{mask}} "
+                "where it is to be read"
+            )
+        return words
     if part.kind == "{mask}":
         if base.tokenizer.mask_token_id is None:
             raise SettingError(

@@ -16,6 +16,7 @@ from transformers import (
     PrinterCallback,
     Trainer,
     TrainerCallback,
+    TrainerState,
     TrainingArguments,
     get_scheduler,
 )
@@ -84,6 +85,7 @@ class PartsTrainer(Trainer):
         self.parts = parts
         splits, training = parts.task.splits, parts.recipe.training
         self.clock = Clock()
+        self.resumed: TrainerState | None = None  # of the checkpoint that it goes on from
         self._rows: list[int] = []
         callbacks: list[TrainerCallback] = [self.clock]
         if training.patience:
@@ -98,6 +100,16 @@ class PartsTrainer(Trainer):
             callbacks=callbacks,
         )
         self.remove_callback(PrinterCallback)
+
+    def set_initial_training_values(self, *args: Any, **kwargs: Any) -> Any:
+        """Trainer's, with no epoch left after a checkpoint of the end: it takes a step more."""
+        epochs, *others = super().set_initial_training_values(*args, **kwargs)
+        state, patience = self.resumed, self.parts.recipe.training.patience
+        if state is None:
+            return (epochs, *others)
+        over = state.global_step >= int(others[-1] or 0)
+        waited = patience > 0 and Patience.waited(state.log_history) >= patience
+        return (0 if over or waited else epochs, *others)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Trainer's, kept off standard output, which is the user's: the progress bar writes it."""

@@ -89,7 +89,7 @@ def tune(
             _phases_before(base, task, recipe, seed, _starts(starts, work, out)) as before,
             Fit(base, task, recipe, seed, folder, progress, before.start, outside) as fit,
         ):
-            packed = _trained(fit, checkpoint, folder)
+            packed = _trained(fit, checkpoint, folder, split)
     main = fit.trainer.is_world_process_zero()
     batch_size = recipe.training.batch_size
     score = _store(packed, out, base, task, split, batch_size) if main else None
@@ -243,7 +243,9 @@ def _is_json(path: Path) -> bool:
     return True
 
 
-def _trained(fit: Fit, checkpoint: Path | None, folder: Path) -> Delta:
+def _trained(fit: Fit, checkpoint: Path | None, folder: Path, split: str = "dev") -> Delta:
+    """Train on rows that the readout takes, as it does those of the split to be scored."""
+    fit.check(("train", "dev", split))
     try:
         fit.train(checkpoint)
         return fit.pack()

@@ -5,6 +5,7 @@ And meta-train, which makes such a base of a masked language model.
 
 from __future__ import annotations
 
+import json
 import os
 import tempfile
 from collections.abc import Sequence
@@ -15,10 +16,10 @@ from typing import Any
 from howfine import checks
 from howfine.base import Base
 from howfine.delta import SUFFIX
-from howfine.errors import SettingError, StorageError, TaskError
+from howfine.errors import BaseError, SettingError, StorageError, TaskError
 from howfine.evaluate import Score, examples_of, logits
-from howfine.merge import merge
-from howfine.readout import Wired
+from howfine.merge import HEAD_CONFIG, merge
+from howfine.readout import Readout, Wired, readouts
 from howfine.recipe import Recipe
 from howfine.task import Task
 from howfine.tune import tune
@@ -38,18 +39,22 @@ def zero_shot(
 ) -> list[dict[str, Any]]:
     """For each text its most probable option, and the probability of every option.
 
-    Good answers need a base that was trained so: see `meta_train`. `settings` are the readout's.
+    Good answers need a base that was trained so: see `meta_train`. `settings` are the readout's;
+    without them those hold that the base was trained with, where its folder says them.
     Raises SettingError for a base without a masked language model and for two equal options,
     TaskError for a text that holds the mask token and for an Example with options of its own.
     """
     checks.several("texts", texts)
     checks.several("options", options)
+    if len(options) < 2:
+        raise SettingError(f"found {len(options)} options, expected what may be answered: several")
     known: Any = Recipe.load(RECIPE).readout
     if unknown := set(settings) - {field.name for field in fields(known)}:
         raise SettingError(f"zero_shot has no setting {', '.join(sorted(unknown))}: nothing trains")
-    recipe = Recipe.load(RECIPE).override(options=tuple(options), question=question, **settings)
-    read = recipe.readout
-    base = Base.load(base, kind=read.kind) if isinstance(base, str) else base
+    base = Base.load(base, kind=known.kind) if isinstance(base, str) else base
+    told = _trained_with(base, known) | settings
+    told |= {"options": tuple(options), "question": question}
+    read = Recipe.load(RECIPE).override(**told).readout
     model = Wired(base, read, read.attach(base, tuple(options))).eval()
     examples = examples_of(texts)
     for number, example in enumerate(examples, 1):
@@ -70,6 +75,22 @@ def zero_shot(
         }
         for index, row in zip(chosen, shares, strict=True)
     ]
+
+
+def _trained_with(base: Base, read: Readout) -> dict[str, Any]:
+    """What `meta_train` was told of inputs and answers, as `merge` wrote it beside the weights."""
+    path = Path(base.name) / HEAD_CONFIG
+    try:
+        ((kind, stated),) = json.loads(path.read_text())["readout"].items()
+        if readouts().get(kind) is not type(read):  # of a model that was tuned to classes, say
+            return {}
+        return {name: stated[name] for name in ("answers", "max_length", "apart") if name in stated}
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        raise BaseError(
+            f"{path} is not what merge wrote ({error}); make the folder again, or remove the file"
+        ) from error
 
 
 def meta_train(

@@ -149,6 +149,11 @@ class Prefix(Method):
                 f"prefix init_text {self.init_text!r} has {len(ids)} tokens, and length is "
                 f"{self.length}; expected as many at most"
             )
+        if length >= base.room:
+            raise SettingError(
+                f"prefix init_text: its first {length} tokens leave no room for a text "
+                f"({base.room_said}); set a smaller length"
+            )
         found = attention.recorded(base, torch.tensor(ids[:length]), once=True)
         both = torch.stack([part for pair in found for part in pair])  # (2n, heads, p, width)
         return both.permute(2, 0, 1, 3).flatten(1).float()
