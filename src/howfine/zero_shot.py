@@ -52,9 +52,8 @@ def zero_shot(
     if unknown := set(settings) - {field.name for field in fields(known)}:
         raise SettingError(f"zero_shot has no setting {', '.join(sorted(unknown))}: nothing trains")
     base = Base.load(base, kind=known.kind) if isinstance(base, str) else base
-    told = _trained_with(base, known) | settings
-    told |= {"options": tuple(options), "question": question}
-    read = Recipe.load(RECIPE).override(**told).readout
+    told = _trained_with(base, known) | settings | {"question": question}
+    read = Recipe.load(RECIPE).override(options=tuple(options), **told).readout
     model = Wired(base, read, read.attach(base, tuple(options))).eval()
     examples = examples_of(texts)
     for number, example in enumerate(examples, 1):
