@@ -679,6 +679,8 @@ def test_half_a_character_is_refused_wherever_it_comes_from() -> None:
 def test_unknown_names(tmp_path: Path) -> None:
     with pytest.raises(TaskNotFound, match="Did you mean 'rotten-tomatoes'"):
         Task.load("rotten_tomatos")
+    with pytest.raises(TaskNotFound, match="Did you mean 'lmbff/rte@[0-9]+'"):
+        Task.load("lmbff/rte")
     with pytest.raises(TaskNotFound, match="Did you mean 'sst2'"):
         Task.load("sst-2")
     with pytest.raises(TaskNotFound, match=r"there is no file .*gone\.csv; correct the path"):

@@ -252,13 +252,12 @@ def _unnamed(name: str, asked: Wanted) -> Found:
     path = Path(name).expanduser()
     if path.exists() or path.suffix in tables.READERS:
         return files.read(path, asked)
-    if name.count("/") == 1 and not name.startswith((".", "/", "~")):
-        return files.read_hub(name, asked)
     known = [rotten_tomatoes.NAME, *glue.TASKS, *(n for each in COLLECTIONS for n in each.names())]
-    raise TaskNotFound(
-        f"task {name!r} is no known name, no file or folder, and no owner/name of the hub. "
-        f"{near(name, known)}"
-    )
+    owners = [n.partition("/")[0] + "/" for n in known if "/" in n]  # none of the hub's
+    if name.count("/") == 1 and not name.startswith((".", "/", "~", *owners)):
+        return files.read_hub(name, asked)
+    found = "is no known name, no file or folder, and no owner/name of the hub"
+    raise TaskNotFound(f"task {name!r} {found}. {near(name, known)}")
 
 
 def _encoded(
