@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import TrainerState, set_seed
 
 from howfine import checks, features
-from howfine.base import Base
+from howfine.base import Base, TwoTowers
 from howfine.cost import PeakMemory
 from howfine.delta import Delta
 from howfine.errors import SettingError, TaskError
@@ -89,7 +89,8 @@ class Fit:
         fit the base.
         """
         base, read = self.parts.base, self.parts.recipe.readout
-        mask = getattr(base.tokenizer, "mask_token", None)
+        reads_text = not isinstance(base, TwoTowers) and base.tokenizer is not None
+        mask = base.tokenizer.mask_token if reads_text else None
         for split in dict.fromkeys(splits):
             for number, row in enumerate(self.parts.task.splits[split], 1):
                 marked = mask is not None and any(mask in text for text in row.texts)
