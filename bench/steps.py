@@ -3,9 +3,10 @@
     python bench/steps.py [--rounds 13] [--threads 2] [--out FILE.jsonl]
 
 MiniLM, 16 sentences of 64 tokens, AdamW. Time: all methods in every round, in an order shuffled
-anew, a method next to its peer; medians over rounds; ratios, to full fine-tuning and to the peer,
-are medians of per-round ratios. Memory: a fresh process for each method, growth of the high-water
-mark over the loaded base.
+anew, a method next to its peer and both of them twice, there and back; medians over rounds; ratios,
+to full fine-tuning and to the peer, are medians of per-round ratios. Memory: a fresh process for
+each method, three for those with a peer, of which the median counts; growth of the high-water mark
+over the loaded base.
 """
 
 from __future__ import annotations
@@ -138,24 +139,32 @@ def times(rounds: int) -> dict[str, list[float]]:
     work = Work(Base.load())
     found: dict[str, list[float]] = {name: [] for name in [*METHODS, *PEFT]}
     for number in range(rounds):
+        took: dict[str, list[float]] = {name: [] for name in found}
         for name in _order(random.Random(number)):
             with work.ready(name) as step:
                 step()
                 start = time.perf_counter()
                 for _ in range(STEPS):
                     step()
-                found[name].append((time.perf_counter() - start) / STEPS)
+                took[name].append((time.perf_counter() - start) / STEPS)
+        for name, seconds in took.items():
+            found[name].append(statistics.mean(seconds))
     return found
 
 
 def _order(drawn: random.Random) -> list[str]:
-    """All methods, peers and those that are held against them next to each other."""
+    """All methods; peers and those that are held against them next to each other, there and back.
+
+    What slows a machine down for a while slows both.
+    """
     groups: dict[str, list[str]] = {}
     for name in [*METHODS, *PEFT]:
         groups.setdefault(PEERS.get(name, name), []).append(name)
-    for group in groups.values():
+    made = []
+    for group in drawn.sample([*groups.values()], len(groups)):
         drawn.shuffle(group)
-    return [name for group in drawn.sample([*groups.values()], len(groups)) for name in group]
+        made += [*group, *group[::-1]] if len(group) > 1 else group
+    return made
 
 
 def peak(name: str) -> int:
@@ -180,7 +189,11 @@ def _against(seconds: list[float], of_peer: list[float]) -> dict[str, Any]:
 
 def _peak_of(name: str, threads: int) -> int:
     command = [sys.executable, __file__, "--peak", name, "--threads", str(threads)]
-    return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    held = {*PEERS, *PEERS.values()}
+    return statistics.median_low(
+        int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+        for _ in range(3 if name in held else 1)
+    )
 
 
 def main() -> None:

@@ -40,6 +40,7 @@ ROOMS = [
             "worn",
             "mixed",
             "reparametrisation",
+            "unread",
         ),
         *("vectors", "writing", "segmented", "first", "unit_gates", "replay", "rescaling"),
         "hidden",

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from howfine import surgery
 from howfine.base import Base, TwoTowers
+from howfine.unread import in_one_row
 
 # States are kept up to so many bytes, of all towers; examples that come later are computed each
 # time, and so is a batch that one of them is in.
@@ -33,7 +34,7 @@ class Reuse:
 
     def __init__(self, base: Base, on: bool = True) -> None:
         parts = base.parts.values() if isinstance(base, TwoTowers) else [base]
-        chosen = [part for part in parts if on and _in_one_row(part)]
+        chosen = [part for part in parts if on and in_one_row(part)]
         self.kept = [_Kept(part, KEPT_BYTES // len(chosen)) for part in chosen]
 
     def start(self) -> None:
@@ -45,12 +46,6 @@ class Reuse:
         """Let all blocks compute as before, and forget what they gave."""
         for each in reversed(self.kept):
             each.remove()
-
-
-def _in_one_row(part: Base) -> bool:
-    """Whether each block runs once, one after the other."""
-    layers = getattr(part.config, "num_hidden_layers", None) or part.depth
-    return len(part.anatomy.stacks) == 1 and int(layers) == part.depth
 
 
 class _Kept:

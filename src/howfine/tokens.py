@@ -14,6 +14,7 @@ from howfine import surgery
 from howfine.base import Base
 from howfine.change import Undo, all_or_nothing
 from howfine.errors import SettingError
+from howfine.unread import Top
 
 
 def prepend(base: Base, vectors: nn.Parameter, first: int) -> Undo:
@@ -26,7 +27,7 @@ def prepend(base: Base, vectors: nn.Parameter, first: int) -> Undo:
     count = len(vectors) - first
     _check_room(base, count)
     body, embedding, scale = reader(base), base.embedding, scaling(base)
-    run = body.forward
+    run, top = body.forward, Top(base)
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         kwargs = named(run, args, kwargs)
@@ -38,7 +39,8 @@ def prepend(base: Base, vectors: nn.Parameter, first: int) -> Undo:
         front = scale * vectors[first:].to(own.dtype).expand(len(own), -1, -1)
         kwargs = _longer(base, kwargs, own, count)
         whole = kwargs.pop("return_dict", None) is not False
-        state = run(inputs_embeds=torch.cat([front, own], dim=1), return_dict=True, **kwargs)
+        with top.unread(count):
+            state = run(inputs_embeds=torch.cat([front, own], dim=1), return_dict=True, **kwargs)
         if base.anatomy.decoder is None:
             state = without_front(body, state, count)
         return state if whole else state.to_tuple()

@@ -30,6 +30,7 @@ from howfine.tokens import (
     together,
     without_front,
 )
+from howfine.unread import Top
 
 
 def stacked(parts: Mapping[int, Tensor], count: int, like: Tensor) -> Tensor:
@@ -86,7 +87,7 @@ def prepend(base: Base, fronts: Mapping[int, Tensor], count: int) -> Undo:
     if not longest:
         return lambda: None
     body, embedding, scale = reader(base), base.embedding, scaling(base)
-    run = body.forward
+    run, top = body.forward, Top(base)
     places = numbered(base)
     columns = torch.arange(longest, device=base.device) - longest
 
@@ -107,7 +108,8 @@ def prepend(base: Base, fronts: Mapping[int, Tensor], count: int) -> Undo:
             kwargs["token_type_ids"] = functional.pad(kwargs["token_type_ids"], (longest, 0))
         kwargs["input_ids"] = None
         kwargs["inputs_embeds"] = scale * torch.cat([table[rows].to(own.dtype), own], dim=1)
-        state = run(**kwargs)
+        with top.unread(longest):
+            state = run(**kwargs)
         return state if base.anatomy.decoder else without_front(body, state, longest)
 
     def longer(mask: Tensor | None, states: Tensor) -> Tensor | None:
