@@ -382,3 +382,37 @@ def _wired(base: Base) -> Any:
 
     read = readout("verbalizer", template="{text} w9")
     return Wired(base, read, read.attach(base, LABELS)).eval()
+
+
+@pytest.mark.parametrize("name", ["bert", "gpt2", "distilbert"])
+def test_dropout_takes_the_same_shares_without_a_look_for_queries_that_see_nothing(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a CPU torch looks in each row of scores; here what stands in front is always seen."""
+    base, found = tiny_base(name), []
+    ids = torch.randint(5, 30, (2, 7), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    mask[1, 4:] = 0
+    own = attention._in_steps
+    asked: list[bool] = []
+    for short in (True, False):
+
+        def chosen(*args: Any, short: bool = short) -> bool:
+            asked.append(own(*args))
+            return asked[-1] and short
+
+        monkeypatch.setattr(attention, "_in_steps", chosen)
+        torch.manual_seed(0)
+        with method("prefix", length=3, hidden=0).attach(base) as change:
+            base.train()
+            torch.manual_seed(1)
+            states = base.body(input_ids=ids, attention_mask=mask).last_hidden_state
+            loss = (states * torch.linspace(-1, 1, states.shape[2])).sum()
+            grads = torch.autograd.grad(loss, [*change.trainable.values()])
+            found.append((states, *grads))
+        base.towers.eval()
+    assert asked
+    assert all(asked)
+    for one, two in zip(*found, strict=True):
+        assert torch.allclose(one, two, atol=1e-5)
+    assert base.is_untouched()

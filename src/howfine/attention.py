@@ -184,7 +184,45 @@ def _attend(
     if kwargs.get("position_bias") is not None:  # T5's: none for what has no place in the text
         kwargs["position_bias"] = functional.pad(kwargs["position_bias"], (count, 0))
     key, value = _before(keys, key), _before(values, value)
+    if _in_steps(module, query, key, attention_mask, kwargs):
+        return _seen_by_all(query, key, value, attention_mask, **kwargs), None
     return own(module, query, key, value, attention_mask, **kwargs)
+
+
+def _in_steps(
+    module: nn.Module, query: Tensor, key: Tensor, mask: Tensor | None, kwargs: dict[str, Any]
+) -> bool:
+    """Whether torch would compute this attention step by step: on a CPU, with dropout."""
+    config: Any = getattr(module, "config", None)
+    return (
+        getattr(config, "_attn_implementation", None) == _PREFIX + "sdpa"
+        and bool(kwargs.get("dropout"))
+        and query.device.type == "cpu"
+        and query.shape[1] == key.shape[1]
+        and (mask is None or mask.dtype == torch.bool)
+        and kwargs.get("position_bias") is None
+    )
+
+
+def _seen_by_all(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    dropout: float,
+    scaling: float | None = None,
+    **_: Any,
+) -> Tensor:
+    """(B, S, heads, width): as torch does it, but for a look for queries that see nothing.
+
+    There is none: all of them see what stands in front.
+    """
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    scores = (query * scale) @ key.transpose(-1, -2)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+    shares = functional.dropout(scores.softmax(dim=-1), dropout)
+    return (shares @ value).transpose(1, 2).contiguous()
 
 
 def _added(own: Tensor, at_slots: Tensor, slots: Tensor) -> Tensor:
