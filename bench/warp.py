@@ -69,7 +69,7 @@ STARTS = [
     Cell("warp-20-dropout", "warp", {"template": LAYOUTS["warp-20"], "eval_mode": False}),
 ]
 SHORT = ("sst2",)
-FEW_CELLS = [FROM_WORDS, WARP[1], WARP[0]]
+FEW_CELLS = [FROM_WORDS, WARP[1], WARP[0], FULL]
 # Claim 6: vectors that an entailment task has trained, on small ones.
 TRANSFER, NLI_ROWS = "warp-20 from SNLI", 2000
 TRANSFERRED = ("rte", *FEW)
