@@ -1,17 +1,19 @@
 """Step time and peak memory of each method against full fine-tuning, side by side in one run.
 
-    python bench/steps.py [--rounds 13] [--threads 2] [--out FILE.jsonl]
+    python bench/steps.py [--rounds 13] [--threads 2]
 
 MiniLM, 16 sentences of 64 tokens, AdamW. Time: all methods in every round, in an order shuffled
 anew, a method next to its peer and both of them twice, there and back; medians over rounds; ratios,
 to full fine-tuning and to the peer, are medians of per-round ratios. Memory: a fresh process for
-each method, three for those with a peer, of which the median counts; growth of the high-water mark
-over the loaded base.
+each method; the growth of its high-water mark over the loaded base, and the most bytes of tensors
+that a step made and held at once, which repeat to the byte and are what a method and its peer are
+compared by (the former varies by 20 MB from process to process).
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import random
 import statistics
@@ -24,6 +26,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.profiler import ProfilerActivity, profile
 
 from howfine.adamw import AdamW
 from howfine.base import Base
@@ -167,14 +170,20 @@ def _order(drawn: random.Random) -> list[str]:
     return made
 
 
-def peak(name: str) -> int:
-    """Growth over the loaded base, of this process."""
+def peak(name: str) -> dict[str, int]:
+    """Growth over the loaded base, of this process; and what a step held at once."""
     work = Work(Base.load())
     memory = PeakMemory(torch.device("cpu"))
     with work.ready(name) as step:
         for _ in range(STEPS):
             step()
-    return memory.growth()
+        grown = memory.growth()
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+            step()
+    events = [e for e in profiled.profiler.kineto_results.events() if e.name() == "[memory]"]
+    events.sort(key=lambda event: event.start_ns())
+    held = itertools.accumulate(event.nbytes() for event in events)
+    return {"peak_bytes": grown, "allocated_bytes": max(held)}
 
 
 def _against(seconds: list[float], of_peer: list[float]) -> dict[str, Any]:
@@ -187,13 +196,11 @@ def _against(seconds: list[float], of_peer: list[float]) -> dict[str, Any]:
     }
 
 
-def _peak_of(name: str, threads: int) -> int:
+def peak_of(name: str, threads: int) -> dict[str, int]:
     command = [sys.executable, __file__, "--peak", name, "--threads", str(threads)]
-    held = {*PEERS, *PEERS.values()}
-    return statistics.median_low(
-        int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
-        for _ in range(3 if name in held else 1)
-    )
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    found: dict[str, int] = json.loads(done.stdout)
+    return found
 
 
 def main() -> None:
@@ -204,14 +211,14 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     if options.peak:
-        print(peak(options.peak))
+        print(json.dumps(peak(options.peak)))
         return
     found = times(options.rounds)
     ratios_of = {
         name: [a / b for a, b in zip(seconds, found["full"], strict=True)]
         for name, seconds in found.items()
     }
-    grown = {name: _peak_of(name, options.threads) for name in found}
+    grown = {name: peak_of(name, options.threads) for name in found}
     for name, seconds in found.items():
         ratios, peer = ratios_of[name], PEERS.get(name)
         row = {
@@ -222,8 +229,8 @@ def main() -> None:
             "ratio_quartiles": [round(q, 3) for q in statistics.quantiles(ratios, n=4)[::2]],
             "limit": LIMITS.get(name),
             **(_against(seconds, found[peer]) if peer else {}),
-            "peak_bytes": grown[name],
-            "peak_limit": grown[peer] if peer else None,
+            **grown[name],
+            "allocated_limit": grown[peer]["allocated_bytes"] if peer else None,
             "rounds": options.rounds,
             "threads": options.threads,
         }
