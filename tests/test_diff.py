@@ -510,6 +510,7 @@ def test_groups_and_settings() -> None:
         method("diff").attach(base)
 
 
+@pytest.mark.slow
 def test_the_second_phase_trains_the_support_of_the_first(tmp_path: Path) -> None:
     """The recipe: the same places before and after, other values; all else is θ⁰ to the bit."""
     base, found = tiny_base("bert"), []

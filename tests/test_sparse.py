@@ -426,6 +426,7 @@ def test_a_phase_goes_on_from_the_one_before(tmp_path: Path) -> None:
     assert base.is_untouched()
 
 
+@pytest.mark.slow
 def test_a_phase_that_is_there_is_not_fitted_again(tmp_path: Path) -> None:
     base, task = tiny_base("bert"), tiny_task()
     made = recipe(by="movement", density=0.05)

@@ -364,6 +364,7 @@ def test_a_roberta_tokenizer_is_loaded_with_its_merges(tmp_path: Path) -> None:
     assert small.decode(small(STRANGE)["input_ids"], skip_special_tokens=True) == STRANGE
 
 
+@pytest.mark.slow
 def test_the_embedded_base(tmp_path: Path) -> None:
     """MiniLM with the tokens of a task: every number bit for bit."""
     base, task = Base.load(), Task.load("rotten-tomatoes").subset(train=100, dev=20, test=20)
