@@ -65,6 +65,8 @@ class Entry:
         return found.override(**{**common, "learning_rate": rate, **own})
 
 
+# In four bits, and a head without the row of its first label.
+SHORT = {"store": "int4", "reference": True}
 OURS = [
     Entry("full", "full", "full"),
     Entry("head-only", "head-only", "head"),
@@ -89,8 +91,10 @@ OURS = [
         epochs=LONG,
     ),
     Entry("bias-norm", "bias-norm", "vectors"),
-    Entry("lora-xs-int4", "lora-xs", "cores", {"store": "int4", "reference": True}),
-    Entry("head-only-int4", "head-only", "head", {"store": "int4", "reference": True}),
+    Entry("lora-xs-int4", "lora-xs", "cores", SHORT),
+    Entry("lora-xs-int4-long", "lora-xs", "cores", SHORT, epochs=LONG),
+    Entry("lora-xs-8-int4", "lora-xs", "cores", {**SHORT, "rank": 8}),
+    Entry("head-only-int4", "head-only", "head", SHORT),
     Entry("diff-pruning", "diff-pruning", "entries"),
     Entry("intrinsic", "intrinsic", "random map"),
     Entry("lora-xs", "lora-xs", "cores"),
@@ -164,6 +168,7 @@ LADDERS = [
         "sparse-tiny sparse-tiny-2x sparse-tiny-4x sparse-tiny-8x sparse-tiny-16x bias-norm",
         "layernorm-top layernorm bitfit",
         "mask-top mask",
+        "lora-xs-int4 lora-xs-8-int4",
         "lora-min lora-r1-qv lora-r2-qv lora-r4-qv lora-r8-qv",
         "lora-r1-all lora-r2-all lora-r4-all lora-r8-all",
         "ia3-min ia3-small ia3",
