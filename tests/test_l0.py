@@ -255,6 +255,41 @@ def test_whole_sub_layers_go_off() -> None:
     assert [int(kept[O.format(n)].sum()) for n in range(2)] == [0, INNER]
 
 
+@pytest.mark.parametrize("at", [LEAST, 0.0, 3.0])
+def test_a_head_and_a_neuron_stay_however_small_the_size(at: float) -> None:
+    """Without them a model would have nothing left of a kind, and nobody would be told."""
+    base = tiny_base("bert")
+    least = math.ceil(1000 * (HEAD + NEURON) / PRUNABLE) / 1000
+    with pytest.raises(
+        SettingError, match=rf"a head and a neuron have; the nearest keep is {least}$"
+    ):
+        method("l0", keep=least - 0.001, layers=True).attach(base)
+    for keep in (least, 1.5 * least, 0.5):
+        with method("l0", keep=keep, layers=True).attach(base) as change:
+            set_gates(change, at=at, spread=0.5)
+            with torch.no_grad():
+                for n in range(LAYERS):
+                    change.trainable[f"{D.format(n)}:whole"].fill_(LEAST)
+                    change.trainable[f"{O.format(n)}:whole"].fill_(LEAST)
+            kept = settling_of(change).kept()
+            assert stays(change) <= keep * PRUNABLE
+        for kind in (D, O):
+            assert sum(int(kept[kind.format(n)].sum()) for n in range(LAYERS)) >= 1
+    assert base.is_untouched()
+
+
+def test_what_a_head_is_too_large_for_goes_to_neurons() -> None:
+    base = tiny_base("bert")
+    size = LAYERS * (HEAD + NEURON) + HEAD - 1
+    assert HEAD > 2 * NEURON
+    with method("l0", keep=size / PRUNABLE + 1e-9).attach(base) as change:
+        set_gates(change, at=3.0, spread=0.1)
+        kept = settling_of(change).kept()
+    assert sum(int(on.sum()) for path, on in kept.items() if "attention" in path) == LAYERS
+    neurons = sum(int(on.sum()) for path, on in kept.items() if "attention" not in path)
+    assert neurons == (size - LAYERS * HEAD) // NEURON
+
+
 def test_evaluation_follows_the_gates() -> None:
     """What is computed once is computed anew after a step, and after a state is loaded."""
     base = tiny_base("bert")

@@ -138,10 +138,10 @@ class Settling:
     """Which units are on without chance, and by what factor, once for each state of the gates.
 
     As in CoFi's code, of each layer's heads, and neurons, as many are likely as are on on average,
-    those with the highest log α; with gates of sub-layers, as many of those of one kind. Likely
-    units come first, others after, units of sub-layers that are off last; each by its chance to be
-    on. From the first on, so many stay that their parameters are no more than asked, the most
-    likely of every layer among them.
+    those with the highest log α; with gates of sub-layers, as many of those of one kind, one at
+    least. Likely units come first, others after, units of sub-layers that are off last; each by its
+    chance to be on. One after another stays on where its parameters still fit what is asked. The
+    most likely of every layer, or of every kind with gates of sub-layers, comes before all others.
 
     `kinds` says, by path, which sub-layers are counted together, `costs` parameters of one unit.
     """
@@ -197,8 +197,7 @@ class Settling:
     def _settled(self) -> dict[Gate, Tensor]:
         order = torch.argsort(torch.cat(self._places()), stable=True, descending=True)
         sizes = [torch.full((count,), self.costs[path]) for path, count in self.units.items()]
-        on = torch.zeros(len(order), dtype=torch.bool)
-        on[order] = torch.cat(sizes)[order].cumsum(0) <= self.budget
+        on = _fitting(order, torch.cat(sizes), self.budget)
         parts = on.split(list(self.units.values()))
         return {
             gate: gate.settled() * part.to(gate.log_alpha.device)
@@ -207,20 +206,24 @@ class Settling:
 
     def _places(self) -> list[Tensor]:
         """(units,) of each path: the higher, the earlier a unit is let stay."""
-        closed, found = self._closed(), []
+        closed = self._closed()
+        found: Tensors = {}
         for path, gate in self.gates.items():
             own = concrete.chances(gate.log_alpha, TEMPERATURE).cpu()
-            place = gate.chances().cpu()
+            found[path] = place = gate.chances().cpu()
             if path in closed:
                 place -= 1
             else:
                 place += gates.settle_top_k(own, round(float(own.sum())))
-                place[own.argmax()] += 2  # so that no layer is left without
-            found.append(place)
-        return found
+                place[own.argmax()] += 2  # so that no layer that is on is left without
+        # The budget may be too small for all of these: one of each kind is before them.
+        for kind in set(self.kinds.values()):
+            first = max((p for p in found if self.kinds[p] == kind), key=lambda p: found[p].max())
+            found[first][found[first].argmax()] += 2
+        return list(found.values())
 
     def _closed(self) -> set[str]:
-        """Paths of sub-layers that are off: of each kind as many as on average."""
+        """Paths of sub-layers that are off: of each kind as many as on average, but never all."""
         found: set[str] = set()
         for kind in sorted(set(self.kinds.values())):
             own = {
@@ -230,6 +233,19 @@ class Settling:
             }
             if own:
                 chances = torch.cat(list(own.values()))
-                on = gates.settle_top_k(chances, round(float(chances.sum()))).tolist()
+                on = gates.settle_top_k(chances, max(1, round(float(chances.sum())))).tolist()
                 found |= {path for path, stays in zip(own, on, strict=True) if not stays}
         return found
+
+
+def _fitting(order: Tensor, costs: Tensor, budget: int) -> Tensor:
+    """(units,) which are on: in this order, each whose cost is not above what is left by then."""
+    on = torch.zeros(len(order), dtype=torch.bool)
+    while len(order):
+        total = costs[order].cumsum(0)
+        taken = int((total <= budget).sum())
+        on[order[:taken]] = True
+        budget -= int(total[taken - 1]) if taken else 0
+        order = order[taken:]
+        order = order[costs[order] <= budget]  # without the next one: it ends
+    return on

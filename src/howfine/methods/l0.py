@@ -88,7 +88,10 @@ class L0(Method):
             return Change(trainable, undo, parts | {"teacher": teacher, "base": base})
 
     def _settling(self, base: Base) -> unit_gates.Settling:
-        """A gate for every unit, open. Raises SettingError for a size below one unit a layer."""
+        """A gate for every unit, open.
+
+        Raises SettingError for a size below one unit of every layer; with `layers`, of every kind.
+        """
         counts, inputs = units.counts(base), units.axis(base, "in")
         made = {
             path: unit_gates.Gate(base.original(path), count, inputs, self.layers)
@@ -97,19 +100,29 @@ class L0(Method):
         kinds = {path: base.place(path)[1] for path in counts}
         costs = units.costs(base, counts)
         settling = unit_gates.Settling(made, kinds, costs, self.keep)
-        least = min(costs.values()) if self.layers else sum(costs.values())
-        if settling.budget < least:
-            raise SettingError(
-                f"l0 keep {self.keep}: {settling.budget} of {settling.prunable} parameters would "
-                f"stay on, fewer than a head and a neuron of every layer have; the nearest keep is "
-                f"{math.ceil(1000 * least / settling.prunable) / 1000}, or let whole sub-layers go "
-                "off with layers=true"
-            )
+        self._check_room(settling)
         held = next(iter(made.values()))
         held.multipliers = nn.Parameter(torch.zeros(2, device=base.device))
         if self.states:
             held.layer_map = nn.Parameter(torch.eye(base.hidden_size, device=base.device))
         return settling
+
+    def _check_room(self, settling: unit_gates.Settling) -> None:
+        costs, kinds = settling.costs, settling.kinds
+        of_kind: dict[str, int] = {}
+        for path, cost in costs.items():
+            of_kind[kinds[path]] = min(cost, of_kind.get(kinds[path], cost))
+        least = sum((of_kind if self.layers else costs).values())
+        if settling.budget < least:
+            nearest = math.ceil(1000 * least / settling.prunable) / 1000
+            words = f"{settling.budget} of {settling.prunable} parameters would stay on, fewer than"
+            raise SettingError(
+                f"l0 keep {self.keep}: {words} a head and a neuron have; the nearest keep is "
+                f"{nearest}"
+                if self.layers
+                else f"l0 keep {self.keep}: {words} a head and a neuron of every layer have; the "
+                f"nearest keep is {nearest}, or let whole sub-layers go off with layers=true"
+            )
 
     def passes(self, change: Change, progress: float) -> Iterator[float]:
         for gate in change.parts["settling"].gates.values():
