@@ -10,7 +10,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import BertConfig, BertForMaskedLM, T5Config, T5EncoderModel, T5Model
+from transformers import (
+    AlbertConfig,
+    BertConfig,
+    BertForMaskedLM,
+    T5Config,
+    T5EncoderModel,
+    T5Model,
+)
 
 from disk import base_folder
 from howfine import fingerprint as fp
@@ -258,3 +265,10 @@ def test_using_a_delta_draws_nothing_of_the_callers_random_numbers(tmp_path):
     drawn = torch.rand(1)
     torch.manual_seed(5)
     assert torch.equal(drawn, torch.rand(1))
+
+
+def test_layers_of_several_groups_are_not_named_as_one() -> None:
+    """ALBERT's row names one group of layers: of others nothing would change."""
+    config = AlbertConfig(num_hidden_layers=4, num_hidden_groups=2)
+    with pytest.raises(UnknownArchitecture, match="num_hidden_groups 2"):
+        anatomy_of(config)

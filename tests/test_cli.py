@@ -272,7 +272,9 @@ def test_inspect_counts_in_a_stream_of_many_tensors_and_behind_a_map(
 def test_merge_is_a_plain_checkpoint(inputs: Inputs, tmp_path: Path) -> None:
     """The body through AutoModel, the head by hand: the answers of predict."""
     out = tmp_path / "merged"
-    assert howfine_here("merge", inputs.delta, out, "--json").json == {"folder": str(out)}
+    told = howfine_here("merge", inputs.delta, out, "--json").json
+    size = (out / "model.safetensors").stat().st_size
+    assert told == {"folder": str(out), "bytes": size, "dtype": "float32"}
     texts = [text for text, _ in examples(inputs, "test")]
     model, tokenizer = AutoModel.from_pretrained(out), AutoTokenizer.from_pretrained(out)
     batch = tokenizer(texts, padding=True, return_tensors="pt")

@@ -299,7 +299,7 @@ def test_a_file_of_one_size_has_no_other(tmp_path: Path) -> None:
 
 def test_a_size_without_a_unit_for_each_layer_names_the_nearest(tmp_path: Path) -> None:
     base = tiny_base("bert")
-    with pytest.raises(SettingError, match=r"1 of 8 heads would stay on.*nearest keep is 0\.25"):
+    with pytest.raises(SettingError, match=r"^smallest 0\.1: 1 of 8.*nearest smallest is 0\.25"):
         method("dynamic", smallest=0.1, by="magnitude").attach(base)
     delta = fit_a_little(base, method("dynamic", **SMALL)).delta()
     other = tiny_base("bert")
@@ -309,7 +309,7 @@ def test_a_size_without_a_unit_for_each_layer_names_the_nearest(tmp_path: Path) 
         small.resized(0.1).changed(other),
     ):
         pass
-    with pytest.raises(SettingError, match="expected shares above 0"):
+    with pytest.raises(SettingError, match="keep 0.0: expected a share of the units"):
         delta.resized(0.0)
 
 

@@ -81,6 +81,19 @@ def test_the_file_answers_as_the_model_does(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_half_precision_halves_the_file(tmp_path: Path) -> None:
+    base, half = tiny_base("bert"), tiny_base("bert")
+    delta = delta_of(base, method("select", train=("bias",)))
+    assert half.fingerprint == base.fingerprint  # of the weights as they were loaded
+    half.towers.to(torch.float16)
+    files = [export(delta, tmp_path / f"{n}.onnx", each) for n, each in enumerate((base, half))]
+    held = [sum(each.ByteSize() for each in onnx.load(p).graph.initializer) for p in files]
+    assert held[1] < 0.55 * held[0]
+    found, exact = (shares(path, delta, base, TEXTS) for path in files[::-1])
+    assert abs(found - exact).max() < 0.01
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "chosen"),
     [
@@ -198,6 +211,10 @@ def test_what_has_no_graph_is_one_sentence(tmp_path: Path, monkeypatch: pytest.M
         aligned = Delta.pack(two, locked, change, read, read.attach(two, ()), ())
     with pytest.raises(SettingError, match="takes pictures"):
         export(aligned, tmp_path / "y.onnx", two)
+    coarse = tiny_base("bert")
+    coarse.towers.to(torch.bfloat16)
+    with pytest.raises(SettingError, match="no bfloat16 on CPUs.*float16"):
+        export(delta, tmp_path / "y.onnx", coarse)
     monkeypatch.setitem(sys.modules, "onnxscript", None)
     with pytest.raises(SettingError, match=r"pip install 'howfine\[onnx\]'"):
         export(delta, tmp_path / "y.onnx", base)

@@ -12,6 +12,7 @@ import torch
 
 from howfine import concrete, trainer, units
 from howfine.base import Base
+from howfine.budgets import Budget
 from howfine.change import Change
 from howfine.delta import SUFFIX, Delta
 from howfine.errors import DamagedDelta, SettingError
@@ -261,7 +262,7 @@ def test_a_head_and_a_neuron_stay_however_small_the_size(at: float) -> None:
     base = tiny_base("bert")
     least = math.ceil(1000 * (HEAD + NEURON) / PRUNABLE) / 1000
     with pytest.raises(
-        SettingError, match=rf"a head and a neuron have; the nearest keep is {least}$"
+        SettingError, match=rf"a head and a neuron have; the nearest keep is '{least}'$"
     ):
         method("l0", keep=least - 0.001, layers=True).attach(base)
     for keep in (least, 1.5 * least, 0.5):
@@ -288,6 +289,50 @@ def test_what_a_head_is_too_large_for_goes_to_neurons() -> None:
     assert sum(int(on.sum()) for path, on in kept.items() if "attention" in path) == LAYERS
     neurons = sum(int(on.sum()) for path, on in kept.items() if "attention" not in path)
     assert neurons == (size - LAYERS * HEAD) // NEURON
+
+
+@pytest.mark.parametrize(
+    "keep", ["0.6 encoder", "0.9 parameters", "0.5 macs@16", "0.3 macs", "1 parameters"]
+)
+def test_other_budgets_hold(keep: str) -> None:
+    """What stays on is within them, and one neuron more is not."""
+    base, budget = tiny_base("bert"), Budget.parse(keep)
+    with method("l0", keep=keep).attach(base) as change:
+        set_gates(change, at=0.0, spread=2.0)
+        settling = settling_of(change)
+        kept = settling.kept()
+        prices = budget.prices(base, settling.units)
+        spent = prices.whole - sum(
+            float(prices.costs[path][0]) * int((~on).sum()) for path, on in kept.items()
+        )
+        neuron = float(prices.costs[O.format(0)][0])
+        assert spent <= budget.amount * prices.whole
+        if all(bool(on.all()) for on in kept.values()):
+            assert budget.amount == 1
+        else:
+            assert spent + neuron > budget.amount * prices.whole
+    assert base.is_untouched()
+
+
+@pytest.mark.parametrize("layers", [False, True])
+@pytest.mark.parametrize("keep", ["0.01 encoder", "0.1 parameters", "0.02 macs@16"])
+def test_the_nearest_of_other_budgets_is_taken(keep: str, layers: bool) -> None:
+    base = tiny_base("bert")
+    with pytest.raises(SettingError, match="the nearest keep is ") as refused:
+        method("l0", keep=keep, layers=layers).attach(base)
+    nearest = str(refused.value).split("nearest keep is '")[1].split("'")[0]
+    with method("l0", keep=nearest, layers=layers).attach(base) as change:
+        on = settling_of(change).kept()
+        assert sum(int(own.sum()) for own in on.values()) > 0
+    assert base.is_untouched()
+
+
+def test_a_time_becomes_parameters(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a model whose layers are cut alike and that is as fast."""
+    base = tiny_base("bert")
+    monkeypatch.setattr(Budget, "_as_fast", lambda *_: 0.4)
+    with method("l0", keep="5 ms@1x16").attach(base) as change:
+        assert settling_of(change).budget == int(0.4 * PRUNABLE)
 
 
 def test_evaluation_follows_the_gates() -> None:
@@ -432,7 +477,7 @@ def test_bad_settings_are_refused(settings: dict[str, Any], sentence: str) -> No
 def test_a_size_below_one_unit_a_layer_names_the_nearest() -> None:
     base = tiny_base("bert")
     least = LAYERS * (HEAD + NEURON) / PRUNABLE
-    with pytest.raises(SettingError, match=rf"nearest keep is {math.ceil(1000 * least) / 1000}"):
+    with pytest.raises(SettingError, match=rf"nearest keep is '{math.ceil(1000 * least) / 1000}'"):
         method("l0", keep=0.1).attach(base)
     with method("l0", keep=math.ceil(1000 * least) / 1000).attach(base) as change:
         assert all(int(on.sum()) == 1 for on in settling_of(change).kept().values())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -56,7 +58,31 @@ def test_the_largest_size_that_is_as_fast(tmp_path: Path, timed: list[int]) -> N
     assert latency.largest(delta, base, between, cache=tmp_path).keep == 0.7
     with pytest.raises(SettingError, match=r"the fastest, with 0\.3 of the units, takes"):
         latency.largest(delta, base, table[-1].milliseconds / 2, cache=tmp_path)
+    for odd in (math.nan, math.inf, 0.0, -1.0):
+        with pytest.raises(SettingError, match="expected a number above 0"):
+            latency.largest(delta, base, odd, cache=tmp_path / "never")
+    assert not (tmp_path / "never").exists()
     assert base.is_untouched()
+
+
+@pytest.mark.parametrize("exact", [1.2345, 1.2301, 1.23, 0.001])
+def test_the_fastest_that_is_named_is_taken(
+    exact: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A time that is said rounded down would be refused when it is asked for."""
+    base = tiny_base("bert")
+    delta = made(base)
+    monkeypatch.setattr(timing, "of_model", lambda *_: Timed(exact, 1.0, 1))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    with pytest.raises(SettingError, match="the fastest") as refused:
+        latency.largest(delta, base, exact / 2, cache=tmp_path)
+    said = re.findall(r"takes ([0-9.e-]+) ms", str(refused.value))[-1]
+    assert latency.largest(delta, base, float(said), cache=tmp_path).milliseconds == exact
+    with pytest.raises(SettingError, match="the fastest") as refused:
+        method("prune", keep=f"{exact / 2!r} ms", by="random").attach(base)
+    said = re.findall(r"takes ([0-9.e-]+) ms", str(refused.value))[-1]
+    with method("prune", keep=f"{said} ms", by="random").attach(base):
+        pass
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from howfine.widths import KEY
 from tiny import (
     LABELS,
     READOUT,
+    fit_a_little,
     tiny_base,
     tiny_language_base,
     tiny_task,
@@ -215,6 +217,14 @@ def test_the_command_line(tmp_path: Path) -> None:
     said = told.json
     assert (sum(said["heads"]), sum(said["neurons"])) == (4, 64)
     assert said["parameters"] < said["before"]
+    own = sum(path.stat().st_size for path in (tmp_path / "small").glob("model*.safetensors"))
+    assert said["bytes"] == own
+    halved = tmp_path / "halved"
+    told = howfine_here("slice", tmp_path / f"x{SUFFIX}", halved, "--dtype", "bfloat16", "--json")
+    assert told.json["dtype"] == "bfloat16"
+    assert told.json["bytes"] < 0.55 * own
+    held = load_file(halved / "model.safetensors")
+    assert {value.dtype for value in held.values()} == {torch.bfloat16}
     answers = howfine_here("predict", said["readout"], "w1 w2", "--json").json
     assert [answer["label"] in LABELS for answer in answers] == [True]
 
@@ -224,11 +234,34 @@ def test_the_command_line(tmp_path: Path) -> None:
 
 def test_nothing_to_cut_is_one_sentence(tmp_path: Path) -> None:
     base = tiny_base("bert")
-    for settings in ({"keep": 1.0}, {"units": "heads", "keep": 0.5}):
-        target = base if "units" not in settings else tiny_base("mpnet")
+    whole = fit_a_little(base, method("full")).delta()
+    heads = tiny_base("mpnet")
+    for target, delta in ((base, whole), (heads, delta_of(heads, units="heads", keep=0.5))):
         with pytest.raises(SettingError, match="nothing can be cut"):
-            sliced(delta_of(target, **settings), tmp_path / "small", target)
+            sliced(delta, tmp_path / "small", target)
     assert not (tmp_path / "small").exists()
+
+
+def test_what_keeps_all_units_is_written_whole(tmp_path: Path) -> None:
+    base = tiny_base("bert")
+    done = sliced(delta_of(base, keep=1.0), tmp_path / "small", base)
+    assert done.parameters == done.before
+    assert Base.load(str(done.folder)).depth == base.depth
+
+
+def test_a_delta_of_all_sizes_asks_for_one(tmp_path: Path) -> None:
+    base = tiny_base("bert")
+    fitted = fit_a_little(base, method("dynamic", smallest=0.25, by="magnitude"))
+    delta = fitted.delta()
+    fitted.change.remove()
+    with pytest.raises(SettingError, match="all sizes.*--keep 0.5, or --latency-ms"):
+        sliced(delta, tmp_path / "small", base)
+    for keep in (1.5, 0.0, math.nan):
+        with pytest.raises(SettingError, match=rf"^keep {keep}: expected a share of the units"):
+            sliced(delta, tmp_path / "small", base, keep=keep)
+    assert not (tmp_path / "small").exists()
+    whole = sliced(delta, tmp_path / "small", base, keep=1.0)
+    assert whole.parameters == whole.before
 
 
 def test_changes_beside_the_weights_are_refused(tmp_path: Path) -> None:

@@ -1,3 +1,4 @@
+# long: a row for each architecture
 """Facts about architectures, as rows of path strings: never as branches.
 
 The letters are those of `howfine.anatomy`.
@@ -295,6 +296,10 @@ def anatomy_of(config: Any, whole: bool = False) -> Anatomy:
             f"{near(kind, rows)} Add a row to howfine.architectures.{name}: it is a line."
         )
     row = rows[kind]
+    if (groups := getattr(config, "num_hidden_groups", 1)) != 1:
+        raise UnknownArchitecture(
+            f"this {kind} has num_hidden_groups {groups}, and its row names the layers of one"
+        )
     if row.decoder is None:
         return row
     return replace(row, decoder=replace(row.decoder, first=int(getattr(config, row.layers))))

@@ -189,8 +189,8 @@ class Budget:
         if nearest.milliseconds > self.amount:
             raise SettingError(
                 f"keep '{self}': the fastest this base gets here, with {_keep(nearest):.3g} of the "
-                f"units, takes {nearest.milliseconds:.2f} ms; ask for that, for fewer or shorter "
-                "inputs, or prune a smaller base"
+                f"units, takes {timing.askable(nearest.milliseconds):g} ms; ask for that, for "
+                "fewer or shorter inputs, or prune a smaller base"
             )
         for above, row in zip([None, *rows], rows, strict=False):
             if row.milliseconds > self.amount:

@@ -17,6 +17,7 @@ def merge(
     delta: options.DeltaFile,
     out: Annotated[Path, typer.Argument(help="Folder to write.")],
     base: options.OwnBase = None,
+    dtype: options.Dtype = "float32",
     as_json: options.AsJson = False,
 ) -> None:
     """Write base and delta as a plain Hugging Face checkpoint."""
@@ -25,10 +26,17 @@ def merge(
     from howfine.widths import KEY
 
     opened = Delta.load(delta)
-    loaded = options.base(base, opened, "cpu", "float32")
+    loaded = options.base(base, opened, "cpu", dtype)
     path = run(opened, out, loaded)
     how = "Base.load" if hasattr(loaded.config, KEY) else "AutoModel.from_pretrained"
-    options.show(as_json, {"folder": str(path)}, f"{path}: load it with {how}")
+    facts = {"folder": str(path), "bytes": _bytes(path), "dtype": dtype}
+    said = f"{path}: {facts['bytes']:,} bytes of weights in {dtype}; load it with {how}"
+    options.show(as_json, facts, said)
+
+
+def _bytes(folder: Path) -> int:
+    """Of the weights in a folder."""
+    return sum(path.stat().st_size for path in folder.glob("model*.safetensors"))
 
 
 # long: an option takes a line or three
@@ -60,6 +68,7 @@ def cut(
         typer.Option(help="Of --vocabulary: how often a token has to be there; default: 1."),
     ] = None,
     data: options.DataDir = None,
+    dtype: options.Dtype = "float32",
     as_json: options.AsJson = False,
 ) -> None:
     """Write base and delta as a smaller model, without the heads and neurons that are off.
@@ -82,21 +91,25 @@ def cut(
         raise SettingError("--least and --data are for --vocabulary; give that, too, or neither")
     opened = Delta.load(delta)
     texts = options.texts(vocabulary, data) if vocabulary is not None else None
-    loaded = options.base(base, opened, "cpu", "float32")
+    loaded = options.base(base, opened, "cpu", dtype)
     if latency_ms is not None:
         rows, tokens = ROWS if rows is None else rows, TOKENS if tokens is None else tokens
         keep = largest(opened, loaded, latency_ms, rows, tokens).keep
     done = run(opened, out, loaded, keep=keep, texts=texts, least=1 if least is None else least)
     facts = {name: str(v) if isinstance(v, Path) else v for name, v in asdict(done).items()}
-    options.show(as_json, facts | ({} if keep is None else {"keep": keep}), _told(done, keep))
+    facts |= {"bytes": _bytes(done.folder), "dtype": dtype} | (
+        {} if keep is None else {"keep": keep}
+    )
+    options.show(as_json, facts, _told(done, keep, f"{facts['bytes']:,} bytes in {dtype}"))
 
 
-def _told(done: Sliced, keep: float | None) -> str:
-    said = f"{done.folder}: {done.parameters:,} of {done.before:,} parameters; heads "
+def _told(done: Sliced, keep: float | None, size: str) -> str:
+    said = f"{done.folder}: {done.parameters:,} of {done.before:,} parameters, {size}; heads "
     said += f"{', '.join(map(str, done.heads))}; neurons {', '.join(map(str, done.neurons))}"
     said += f"; {done.tokens:,} tokens. " if done.tokens else ". "
     said += "AutoModel.from_pretrained" if done.plain else "howfine's Base.load"
     said += " loads it" + (f"; {done.readout} gives its answers" if done.readout else "")
+    said += " (howfine evaluate wants its --task)" if done.readout else ""
     return said + (f"; {keep:g} of the units are kept" if keep is not None else "")
 
 
@@ -105,6 +118,7 @@ def export(
     out: Annotated[Path, typer.Argument(help="The .onnx file to write.")],
     base: options.OwnBase = None,
     pair: Annotated[bool, typer.Option("--pair", help="The task's inputs are two texts.")] = False,
+    dtype: options.Dtype = "float32",
     as_json: options.AsJson = False,
 ) -> None:
     """Write base, delta and head as one ONNX file, and check that ONNX Runtime agrees."""
@@ -112,7 +126,7 @@ def export(
     from howfine.export import export as run
 
     opened = Delta.load(delta)
-    path = run(opened, out, options.base(base, opened, "cpu", "float32"), pair=pair)
+    path = run(opened, out, options.base(base, opened, "cpu", dtype), pair=pair)
     size = path.stat().st_size
     facts = {"file": str(path), "bytes": size, "labels": list(opened.labels)}
     options.show(as_json, facts, f"{path}: {size:,} bytes; ONNX Runtime gives the same outputs")

@@ -95,6 +95,8 @@ class Delta:
                 "examples, which no other size has; train with a readout that answers by what it "
                 "learned, such as inference=scores"
             )
+        if not 0 < keep <= 1:
+            raise SettingError(f"keep {keep}: expected a share of the units, above 0 and at most 1")
         settings = {**plugins.settings_of(self.method), "keep": keep}
         name = plugins.name_of("methods", Method, self.method)
         return replace(self, method=method(name, **settings), score={})

@@ -6,6 +6,7 @@ once and kept in the user's cache.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -71,14 +72,17 @@ def largest(
     cache: str | Path | None = None,
 ) -> Timed:
     """The largest of the sizes that is as fast. Raises SettingError, with the nearest, for none."""
+    if not 0 < milliseconds < math.inf:
+        raise SettingError(f"a latency of {milliseconds:g} ms: expected a number above 0")
     table = of_sizes(delta, base, rows, tokens, cache=cache)
     fits = [row for row in table if row.milliseconds <= milliseconds]
     if not fits:
         nearest = min(table, key=lambda row: row.milliseconds)
         raise SettingError(
             f"no size of this delta takes {milliseconds:g} ms for {rows} x {tokens} tokens here: "
-            f"the fastest, with {nearest.keep:g} of the units, takes {nearest.milliseconds:.2f} "
-            "ms; ask for that, for shorter inputs, or prune a smaller base"
+            f"the fastest, with {nearest.keep:g} of the units, takes "
+            f"{timing.askable(nearest.milliseconds):g} ms; ask for that, for shorter inputs, or "
+            "prune a smaller base"
         )
     return fits[0]
 

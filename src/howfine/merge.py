@@ -133,6 +133,7 @@ def _whole(base: Base) -> Any:
         raise WrongBase(
             f"what {base.name} names now is another model than the base; load the base again"
         )
+    model.to(base.dtype)
     encoder.load_state_dict(base.tower.state_dict())
     return model
 

@@ -101,9 +101,15 @@ def checked(cls: type[T], settings: dict[str, Any], where: str) -> T:
         except ValidationError as error:
             problem = error.errors()[0]["msg"]
             raise SettingError(
-                f"{where}, setting {key!r}: found {value!r}, expected {hints[key]}: {problem}"
+                f"{where}, setting {key!r}: found {value!r}, expected {_said(hints[key])}: "
+                f"{problem}"
             ) from None
     return cls(**values)
+
+
+def _said(hint: Any) -> str:
+    """A type as it would be written."""
+    return hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")
 
 
 def _split(value: Any, hint: Any) -> Any:

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 import transformers
 
-from howfine import cuts, pretrained, vocabulary, widths
+from howfine import cuts, pretrained, units, vocabulary, widths
 from howfine.base import Base, TwoTowers
 from howfine.delta import SUFFIX, Delta, only_weights
 from howfine.errors import SettingError
@@ -82,7 +82,7 @@ def sliced(
     fewer = None if texts is None else vocabulary.used(base, texts, least, words)
     with _changed(delta, base) as head:
         only_weights(base, "which a smaller model would lose; keep the delta beside its base")
-        model = cuts.smaller(base, or_same=fewer is not None or keep == 1)
+        model = cuts.smaller(base, or_same=fewer is not None or _may_be_whole(delta, base, keep))
         if fewer is not None:
             vocabulary.cut(base, model, fewer)
     plain = _state_widths(base, model)
@@ -126,6 +126,20 @@ def _opened(
             "alone; tune the whole model, with a readout that writes"
         )
     return delta, base
+
+
+def _may_be_whole(delta: Delta | None, base: Base, keep: float | None) -> bool:
+    """Whether a change may have left all units on. Raises SettingError for one without a size."""
+    if delta is None or keep is not None:
+        return True
+    if delta.method.resizable and not cuts.of(base, base.tower):
+        raise SettingError(
+            "this delta has all sizes, and as it is stored no unit is off: say how much stays "
+            "(keep=0.5; --keep 0.5, or --latency-ms for the largest that is as fast)"
+        )
+    changed, _ = delta.tensors(base)
+    on = [value for name, value in changed.items() if name.startswith(units.KEPT)]
+    return bool(on) and all(value.dtype == torch.bool and bool(value.all()) for value in on)
 
 
 @contextmanager

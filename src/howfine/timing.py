@@ -7,6 +7,7 @@ threads. Tables are kept in the user's cache.
 from __future__ import annotations
 
 import json
+import math
 import platform
 import statistics
 import time
@@ -50,6 +51,11 @@ def check_shape(base: Base, rows: int, tokens: int) -> None:
         raise SettingError(
             f"latency of {tokens} tokens: {base.name} takes {base.room} at most; ask for fewer"
         )
+
+
+def askable(milliseconds: float) -> float:
+    """A time in hundredths, as it is said to be asked for: never below what was measured."""
+    return math.ceil(100 * milliseconds) / 100
 
 
 def of_model(base: Base, model: Any, rows: int, tokens: int) -> Timed:

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from howfine import concrete, gates
+from howfine import concrete, gates, units
+from howfine.base import Base
+from howfine.budgets import Budget
 from howfine.codec import rounded
 
 Tensors = dict[str, Tensor]
@@ -134,6 +137,40 @@ class Feeding(nn.Module):
         return gates.spread(on, tuple(weight.shape))
 
 
+@dataclass(frozen=True)
+class Prices:
+    """What one unit of each path has, and the share of all units' that may stay on, at most."""
+
+    each: Mapping[str, int]
+    share: float
+    # What the budget is a share of, and what of it is no unit's.
+    whole: int
+    other: int
+    # What is counted.
+    what: str
+
+    @classmethod
+    def of(cls, budget: Budget, base: Base, counts: Mapping[str, int]) -> Prices:
+        """Of a share of the units, and of a time, parameters count.
+
+        To be as fast as a time, as many stay as a model has whose layers are all cut alike. Raises
+        SettingError where there is none.
+        """
+        if budget.of in ("units", "ms"):
+            each = units.costs(base, counts)
+            whole = sum(each[path] * count for path, count in counts.items())
+            even = {path: torch.arange(count, 0, -1) for path, count in counts.items()}
+            share = budget.share(base, counts, lambda s: units.strongest(base, even, s, "layer"))
+            return cls(each, share, whole, 0, "parameters")
+        prices = budget.prices(base, counts)
+        each = {path: int(own[0]) for path, own in prices.costs.items()}
+        own = sum(each[path] * count for path, count in counts.items())
+        other = int(prices.whole) - own
+        share = max(0.0, (budget.amount * prices.whole - other) / own)
+        what = "multiply-adds" if budget.of == "macs" else "parameters"
+        return cls(each, share, int(prices.whole), other, what)
+
+
 class Settling:
     """Which units are on without chance, and by what factor, once for each state of the gates.
 
@@ -143,7 +180,8 @@ class Settling:
     chance to be on. One after another stays on where its parameters still fit what is asked. The
     most likely of every layer, or of every kind with gates of sub-layers, comes before all others.
 
-    `kinds` says, by path, which sub-layers are counted together, `costs` parameters of one unit.
+    `kinds` says, by path, which sub-layers are counted together, `costs` what one unit has:
+    parameters, or multiply-adds.
     """
 
     def __init__(
@@ -156,7 +194,8 @@ class Settling:
         self.gates, self.kinds, self.costs = dict(by_path), dict(kinds), dict(costs)
         self.units = {path: len(gate.log_alpha) for path, gate in self.gates.items()}
         self.prunable = sum(costs[path] * count for path, count in self.units.items())
-        self.budget = gates.count_of(keep, self.prunable)
+        # What may stay on, at most: of all units together.
+        self.share, self.budget = keep, gates.count_of(keep, self.prunable)
         self._watched = [
             value
             for gate in self.gates.values()

@@ -132,13 +132,13 @@ def budget(sizes: Mapping[str, int], keep: float, scope: Scope = "global") -> in
     return sum(max(1, round(keep * part)) for part in parts)
 
 
-def check_share(sizes: Mapping[str, Any], keep: float, name: str) -> None:
-    """Refuse a share of the units by which some layer would have none."""
+def check_share(sizes: Mapping[str, Any], share: float, name: str, setting: str = "keep") -> None:
+    """Refuse a share of the units, as a setting gives it, by which some layer would have none."""
     total = sum(map(len, sizes.values()))
-    if round(keep * total) < len(sizes):
+    if round(share * total) < len(sizes):
         raise SettingError(
-            f"keep {keep}: {round(keep * total)} of {total} {name} would stay on, and {len(sizes)} "
-            f"layers keep one each; the nearest keep is {len(sizes) / total:.3g}"
+            f"{setting} {share}: {round(share * total)} of {total} {name} would stay on, and "
+            f"{len(sizes)} layers keep one each; the nearest {setting} is {len(sizes) / total:.3g}"
         )
 
 

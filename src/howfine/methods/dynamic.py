@@ -94,7 +94,7 @@ class Dynamic(Method):
             scores = units.importance(probe.sensitivities(base, counts, at=start), "rows")
         found: Tensors = {}
         for name, own in units.by_kind(base, scores).items():
-            units.check_share(own, self.smallest, name)
+            units.check_share(own, self.smallest, name, "smallest")
             found |= units.ranks(own)
         return {path: found[path] for path in counts}
 

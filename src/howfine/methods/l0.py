@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from howfine import concrete, gates, hidden, surgery, unit_gates, units, whole
 from howfine.base import Base
+from howfine.budgets import Budget
 from howfine.change import Change, all_or_nothing
 from howfine.errors import SettingError
 from howfine.method import Method, Probe, Tensors
@@ -38,8 +39,10 @@ class L0(Method):
     starts_at_base: ClassVar[bool] = False
     start: ClassVar[Any] = "optional"
 
-    # Share of the parameters of all heads and neurons together that stays on, at most.
-    keep: float = 0.5
+    # Share of the parameters of all heads and neurons together that stays on, at most; or what
+    # `howfine.budgets` says ('0.5 encoder', '0.5 macs@64'). A time: as many parameters as a model
+    # has whose layers are all cut alike and that is as fast.
+    keep: float | str = 0.5
     # A gate for each layer's whole attention and whole feed-forward net, too.
     layers: bool = False
     # AdamW's rate for the gates' log α and the multipliers, constant: the paper's 0.01 is for many
@@ -54,11 +57,8 @@ class L0(Method):
     states: float = 0.0
 
     def __post_init__(self) -> None:
-        if not 0 < self.keep <= 1:
-            raise SettingError(
-                f"l0 keep {self.keep}: expected a share of the units' parameters, above 0 and at "
-                "most 1"
-            )
+        budget = Budget.parse(self.keep)
+        object.__setattr__(self, "keep", budget.amount if budget.of == "units" else str(budget))
         if not 0 <= self.warm <= 1:
             raise SettingError(f"l0 warm {self.warm}: expected a share of the training, 0 to 1")
         if not 0 < self.rate < math.inf:
@@ -98,30 +98,32 @@ class L0(Method):
             for path, count in counts.items()
         }
         kinds = {path: base.place(path)[1] for path in counts}
-        costs = units.costs(base, counts)
-        settling = unit_gates.Settling(made, kinds, costs, self.keep)
-        self._check_room(settling)
+        budget = Budget.parse(self.keep)
+        prices = unit_gates.Prices.of(budget, base, counts)
+        settling = unit_gates.Settling(made, kinds, prices.each, prices.share)
+        self._check_room(settling, budget, prices)
         held = next(iter(made.values()))
         held.multipliers = nn.Parameter(torch.zeros(2, device=base.device))
         if self.states:
             held.layer_map = nn.Parameter(torch.eye(base.hidden_size, device=base.device))
         return settling
 
-    def _check_room(self, settling: unit_gates.Settling) -> None:
-        costs, kinds = settling.costs, settling.kinds
+    def _check_room(
+        self, settling: unit_gates.Settling, budget: Budget, prices: unit_gates.Prices
+    ) -> None:
         of_kind: dict[str, int] = {}
-        for path, cost in costs.items():
-            of_kind[kinds[path]] = min(cost, of_kind.get(kinds[path], cost))
-        least = sum((of_kind if self.layers else costs).values())
+        for path, price in prices.each.items():
+            kind = settling.kinds[path]
+            of_kind[kind] = min(price, of_kind.get(kind, price))
+        least = sum((of_kind if self.layers else prices.each).values())
         if settling.budget < least:
-            nearest = math.ceil(1000 * least / settling.prunable) / 1000
-            words = f"{settling.budget} of {settling.prunable} parameters would stay on, fewer than"
+            nearest = math.ceil(1000 * (prices.other + least) / prices.whole) / 1000
+            held = "a head and a neuron" + ("" if self.layers else " of every layer")
             raise SettingError(
-                f"l0 keep {self.keep}: {words} a head and a neuron have; the nearest keep is "
-                f"{nearest}"
-                if self.layers
-                else f"l0 keep {self.keep}: {words} a head and a neuron of every layer have; the "
-                f"nearest keep is {nearest}, or let whole sub-layers go off with layers=true"
+                f"l0 keep '{budget}': {settling.budget} of the units' {settling.prunable} "
+                f"{prices.what} would stay on, fewer than {held} have; the nearest keep is "
+                f"'{replace(budget, amount=nearest)}'"
+                + ("" if self.layers else ", or let whole sub-layers go off with layers=true")
             )
 
     def passes(self, change: Change, progress: float) -> Iterator[float]:
@@ -134,7 +136,7 @@ class L0(Method):
 
     def penalty(self, change: Change, progress: float) -> Tensor:
         ramp = min(1.0, progress / self.warm) if self.warm else 1.0
-        apart = change.parts["settling"].expected() - ramp * (1 - self.keep)
+        apart = change.parts["settling"].expected() - ramp * (1 - change.parts["settling"].share)
         first, second = concrete.ascended(change.trainable[MULTIPLIERS])
         loss = first * apart + second * apart.square()
         if self.states:
