@@ -74,6 +74,7 @@ class _Runs:
         self.task = _task(name, bench.options.data)
         self.base = bench.base("body")
         self.file = folder / f"{name}-{seed}{SUFFIX}"
+        self.precision = {"precision": bench.options.precision}
 
     def whole(self) -> None:
         """Fine-tuning, and from it all sizes, trained or only ranked."""
@@ -90,12 +91,13 @@ class _Runs:
 
     def once(self, cell: str, keep: float | None, made: Any) -> None:
         facts = {"task": self.name, "cell": name_of(cell, keep), "seed": self.seed}
+        facts |= self.precision
         self.bench.once(f"{self.name}/{facts['cell']}/s{self.seed}", made, **facts)
 
     def start(self) -> Path:
         """The fine-tuned file; made anew where only its score is known."""
         if not self.file.exists():
-            recipe = Recipe.load("full").override(**TUNED)
+            recipe = Recipe.load("full").override(**TUNED, **self.precision)
             tune(self.base, self.task, recipe, out=self.file, seed=self.seed)
         return self.file
 
@@ -104,7 +106,7 @@ class _Runs:
 
     def _fit(self, name: str, settings: Mapping[str, Any], common: Mapping[str, Any]) -> Record:
         recipe = Recipe.load(name).override(
-            **{**common, **settings}, start=str(self.start()), beside=["all"]
+            **{**common, **settings, **self.precision}, start=str(self.start()), beside=["all"]
         )
         path = self.file.with_name(f"x{SUFFIX}")
         done = tune(self.base, self.task, recipe, out=path, seed=self.seed)
@@ -119,7 +121,7 @@ class _Runs:
         @cache
         def made() -> dict[str, Any]:
             recipe = Recipe.load("dynamic").override(
-                **{**common, **settings}, start=str(self.start())
+                **{**common, **settings, **self.precision}, start=str(self.start())
             )
             done = tune(self.base, self.task, recipe, out=path, seed=self.seed)
             return {"seconds": round(done.seconds, 1), "steps": done.steps, "bytes": done.bytes}
@@ -168,11 +170,12 @@ def domains(bench: Bench, seed: int, folder: Path) -> None:
 
         def made(keep: float = keep) -> Record:
             if not file.exists():
-                recipe = Recipe.load("full").override(**TUNED)
+                recipe = Recipe.load("full").override(**TUNED, precision=bench.options.precision)
                 tune(base, tasks[MIXED], recipe, out=file, seed=seed)
             return _compared(base, tasks, file, keep, seed)
 
         facts = {"task": "domains", "cell": name_of("domains", keep), "seed": seed}
+        facts["precision"] = bench.options.precision
         bench.once(key, made, **facts)
 
 
