@@ -462,6 +462,22 @@ def test_a_folded_and_a_flat_delta_of_one_base(base: Base) -> None:
             union([b, replace(a, base_fingerprint=odd)], base)
 
 
+@pytest.mark.parametrize("store", ["fp32", "fp16", "int8", "int4"])
+@pytest.mark.parametrize("make", [graft, whole])
+def test_a_change_and_its_opposite_leave_nothing(base: Base, make: Any, store: str) -> None:
+    """Not what both were rounded by, either; another change beside them stays as it is."""
+    a, b = make(base, 1, store=store), graft(base, 2, 9)
+    opposite = negate([a], base)
+    with pytest.raises(SettingError, match="nothing is left"):
+        union([a, opposite], base, on_overlap="sum")
+    there = values_of(scaled_sum([a, opposite, b], base), base)
+    own, passing = values_of(b, base), values_of(a, base)
+    for path, values in there.items():
+        original = base.parameter(path).flatten().tolist()
+        for x, y, o, z in zip(values, own[path], original, passing[path], strict=True):
+            assert x == o if y == o else abs(x - y) <= 2e-7 * (abs(x) + abs(o) + abs(z)), path
+
+
 def test_nothing_left_is_refused(base: Base) -> None:
     a = graft(base, 0)
     for refused in (

@@ -229,6 +229,24 @@ def test_places_that_have_not_moved_are_not_chosen_among() -> None:
         supports(base, probe, by="movement", density=0.01, scope="tensor")
 
 
+def test_moved_places_to_keep_out_of_are_not_chosen_among() -> None:
+    """They count as ones that have not moved, and the nearest density leaves them out."""
+    base = tiny_base("bert")
+    probe, path = TinyProbe(READOUT), base.choose(("Q",))[0]
+    value = base.parameter(path).detach().clone()
+    value.view(-1)[:50] += 1
+    taken = torch.zeros_like(value, dtype=torch.bool)
+    taken.view(-1)[:30] = True
+    probe.start, probe.outside = {path: value}, {path: taken}
+    total = sum(base.parameter(each).numel() for each in base.choose(("matrices",)))
+    with pytest.raises(SettingError, match="the start moved 20 of the") as refused:
+        supports(base, probe, by="movement", density=50 / total)
+    nearest = float(str(refused.value).split("nearest density is ")[1].split(",")[0])
+    found = supports(base, probe, by="movement", density=nearest)
+    assert 18 <= len(found[path]) <= 20
+    assert not taken.flatten()[found[path]].any()
+
+
 @pytest.mark.parametrize("density", [0.0, 1.0, -0.1, math.nan])
 def test_a_density_of_none_or_all_is_refused(density: float) -> None:
     with pytest.raises(SettingError, match="sparse density"):

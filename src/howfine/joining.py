@@ -138,12 +138,15 @@ def _combined(
     original = base.original(path).flatten().float().cpu()
     total = torch.zeros(original.shape, dtype=torch.float64)
     count = torch.zeros(original.shape, dtype=torch.int32)
+    # What the operands' values were rounded by, at most: less than that is no sum.
+    slack = torch.zeros_like(total)
     copied = original.clone()
     plain = torch.ones(original.shape, dtype=torch.bool)
     for i in reversed(_by_rank(held, rule)):  # the winner is written last
         operand, weight = live[i]
         values, mask = operand.values(base, path), held[i]
         total += torch.where(mask, weight * (values.double() - original.double()), 0.0)
+        slack += torch.where(mask, abs(weight) * _half_step(values, original), 0.0)
         count += mask.int()
         copied = torch.where(mask, values, copied)
         plain &= ~mask | (weight == 1)
@@ -151,8 +154,15 @@ def _combined(
         total /= count.clamp(min=1)
     if rule in ("mean", "sum"):
         plain &= count < 2
+        total = torch.where((count > 1) & (total.abs() <= slack), 0.0, total)
         return torch.where(plain, copied, (original.double() + total).float())
     return copied
+
+
+def _half_step(values: Tensor, original: Tensor) -> Tensor:
+    """Half the distance between float32 numbers, of the larger of two magnitudes. As float64."""
+    _, exponent = torch.frexp(torch.maximum(values.abs(), original.abs()))
+    return torch.exp2((exponent - 25).double())
 
 
 def _refusal(names: list[str], clashes: Mapping[str, int]) -> str:

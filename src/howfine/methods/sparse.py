@@ -116,7 +116,7 @@ class Sparse(Method):
 
     def _check_moved(self, scores: Mapping[str, Tensor], count: int) -> None:
         """Refuse to choose among places that have not moved: the first ones would be taken."""
-        moved = sum(int(score.count_nonzero()) for score in scores.values())
+        moved = sum(int((score > 0).sum()) for score in scores.values())  # kept out: below 0
         if moved < count:
             total = sum(map(torch.Tensor.numel, scores.values()))
             raise SettingError(
