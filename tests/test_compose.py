@@ -14,7 +14,7 @@ from torch import Tensor
 import howfine
 from console import howfine_here
 from disk import base_folder
-from howfine import cost, regions, streams
+from howfine import codec, cost, regions, streams
 from howfine.base import Base
 from howfine.codec import PRECISIONS, decode_values, encode_values
 from howfine.compose import compose, difference, negate, overlap, scale, scaled_sum, stored, union
@@ -665,3 +665,30 @@ def test_another_readout_goes_with_its_head(base: Base) -> None:
     a = graft(base, 0)
     b = replace(graft(base, 1), readout=readout("classifier", max_length=7).settled(base))
     assert union([a, b], base, head=1).readout == b.readout
+
+
+@pytest.mark.parametrize("store", ["fp16", "int8", "int4", "int2"])
+def test_what_is_rounded_to_nothing_takes_no_place(base: Base, tmp_path: Path, store: str) -> None:
+    """An entry whose step is 0 is the base's: the others have the same steps without it."""
+    paths = where(base)
+    tensors = {}
+    for number, path in enumerate(paths):
+        original = base.parameter(path).detach()
+        index = torch.arange(0, original.numel(), 3)
+        step = torch.randn(len(index), generator=torch.manual_seed(number))
+        step[::2] *= 1e-9  # far below a step, and below the smallest half
+        tensors[path] = sparse(index, original.flatten()[index] + step, tuple(original.shape))
+    coarse = delta_of(base, tensors, store)
+    (stream,) = (each for each in coarse.streams if each.values is not None)
+    given = codec.decode_values(stream.values, stream.kept() or 0)
+    assert (given != 0).all()
+    listed = sum(len(flat_entries(tensor)[0]) for tensor in tensors.values())
+    assert 0 < len(given) <= 0.51 * listed
+    coarse.save(tmp_path / f"x{SUFFIX}")
+    there, before = values_of(Delta.load(tmp_path / f"x{SUFFIX}"), base), base.original
+    exact = values_of(delta_of(base, tensors, "fp32"), base)
+    for path in paths:
+        moved = (torch.tensor(exact[path]) - before(path).flatten()).abs()
+        assert torch.equal(
+            torch.tensor(there[path])[moved < 1e-8], before(path).flatten()[moved < 1e-8]
+        )

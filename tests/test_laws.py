@@ -419,13 +419,19 @@ def dense(tensor: Tensor) -> Tensor:
 def check_entries(
     value: Tensor, found: Tensor, original: Tensor, largest: float, store: str
 ) -> None:
-    """The same places; values rounded by what `store` promises, the scale being one for all."""
-    (index, trained), (again, stored) = flat_entries(value), flat_entries(found)
-    assert torch.equal(index, again)
+    """Values rounded by what `store` promises, the scale being one for all.
+
+    The same places, but for those whose difference is rounded to 0: the base's own value is theirs.
+    """
+    (index, trained), (again, given) = flat_entries(value), flat_entries(found)
     if store == "fp32":
-        assert torch.equal(trained, stored)
+        assert torch.equal(index, again)
+        assert torch.equal(trained, given)
         return
-    before = original.flatten()[index]
+    assert set(again.tolist()) <= set(index.tolist())
+    whole = original.flatten().clone()
+    whole[again] = given
+    before, stored = original.flatten()[index], whole[index]
     if store == "sign":
         moved = trained - before
         assert ((stored - before > 0) == (moved > 0))[moved.abs() > 1e-6].all()

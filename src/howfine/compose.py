@@ -150,11 +150,22 @@ def stored(delta: Delta, base: Base, store: str) -> tuple[Delta, float]:
     )
     after = streams.decode(made, base)["method"]
     errors = [
-        float((flat(after[path]) - flat(tensor)).abs().max())
+        float((_all(base, path, after.get(path)) - _all(base, path, tensor)).abs().max())
         for path, tensor in before.items()
         if tensor.is_floating_point() and flat(tensor).numel()
     ]
     return replace(delta, streams=made, score={}), max(errors, default=0.0)
+
+
+def _all(base: Base, path: str, tensor: Tensor | None) -> Tensor:
+    """All values of a tensor, (n,): where some entries are given, the base's for the others."""
+    if tensor is not None and not tensor.is_sparse:
+        return flat(tensor)
+    found = base.original(path).flatten().float().cpu().clone()
+    if tensor is not None:
+        index, values = flat_entries(tensor)
+        found[index.cpu()] = values.float().cpu()
+    return found
 
 
 OPERATIONS: Mapping[str, Callable[..., Delta]] = {

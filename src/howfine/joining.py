@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from howfine.base import Base
-from howfine.entries import changed
+from howfine.entries import changed, flat_entries
 from howfine.errors import DamagedDelta, DeltaError, SettingError
 from howfine.method import Method, Tensors
 from howfine.operands import Operand, flat
@@ -199,11 +199,25 @@ def _exactly(base: Base, tensors: Tensors, precision: str) -> list[Stream] | Non
         return None
     found = decode(tuple(made), base)["method"]
     same = all(
-        path in found and not differs(flat(found[path]), flat(tensor)).any()
-        for path, tensor in tensors.items()
+        path in found and _alike(flat(found[path]), flat(tensor))
+        for path, tensor in _without_own(base, tensors).items()
         if flat(tensor).numel()
     )
     return made if same else None
+
+
+def _alike(one: Tensor, other: Tensor) -> bool:
+    return one.shape == other.shape and not differs(one, other).any()
+
+
+def _without_own(base: Base, tensors: Tensors) -> Tensors:
+    """Without entries that have the base's own value, for which a file may have no place."""
+    return {
+        path: changed(base.original(path).float().cpu(), *flat_entries(tensor))
+        if tensor.is_sparse
+        else tensor
+        for path, tensor in tensors.items()
+    }
 
 
 def masks(given: Sequence[Operand], differ: bool) -> Tensors:
