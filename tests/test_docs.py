@@ -57,6 +57,14 @@ def test_recipes_and_plans_are_what_their_page_shows(tmp_path):
     assert len({run.key for run in made}) == len(made) == 3 * (1 + 1 + 2 + 1 + 3)
 
 
+@pytest.mark.parametrize("name", ["default", "wide", "demo"])
+def test_plans_that_ship_are_named_and_run(name):
+    assert f"`{name}`" in (DOCS / "recipes.md").read_text()
+    plan = Plan.load(name)
+    made = runs_of(plan, tiny_base("bert"), tiny_task())
+    assert {run.recipe.name for run in made} == {plan.ceiling, plan.floor, *plan.recipes}
+
+
 @pytest.mark.parametrize("name", plugins.examples("methods", Method))
 def test_every_setting_has_help(name):
     from howfine.catalogue import catalogue

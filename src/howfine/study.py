@@ -1,6 +1,6 @@
 """study: which is the smallest change that still does the task?
 
-A ceiling (everything trains), a floor (the readout alone), and every recipe over its size knob,
+A ceiling (everything trains), a floor (the readout alone), and a plan's recipes over their sizes,
 each with several seeds; each run is a delta file, loaded again and scored. Runs are trials of an
 Optuna study, so several workers can share one (start the same command twice) and a killed
 worker's run is picked up. Choices are made on dev; test is only reported.
