@@ -215,7 +215,9 @@ def _matching(results: TaskResults, row: Row) -> str:
     ours = results.matching(row)
     if ours is None or ours.entry.name == FULL:
         return "none"
-    return f"{round(ours.bytes):,} ({row.bytes / ours.bytes:.1f} times fewer)"
+    times = row.bytes / ours.bytes
+    said = f"{times:.1f} times fewer" if times >= 1 else f"{1 / times:.1f} times more"
+    return f"{round(ours.bytes):,} ({said})"
 
 
 def _left_out(results: TaskResults, entries: Sequence[Entry]) -> list[str]:

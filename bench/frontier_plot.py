@@ -8,7 +8,7 @@ from html import escape
 from typing import NamedTuple
 
 WIDTH, HEIGHT = 760, 420
-LEFT, RIGHT, TOP, BOTTOM = 70, 20, 40, 50
+LEFT, RIGHT, TOP, BOTTOM = 70, 32, 40, 50
 COLOURS = {"howfine": "#0b6e99", "peft": "#c2410c"}
 NAMES = {"howfine": "howfine", "peft": "PEFT"}
 
