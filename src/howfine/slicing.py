@@ -137,9 +137,11 @@ def _may_be_whole(delta: Delta | None, base: Base, keep: float | None) -> bool:
             "this delta has all sizes, and as it is stored no unit is off: say how much stays "
             "(keep=0.5; --keep 0.5, or --latency-ms for the largest that is as fast)"
         )
+    if not any(stream.name.startswith(f"method/{units.KEPT}") for stream in delta.streams):
+        return False
     changed, _ = delta.tensors(base)
     on = [value for name, value in changed.items() if name.startswith(units.KEPT)]
-    return bool(on) and all(value.dtype == torch.bool and bool(value.all()) for value in on)
+    return all(value.dtype == torch.bool and bool(value.all()) for value in on)
 
 
 @contextmanager
