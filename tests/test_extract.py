@@ -241,7 +241,7 @@ def test_the_error_is_the_power_of_what_is_left_out(models: Models, tmp_path: Pa
 
 @pytest.mark.parametrize(
     ("store", "budget"),
-    [("steps", 800), ("steps", 4000), ("steps", 9000), ("sign", 1200), ("sign", 3000)],
+    [("steps", 800), ("steps", 4000), ("steps", 9000), ("sign", 1200), ("sign", 4000)],
 )
 def test_a_byte_budget_is_met_and_used(
     models: Models, tmp_path: Path, store: Any, budget: int
@@ -249,38 +249,6 @@ def test_a_byte_budget_is_met_and_used(
     found = extract(str(models.base), models.tuned, tmp_path / OUT, bytes=budget, store=store)
     assert found.bytes == (tmp_path / OUT).stat().st_size <= budget
     assert found.bytes >= 0.9 * budget
-
-
-def test_signs_take_no_more_entries_than_help(models: Models, tmp_path: Path) -> None:
-    """One magnitude stands for all: with small ones among them, a larger file would err more."""
-    budgets, found = (1500, 3000, 6000, 12000, 100_000), []
-    for number, budget in enumerate(budgets):
-        out = tmp_path / f"{number}{SUFFIX}"
-        found.append(
-            extract(str(models.base), models.tuned, out, bytes=budget, store="sign", gain=False)
-        )
-    errors = [each.error for each in found]
-    assert all(after <= before * 1.001 for before, after in itertools.pairwise(errors))
-    before, after = weights(models.base), weights(models.tuned)
-    d = torch.cat([(after[name] - before[name]).flatten() for name in before]).abs().double()
-    sizes = d.sort(descending=True).values
-    counts = torch.arange(1, len(sizes) + 1)
-    least = 1 - float((sizes.cumsum(0).square() / counts).max() / sizes.square().sum())
-    assert errors[-1] == pytest.approx(least, rel=0.01)
-    assert found[-1].kept < 0.9 * int((d > 0).sum())
-
-
-def test_entries_that_moved_alike_are_named(models: Models, tmp_path: Path) -> None:
-    """They are kept together or not at all: too small a budget is told what they take."""
-    after = {name: v + 0.01 for name, v in weights(models.base).items()}
-    tuned = models.write(tmp_path / "alike", after)
-    with pytest.raises(SettingError, match="entries that moved most, all alike") as refused:
-        extract(str(models.base), tuned, tmp_path / OUT, bytes=900, store="sign")
-    assert not (tmp_path / OUT).exists()
-    asked = int(str(refused.value).split("the file has ")[1].split(";")[0].replace(",", ""))
-    found = extract(str(models.base), tuned, tmp_path / OUT, bytes=asked, store="sign")
-    assert found.bytes <= asked
-    assert found.kept > 1
 
 
 def long_task() -> Task:

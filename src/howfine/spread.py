@@ -113,23 +113,14 @@ class Search:
     def within(self, bits: float, precision: str) -> Quantiser:
         """Of least error among those of at most so many bits.
 
-        With one magnitude for all, small entries do it harm: more than enough of them err more.
         "steps" goes over to halves and to float32 where so many bits are there that more steps
         would gain nothing.
         """
         if precision != "steps":
-            first = self._first(bits, precision, 1.0)
-            return self._at(self._of_one(first) if precision == "sign" else first, precision)
+            return self._at(self._first(bits, precision, 1.0), precision)
         found = [self._best(bits, ratio) for ratio in _RATIOS]
         found += [self._at(self._first(bits, other, 1.0), other) for other in ("fp16", "fp32")]
         return min(found, key=lambda one: (one.error, one.bits))
-
-    def _of_one(self, first: int) -> int:
-        """The bin, from `first` on, above which entries are best stood for by their mean."""
-        rest = slice(first, len(self._x))
-        sums = np.cumsum((self._counts * self._x)[::-1])[::-1][rest]
-        saved = sums**2 / self._kept[rest]  # of the squared magnitudes
-        return first + int(saved.argmax()) if len(saved) else first
 
     def of_density(self, density: float, precision: str) -> Quantiser:
         """The one that keeps the largest magnitudes, at most this share of all entries."""
@@ -143,10 +134,6 @@ class Search:
         value_bits = np.log2(max((1 - share) / share, 1e-3)) + 2.5
         ratio = float(np.clip(0.5 + np.log(2) / 12 * value_bits, 0.5, 2))
         return self._at(place, precision, ratio)
-
-    def fewest(self, precision: str) -> Quantiser:
-        """The one that keeps the fewest: entries of one magnitude go together."""
-        return self._at(max(len(self._x) - 1, 0), precision)
 
     def changed(self, precision: str) -> Quantiser:
         """The one that keeps every entry that differs."""

@@ -204,15 +204,9 @@ def _within_bytes(work: Work, search: Search, budget: int, floor: int) -> Made:
         aim = (1 + tight) / 2 if attempt < _CODINGS else 0.9 ** (attempt - _CODINGS + 1)
         bits *= aim * max(budget - floor, 1) / max(made.size - floor, 1)
     if best is None or not best.tally.kept:
-        fewest = _sparse(work, search.fewest(work.asked.store))
         raise SettingError(
-            f"bytes: found {work.asked.bytes:,}; header and head take {floor:,}, and with "
-            + (
-                f"the {fewest.tally.kept:,} entries that moved most, all alike, "
-                if fewest.tally.kept > 1
-                else "the entry that moved most "
-            )
-            + f"the file has {fewest.size:,}; give that"
+            f"bytes: found {work.asked.bytes:,}; header and head take {floor:,}, and no entry fits "
+            "beside them; give more"
         )
     return best
 
@@ -248,9 +242,7 @@ def _within_loss(work: Work, search: Search, loss: float, reference: Score) -> M
 
 def _most_bits(search: Search, store: str) -> float:
     """Bits beyond which a score can't be told from the tuned model's."""
-    if store == "steps":
-        return search.near(1e-3)
-    return search.within(math.inf, store).bits
+    return search.near(1e-3) if store == "steps" else search.changed(store).bits
 
 
 def scored(work: Work, made: Made) -> Made:
