@@ -28,7 +28,7 @@ from disk import base_folder, task_folder
 from howfine import fingerprint, gain, pair, streams
 from howfine.base import Base
 from howfine.codec import decode_values, encode_places, encode_values
-from howfine.delta import SUFFIX, Delta
+from howfine.delta import Delta
 from howfine.errors import BaseError, BaseNotFound, DeltaError, HowfineError, SettingError
 from howfine.evaluate import Score, evaluate, logits
 from howfine.extract import extract
@@ -512,20 +512,6 @@ def test_without_a_head_it_merges_and_says_so(models: Models, tmp_path: Path) ->
     for name, value in tuned.state_dict().items():
         assert torch.equal(merged.state_dict()[name], value)
     assert not (tmp_path / "merged" / "readout.json").exists()
-    assert base.is_untouched()
-
-
-def test_a_delta_without_a_head_is_extracted_again(models: Models, tmp_path: Path) -> None:
-    """Its weights are all that it has: smaller, in another store, and still without answers."""
-    first = extract(str(models.base), models.tuned, tmp_path / OUT, store="fp32")
-    base = Base.load(str(models.base))
-    again = tmp_path / f"again{SUFFIX}"
-    found = extract(base, str(first.path), again, density=0.05)
-    assert not found.head
-    assert 0 < found.kept <= 0.05 * found.entries
-    with pytest.raises(SettingError, match="needs a head"):
-        extract(base, str(first.path), tmp_path / f"x{SUFFIX}", task=tiny_task(), loss=0.1)
-    assert sorted(each.name for each in tmp_path.iterdir()) == sorted((OUT, again.name))
     assert base.is_untouched()
 
 

@@ -276,30 +276,6 @@ def test_a_rate_far_too_small_leaves_a_base_mask_as_it_was() -> None:
     assert all(torch.equal(before[path], after[path]) for path in before)
 
 
-def test_a_region_of_nothing_is_not_kept_in_silence() -> None:
-    base = tiny_base("bert")
-    change = attached(base, graft(density=0.0))
-    with pytest.warns(UserWarning, match=r"nothing is grafted.*give a density"):
-        assert graft(density=0.0).pack(base, change) == {}
-    with torch.no_grad():
-        next(iter(change.trainable.values())).view(-1)[0] = 11.0
-    assert len(graft(density=0.0).pack(base, change)) == 1
-    change.remove()
-
-
-@pytest.mark.slow
-def test_a_schedule_that_moves_every_rate_is_refused(tmp_path: Path) -> None:
-    """Scores climb at a constant one."""
-    base = tiny_base("bert")
-    recipe = Recipe.load("graft").override(
-        schedule="reduce_lr_on_plateau", max_steps=2, start_max_steps=2, gradient_accumulation=1
-    )
-    with pytest.raises(SettingError, match="have a constant one; choose another schedule"):
-        tune(base, tiny_task(), recipe, out=tmp_path / f"x{SUFFIX}")
-    assert base.is_untouched()
-    assert not list(tmp_path.iterdir())
-
-
 def test_without_a_density_the_rate_is_the_published_one() -> None:
     change = attached(base := tiny_base("bert"), chosen := graft(density=0.0))
     assert chosen.rate_for(change, 10) == 1e7

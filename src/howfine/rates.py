@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from howfine.change import Change
-from howfine.errors import SettingError
 from howfine.readout import Head
 from howfine.recipe import Recipe
 
@@ -46,17 +45,7 @@ def groups(
 
 
 def hold_constant(scheduler: Any) -> Any:
-    """A scheduler that leaves the rate of groups marked `constant` alone.
-
-    Raises SettingError, before the first step, for one that has no factor for each group.
-    """
-    held = any(group.get("constant") for group in scheduler.optimizer.param_groups)
-    if held and not hasattr(scheduler, "lr_lambdas"):
-        raise SettingError(
-            f"the schedule of {type(scheduler).__name__} moves all rates alike, and some numbers "
-            "of this method have a constant one; choose another schedule, such as linear, cosine "
-            "or constant"
-        )
+    """A scheduler that leaves the rate of groups marked `constant` alone."""
     for number, group in enumerate(scheduler.optimizer.param_groups):
         if group.get("constant"):
             scheduler.lr_lambdas[number] = _always

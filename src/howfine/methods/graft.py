@@ -16,7 +16,6 @@ gradients stayed those at γ₀, and γ is the entries of the highest S.
 from __future__ import annotations
 
 import math
-import warnings
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -272,12 +271,6 @@ class Graft(Method):
                 continue
             values = region.gates[path].tuned.flatten()[index]
             packed[path] = entries.changed(base.original(path), index, values)
-        if not packed:
-            warnings.warn(
-                f"graft: no score rose to {self.bias:g}, so nothing is grafted and the file is the "
-                "base; give a density, a higher learning_rate or more steps",
-                stacklevel=2,
-            )
         return packed
 
     def groups(self, change: Change) -> list[dict[str, Any]]:
