@@ -40,7 +40,7 @@ from howfine.recipe import default_readout
 from howfine.recode import recode
 from howfine.spread import Search, Spread
 from howfine.start import weight_at
-from howfine.targets import Asked, _blank
+from howfine.targets import Asked, _blank, _most_bits
 from howfine.task import Task
 from tiny import LABELS, fit_a_little, tiny_base, tiny_task, tiny_tokenizer, tiny_tower, wire
 
@@ -199,6 +199,44 @@ def test_more_bits_never_err_more() -> None:
     assert found[-1].error == 0
 
 
+def signs(x: Tensor) -> tuple[float, int]:
+    """(least squared error of the k largest as signs with one scale, k), by trying every k."""
+    x = x.double().abs().sort(descending=True).values
+    k = torch.arange(1, len(x) + 1)
+    saved = x.cumsum(0).square() / k
+    return float(x.square().sum() - saved.max()), int(saved.argmax()) + 1
+
+
+def test_more_signs_never_err_more() -> None:
+    """With one magnitude for all, the error rises past an optimum; it is not gone beyond."""
+    x = heavy((100_000,), torch.Generator().manual_seed(1)).abs()
+    spread = Spread()
+    spread.add(x.numpy())
+    search = Search(spread)
+    found = [search.within(bits, "sign") for bits in np.geomspace(300, 4e6, 30)]
+    assert all(b.error <= a.error for a, b in itertools.pairwise(found))
+    least, kept = signs(x)
+    assert found[-1].error == pytest.approx(least, rel=1e-3)
+    assert found[-1].kept == pytest.approx(kept, rel=0.05)
+
+
+def test_a_large_budget_of_signs_stops_where_they_err_least(models: Models, tmp_path: Path) -> None:
+    before, after = weights(models.base), weights(models.tuned)
+    d = torch.cat([(after[name] - before[name]).flatten() for name in before])
+    least, kept = signs(d)
+    found = extract(str(models.base), models.tuned, tmp_path / OUT, bytes=200_000, store="sign")
+    assert found.error == pytest.approx(least / float(d.double().square().sum()), rel=1e-3)
+    assert found.kept == pytest.approx(kept, rel=0.05)
+    search, store = Search(measured_of(d)), "sign"
+    assert search.within(_most_bits(search, store), store) == search.within(math.inf, store)
+
+
+def measured_of(d: Tensor) -> Spread:
+    spread = Spread()
+    spread.add(d.abs().numpy())
+    return spread
+
+
 def top_k_int4(d: Tensor, k: int, base: Base, file: Path) -> tuple[int, float]:
     """(bytes of the file, squared error) of the k largest magnitudes in four bits each."""
     mask = torch.zeros(d.numel(), dtype=torch.bool)
@@ -241,7 +279,7 @@ def test_the_error_is_the_power_of_what_is_left_out(models: Models, tmp_path: Pa
 
 @pytest.mark.parametrize(
     ("store", "budget"),
-    [("steps", 800), ("steps", 4000), ("steps", 9000), ("sign", 1200), ("sign", 4000)],
+    [("steps", 800), ("steps", 4000), ("steps", 9000), ("sign", 1200), ("sign", 2500)],
 )
 def test_a_byte_budget_is_met_and_used(
     models: Models, tmp_path: Path, store: Any, budget: int

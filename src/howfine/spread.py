@@ -116,6 +116,8 @@ class Search:
         "steps" goes over to halves and to float32 where so many bits are there that more steps
         would gain nothing.
         """
+        if precision == "sign":
+            return self._signs(bits)
         if precision != "steps":
             return self._at(self._first(bits, precision, 1.0), precision)
         found = [self._best(bits, ratio) for ratio in _RATIOS]
@@ -134,10 +136,6 @@ class Search:
         value_bits = np.log2(max((1 - share) / share, 1e-3)) + 2.5
         ratio = float(np.clip(0.5 + np.log(2) / 12 * value_bits, 0.5, 2))
         return self._at(place, precision, ratio)
-
-    def changed(self, precision: str) -> Quantiser:
-        """The one that keeps every entry that differs."""
-        return self._at(0, precision, 0.5)
 
     def near(self, share: float) -> float:
         """Bits at which steps leave at most this share of the squared magnitudes as error."""
@@ -161,6 +159,16 @@ class Search:
             else:
                 low = middle + 1
         return low
+
+    def _signs(self, bits: float) -> Quantiser:
+        """With one magnitude for all, more entries err more once they are much smaller than it.
+
+        The error of the best scale is the energy less (Σ |x|)² / k, of the k entries kept.
+        """
+        first = self._first(bits, "sign", 1.0)
+        saved = np.cumsum((self._counts * self._x)[::-1])[::-1] ** 2 / self._kept
+        best = first + int(np.argmax(saved[first:])) if first < len(saved) else first
+        return self._at(best, "sign")
 
     def _best(self, bits: float, ratio: float) -> Quantiser:
         """Where 127 steps can't reach the largest magnitudes, a larger step may err less."""

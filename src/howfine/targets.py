@@ -220,8 +220,8 @@ def _within_loss(work: Work, search: Search, loss: float, reference: Score) -> M
             "means nothing; give the task that it was tuned for, or a byte budget"
         )
     store = work.asked.store
-    low, high = math.log(256.0), math.log(_most_bits(search, store))
-    best = scored(work, _sparse(work, search.within(math.exp(high), store)))
+    low, high = 256.0, _most_bits(search, store)
+    best = scored(work, _sparse(work, search.within(high, store)))
     if best.score is None or best.score.value < least:
         found = best.score.value if best.score else math.nan
         raise SettingError(
@@ -230,8 +230,8 @@ def _within_loss(work: Work, search: Search, loss: float, reference: Score) -> M
             "a larger loss, or store 'fp32'"
         )
     for _ in range(_EVALUATIONS - 1):
-        middle = (low + high) / 2
-        made = scored(work, _sparse(work, search.within(math.exp(middle), store)))
+        middle = math.sqrt(low * high)
+        made = scored(work, _sparse(work, search.within(middle, store)))
         assert made.score is not None
         if made.score.value >= least:
             high, best = middle, min(best, made, key=lambda one: one.size)
@@ -242,7 +242,7 @@ def _within_loss(work: Work, search: Search, loss: float, reference: Score) -> M
 
 def _most_bits(search: Search, store: str) -> float:
     """Bits beyond which a score can't be told from the tuned model's."""
-    return search.near(1e-3) if store == "steps" else search.changed(store).bits
+    return search.near(1e-3) if store == "steps" else search.within(math.inf, store).bits
 
 
 def scored(work: Work, made: Made) -> Made:
