@@ -38,7 +38,7 @@ from howfine.method import holding, method, methods
 from howfine.readout import readout
 from howfine.recipe import default_readout
 from howfine.recode import recode
-from howfine.spread import Search, Spread
+from howfine.spread import Search, Spread, part_of
 from howfine.start import weight_at
 from howfine.targets import Asked, _blank, _most_bits
 from howfine.task import Task
@@ -235,6 +235,75 @@ def measured_of(d: Tensor) -> Spread:
     spread = Spread()
     spread.add(d.abs().numpy())
     return spread
+
+
+def test_a_part_of_what_moved_alike_is_spread_evenly() -> None:
+    """The share of any stretch, to an entry or two, and the same in every row and column."""
+    kept = np.concatenate([part_of(start, 1000, 0.3) for start in range(0, 64_000, 1000)])
+    assert np.array_equal(kept, part_of(0, 64_000, 0.3))
+    assert np.abs(kept.reshape(-1, 100).sum(1) - 30).max() <= 3
+    assert np.abs(kept.reshape(64, 1000).mean(0) - 0.3).max() < 0.1
+    assert part_of(0, 10**6, 1e-6).sum() in (1, 2)
+
+
+@pytest.fixture(scope="module")
+def alike(models: Models) -> Path:
+    """A model of which 30 % of the entries moved by one magnitude, to a rounding."""
+    generator, tensors = torch.Generator().manual_seed(0), {}
+    for name, value in weights(models.base).items():
+        moved = torch.rand(value.shape, generator=generator) < 0.3
+        sign = torch.randn(value.shape, generator=generator).sign()
+        tensors[name] = value + torch.where(moved, sign / 1024, torch.zeros(()))
+    return models.write(models.folder / "alike", tensors)
+
+
+@pytest.mark.parametrize("store", ["steps", "sign", "fp16", "fp32"])
+@pytest.mark.parametrize("budget", [600, 1000, 3000])
+def test_entries_that_moved_alike_are_cut_to_a_budget(
+    models: Models, alike: Path, tmp_path: Path, store: Any, budget: int
+) -> None:
+    found = extract(str(models.base), alike, tmp_path / OUT, bytes=budget, store=store)
+    assert 0.98 * budget <= found.bytes <= budget
+    before, after = weights(models.base), weights(alike)
+    now = put_on(tmp_path / OUT, Base.load(str(models.base)))
+    moved = {name: now[name] != value for name, value in before.items()}
+    assert sum(int(mask.count_nonzero()) for mask in moved.values()) == found.kept
+    error = sum(float((after[n] - now[n]).double().square().sum()) for n in before)
+    energy = sum(float((after[n] - before[n]).double().square().sum()) for n in before)
+    assert found.error == pytest.approx(error / energy, rel=1e-3)
+    again = tmp_path / "again.delta.safetensors"
+    extract(str(models.base), alike, again, bytes=budget, store=store)
+    assert again.read_bytes() == (tmp_path / OUT).read_bytes()
+
+
+def test_signs_are_cut_again(models: Models, tmp_path: Path) -> None:
+    signed = tmp_path / "signed.delta.safetensors"
+    whole = extract(str(models.base), models.delta, signed, density=0.2, store="sign")
+    sizes = (whole.bytes // 2, 2 * whole.bytes // 3)
+    found = [extract(str(models.base), signed, tmp_path / OUT, bytes=b) for b in sizes]
+    assert all(0.95 * size <= one.bytes <= size for size, one in zip(sizes, found, strict=True))
+    assert found[0].error > found[1].error
+
+
+def test_what_is_asked_of_entries_that_moved_alike_and_would_do(
+    models: Models, alike: Path, tmp_path: Path
+) -> None:
+    """The refusal says the cause and the nearest value, which is taken."""
+    with pytest.raises(SettingError, match=r"the [0-9,]+ that moved most moved alike; .*") as error:
+        extract(str(models.base), alike, tmp_path / OUT, density=0.01)
+    least = float(str(error.value).partition("at least ")[2].partition(",")[0])
+    assert extract(str(models.base), alike, tmp_path / OUT, density=least).kept
+    for store in ("steps", "sign", "fp32"):
+        asked: dict[str, Any] = {"store": store}
+        with pytest.raises(SettingError, match="header and head alone take") as error:
+            extract(str(models.base), alike, tmp_path / OUT, bytes=1, **asked)
+        floor = int(str(error.value).partition("alone take ")[2].partition(";")[0])
+        with pytest.raises(SettingError, match="and no entry fits beside") as error:
+            extract(str(models.base), alike, tmp_path / OUT, bytes=floor + 5, **asked)
+        least = int(str(error.value).rpartition(" ")[2].replace(",", ""))
+        found = extract(str(models.base), alike, tmp_path / OUT, bytes=least, **asked)
+        assert found.bytes <= least < floor + 100
+        assert found.kept >= 1
 
 
 def top_k_int4(d: Tensor, k: int, base: Base, file: Path) -> tuple[int, float]:
@@ -724,7 +793,7 @@ def refused(
         ({"bytes": 100}, r"bytes: found 100, but header and head alone take \d+; give more"),
         ({"density": 0.0}, "density: found 0.0, expected a share above 0 and below 1"),
         ({"density": 1.0}, "density: found 1.0, expected a share"),
-        ({"density": 1e-9}, "keeps none of 23,360 entries"),
+        ({"density": 1e-9}, "keeps none of 23,360 entries; expected at least 4.31e-05, or a byte"),
         ({"density": math.nan}, "density: found nan"),
         ({"loss": 1.5, "task": tiny_task()}, "loss: found 1.5"),
         ({"loss": 0.1}, "measured on a task; give one"),

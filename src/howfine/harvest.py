@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 from howfine.codec import Coded, encode_places, encode_steps_of, encode_values
 from howfine.errors import BaseError
 from howfine.pair import Pair
-from howfine.spread import LAST_STEP, Quantiser, Spread
+from howfine.spread import LAST_STEP, Quantiser, Spread, part_of
 from howfine.streams import Stream, joined_name
 
 Array = npt.NDArray[Any]
@@ -40,6 +40,7 @@ class Tally:
     kept: int = 0
     energy: float = 0.0  # squared differences
     error: float = 0.0  # of them, what the stored change lacks
+    edge: int = 0  # entries of which a share is kept
 
     @property
     def relative(self) -> float:
@@ -126,7 +127,7 @@ def _kept(pair: Pair, path: str, quantiser: Quantiser, weight: float, tally: Tal
         size = np.abs(d)
         if weight != 1:
             size *= np.float32(weight)
-        at = np.flatnonzero(size >= np.float32(max(quantiser.threshold, 1e-45)))
+        at = _chosen(size, quantiser, tally)
         kept = d[at]
         tally.energy += _power(d)
         values, stored = _values(quantiser, kept, size[at], after[at], scale)
@@ -138,6 +139,18 @@ def _kept(pair: Pair, path: str, quantiser: Quantiser, weight: float, tally: Tal
         found.values.append(values)
         start += len(d)
     return found
+
+
+def _chosen(size: Array, quantiser: Quantiser, tally: Tally) -> Array:
+    """Indices of the magnitudes that a quantiser keeps."""
+    at = np.flatnonzero(size >= np.float32(max(quantiser.threshold, 1e-45)))
+    if quantiser.share == 1:
+        return at
+    kept = size[at] >= np.float32(quantiser.whole)
+    edge = np.flatnonzero(~kept)
+    kept[edge] = part_of(tally.edge, len(edge), quantiser.share)
+    tally.edge += len(edge)
+    return at[kept]
 
 
 def _values(

@@ -63,6 +63,8 @@ class Quantiser:
 
     precision: str  # "steps", "sign", "fp16" or "fp32"
     threshold: float  # smallest magnitude kept
+    whole: float  # from this magnitude on all are kept, below it `share` of them: see `part_of`
+    share: float
     step: float  # Δ; 0 unless the precision is "steps"
     scale: float  # what a step, or a sign, stands for: of least squared error
     kept: int
@@ -79,25 +81,36 @@ class Search:
         self.total = spread.total
         self._counts = spread.counts[self._bins].astype(np.float64)
         low, high = _edge(self._bins), _edge(self._bins + 1)
-        self._low, self._x = low, (low + high) / 2
+        self._low, self._high, self._x = low, high, (low + high) / 2
         # Running from the top: what is kept by a threshold at each bin's lower edge.
         self._kept = np.cumsum(spread.counts[self._bins][::-1])[::-1]
         power = self._counts * self._x**2
         self.energy = float(power.sum())
         self._left = np.cumsum(power) - power  # squared error of what is below each bin
 
-    def _at(self, place: int, precision: str, ratio: float = 1.0) -> Quantiser:
-        """The quantiser whose threshold is the lower edge of the bin at `place`."""
+    def _at(
+        self, place: int, precision: str, ratio: float = 1.0, part: int | None = None
+    ) -> Quantiser:
+        """The quantiser whose threshold is the lower edge of the bin at `place`.
+
+        It keeps `part` of that bin's entries, all by default.
+        """
         x, counts = self._x[place:], self._counts[place:]
         kept = int(self._kept[place]) if place < len(self._x) else 0
         threshold = float(self._low[place]) if place < len(self._x) else float("inf")
         error = float(self._left[place]) if place < len(self._x) else self.energy
+        edge = (threshold, 1.0)
+        if part is not None:
+            without = int(counts[0]) - part
+            edge = (float(self._high[place]), part / counts[0])
+            counts = np.concatenate([[part], counts[1:]])
+            kept, error = kept - without, error + without * float(x[0]) ** 2
         bits = combinatorial_bits(self.total, kept)
         if precision in ("fp16", "fp32"):
             bits += _VALUE_BITS[precision] * kept
             if precision == "fp16":
                 error += float(counts @ np.maximum(x * 2.0**-11, 2.0**-24) ** 2) / 12
-            return Quantiser(precision, threshold, 0, 1, kept, bits, error)
+            return Quantiser(precision, threshold, *edge, 0, 1, kept, bits, error)
         step = threshold / ratio
         levels = np.ones(len(x))
         if precision == "steps":
@@ -106,9 +119,8 @@ class Search:
         scale = float(counts @ (levels * x)) / squares if squares else 0.0
         error += float(counts @ (x - scale * levels) ** 2)
         bits += _step_bits(np.bincount(levels.astype(np.int64), counts)) if kept else 0
-        return Quantiser(
-            precision, threshold, step if precision == "steps" else 0, scale, kept, bits, error
-        )
+        step = step if precision == "steps" else 0
+        return Quantiser(precision, threshold, *edge, step, scale, kept, bits, error)
 
     def within(self, bits: float, precision: str) -> Quantiser:
         """Of least error among those of at most so many bits.
@@ -119,9 +131,9 @@ class Search:
         if precision == "sign":
             return self._signs(bits)
         if precision != "steps":
-            return self._at(self._first(bits, precision, 1.0), precision)
+            return self._lowest(bits, precision)
         found = [self._best(bits, ratio) for ratio in _RATIOS]
-        found += [self._at(self._first(bits, other, 1.0), other) for other in ("fp16", "fp32")]
+        found += [self._lowest(bits, other) for other in ("fp16", "fp32")]
         return min(found, key=lambda one: (one.error, one.bits))
 
     def of_density(self, density: float, precision: str) -> Quantiser:
@@ -136,6 +148,15 @@ class Search:
         value_bits = np.log2(max((1 - share) / share, 1e-3)) + 2.5
         ratio = float(np.clip(0.5 + np.log(2) / 12 * value_bits, 0.5, 2))
         return self._at(place, precision, ratio)
+
+    @property
+    def alike(self) -> int:
+        """Entries that moved most, alike as far as the counts tell: the fewest by density."""
+        return int(self._kept[-1])
+
+    def one(self, precision: str) -> Quantiser:
+        """The one that keeps least: an entry or two of those that moved most."""
+        return self._at(len(self._x) - 1, precision, part=1)
 
     def near(self, share: float) -> float:
         """Bits at which steps leave at most this share of the squared magnitudes as error."""
@@ -160,6 +181,29 @@ class Search:
                 low = middle + 1
         return low
 
+    def _lowest(self, bits: float, precision: str) -> Quantiser:
+        first = self._first(bits, precision, 1.0)
+        return self._or_part(self._at(first, precision), first, bits)
+
+    def _or_part(self, whole: Quantiser, first: int, bits: float, ratio: float = 1.0) -> Quantiser:
+        """`whole`, or less error with as much of the bin below `first` as fits.
+
+        Entries that moved alike are all in one bin, and it may be most of them.
+        """
+        if not first:
+            return whole
+        low, high = 0, int(self._counts[first - 1])
+        while high - low > 1:
+            part = (low + high) // 2
+            if self._at(first - 1, whole.precision, ratio, part).bits <= bits:
+                low = part
+            else:
+                high = part
+        if not low:
+            return whole
+        more = self._at(first - 1, whole.precision, ratio, low)
+        return min(whole, more, key=lambda one: one.error)
+
     def _signs(self, bits: float) -> Quantiser:
         """With one magnitude for all, more entries err more once they are much smaller than it.
 
@@ -168,13 +212,14 @@ class Search:
         first = self._first(bits, "sign", 1.0)
         saved = np.cumsum((self._counts * self._x)[::-1])[::-1] ** 2 / self._kept
         best = first + int(np.argmax(saved[first:])) if first < len(saved) else first
-        return self._at(best, "sign")
+        return self._or_part(self._at(best, "sign"), first, bits)
 
     def _best(self, bits: float, ratio: float) -> Quantiser:
         """Where 127 steps can't reach the largest magnitudes, a larger step may err less."""
         first = self._first(bits, "steps", ratio)
         places = {min(first + more, len(self._x)) for more in _octaves(len(self._x) - first)}
-        return min((self._at(p, "steps", ratio) for p in places), key=lambda q: q.error)
+        best = min((self._at(p, "steps", ratio) for p in places), key=lambda q: q.error)
+        return self._or_part(best, first, bits, ratio)
 
 
 def _step_bits(counts: Array) -> float:
@@ -186,6 +231,15 @@ def _step_bits(counts: Array) -> float:
     raw = kept if len(counts) == 2 else kept * next(b for b, top in _RAW if top >= len(counts) - 1)
     law = 8 * (4 + min(len(seen), 20))
     return min(raw, kept + float(seen @ np.log2(kept / seen)) + law)
+
+
+def part_of(first: int, count: int, share: float) -> Array:
+    """Which of the entries number `first` and on, in order of position, are that share: (count,).
+
+    By the golden ratio: as even as can be over any stretch, and in step with no rows or columns.
+    """
+    turns = np.arange(first, first + count, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+    return turns < np.uint64(share * 2.0**64)
 
 
 def _octaves(room: int) -> Iterable[int]:

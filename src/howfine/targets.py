@@ -128,11 +128,19 @@ def made_of(work: Work, reference: Score | None) -> Made:
     assert asked.density is not None
     found = search.of_density(asked.density, asked.store)
     if not found.kept:
-        raise SettingError(
-            f"density {asked.density:g} keeps none of {search.total:,} entries; expected at least "
-            f"{1 / search.total:.1e}, or more where many entries moved alike"
-        )
+        raise SettingError(_too_sparse(search, asked.density))
     return _sparse(work, found)
+
+
+def _too_sparse(search: Search, density: float) -> str:
+    """Why a density keeps nothing, and the nearest one that keeps something."""
+    least = float(f"{1.006 * search.alike / search.total:.2e}")  # three digits, rounded up
+    alike = f": the {search.alike:,} that moved most moved alike" if search.alike > 1 else ""
+    instead = f"expected at least {least:g}, or" if least < 1 else "give"
+    return (
+        f"density {density:g} keeps none of {search.total:,} entries{alike}; {instead} a byte "
+        "budget, which takes some of those that moved alike"
+    )
 
 
 def _targets(asked: Asked) -> bool:
@@ -203,12 +211,15 @@ def _within_bytes(work: Work, search: Search, budget: int, floor: int) -> Made:
                 break
         aim = (1 + tight) / 2 if attempt < _CODINGS else 0.9 ** (attempt - _CODINGS + 1)
         bits *= aim * max(budget - floor, 1) / max(made.size - floor, 1)
-    if best is None or not best.tally.kept:
+    if best is not None and best.tally.kept:
+        return best
+    smallest = _sparse(work, search.one(work.asked.store))
+    if smallest.size > budget:
         raise SettingError(
             f"bytes: found {work.asked.bytes:,}; header and head take {floor:,}, and no entry fits "
-            "beside them; give more"
+            f"beside them; give at least {smallest.size + (work.asked.bytes or budget) - budget:,}"
         )
-    return best
+    return smallest
 
 
 def _within_loss(work: Work, search: Search, loss: float, reference: Score) -> Made:
