@@ -27,7 +27,7 @@ from transformers import AutoModel, AutoTokenizer
 
 from console import Said, howfine_here, settle
 from disk import base_folder, howfine, plan_file, task_folder
-from howfine import container, stated
+from howfine import container, regions, stated
 from howfine.base import Base
 from howfine.cli import app
 from howfine.delta import Delta
@@ -77,6 +77,12 @@ def test_tune_says_what_it_made(inputs: Inputs) -> None:
     size, score = inputs.delta.stat().st_size, header_of(inputs.delta)["score"]
     pattern = rf"{inputs.delta}: {size:,} bytes, accuracy {score[1]:.4f} \[.*\] on 8 of dev, .*\n"
     assert re.fullmatch(pattern, inputs.said.out)
+    base = Base.load(str(inputs.base))
+    changed = regions.size(regions.support(Delta.load(inputs.delta), base))
+    assert f", {changed:,} entries changed, " in inputs.said.out
+    beside = inputs.tune("--out", inputs.delta.with_stem("beside.delta"), recipe="prefix")
+    assert beside.code == 0
+    assert "entries changed" not in beside.out
 
 
 def test_tune_prints_json_and_nothing_else(inputs: Inputs, tmp_path: Path) -> None:

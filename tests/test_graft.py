@@ -178,7 +178,7 @@ def test_step_of_the_scores_is_the_papers(base_mask: bool) -> None:
     scores = (torch.rand(4, 5) * 12).requires_grad_()
     theta, tuned = torch.randn(4, 5), torch.randn(4, 5)
     held = torch.rand(4, 5) < 0.5 if base_mask else None
-    made = module._Soft.apply(scores, theta, tuned, held, BIAS)
+    made = crossing.Soft.apply(scores, theta, tuned, held, BIAS)
     torch.sin(made).sum().backward()
     for i in range(4):
         for j in range(5):
@@ -340,6 +340,45 @@ def test_a_region_file_has_the_fine_tuned_values_and_head(tmp_path: Path) -> Non
         assert torch.equal(values, tuned[path].flatten()[index])
     assert head.keys() == tuned_head.keys()
     assert all(torch.equal(head[name], tuned_head[name]) for name in head)
+
+
+@pytest.mark.parametrize(
+    ("asked", "works", "message"),
+    [
+        (
+            {"density": 0.0},
+            {"density": 0.01},
+            "found an empty region.*score rose above 10; set density, such as 0.01",
+        ),
+        (
+            {"learning_rate": 1e-3},
+            {"learning_rate": None},
+            "found an empty region.*score rose above 1; leave learning_rate out",
+        ),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("evaluations", [0, 3])
+def test_an_empty_region_is_refused_with_what_works(
+    asked: dict[str, Any], works: dict[str, Any], message: str, evaluations: int, tmp_path: Path
+) -> None:
+    base = tiny_base("bert")
+    recipe = from_file(fine_tuned(base, tmp_path)).override(evaluations=evaluations)
+    out = tmp_path / f"graft{SUFFIX}"
+    with pytest.raises(SettingError, match=message):
+        tune(base, tiny_task(), recipe, out=out, **asked)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f"tuned{SUFFIX}"]
+    made = tune(base, tiny_task(), recipe, out=out, **works)
+    assert made.changed == regions.size(regions.support(made.delta, base)) > 0
+
+
+def test_an_empty_region_is_never_the_best_state() -> None:
+    change = attached(tiny_base("bert"), chosen := graft())
+    assert not chosen.finished(change)
+    with torch.no_grad():
+        next(iter(change.trainable.values())).fill_(11.0)
+    assert chosen.finished(change)
+    change.remove()
 
 
 def test_the_shipped_recipe_runs_from_its_own_phase(tmp_path: Path) -> None:

@@ -2,18 +2,44 @@
 
 The further a score has come, the faster it climbs, until it runs away (as S of skill grafting does,
 Panigrahi et al. 2023). So rate, steps and pulls settle which scores cross, and the rate can be set
-for a wanted number of them.
+for a wanted number of them. `Soft` is the gate between two weights whose gradient is that climb.
 """
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
 # Scores begin below it.
 HIGHEST_START = 1.0
+
+
+class Soft(torch.autograd.Function):
+    """θ + f ⊙ (θ_ft - θ), and the step of S in one pass; f itself is not kept."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, scores: Tensor, weight: Tensor, tuned: Tensor, held: Tensor | None, bias: float
+    ) -> Tensor:
+        ctx.held, ctx.bias = held, bias
+        ctx.save_for_backward(scores, weight, tuned)
+        gate = torch.sigmoid(scores - bias)
+        if held is not None:
+            gate = torch.where(held, 1 - gate, gate)
+        return torch.lerp(weight.float(), tuned.float(), gate).to(weight.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None, None]:
+        scores, weight, tuned = ctx.saved_tensors
+        open_ = torch.sigmoid(scores - ctx.bias)
+        step = (tuned.float() - weight.float()).mul_(gradient).mul_(open_)
+        step.mul_(open_.neg_().add_(1))
+        if ctx.held is not None:
+            step = torch.where(ctx.held, -step, step)
+        return step, None, None, None, None
 
 
 def crossing(start: Tensor, steps: int, bias: float) -> Tensor:

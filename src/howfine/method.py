@@ -177,7 +177,10 @@ class Method(ABC):
         return ""
 
     def finished(self, change: Change) -> bool:
-        """Whether what would be stored now is as small as asked: only then may it be the best."""
+        """Whether what would be stored now is what was asked for: only then may it be the best.
+
+        As small as asked, and not empty.
+        """
         return True
 
     def penalty(self, change: Change, progress: float) -> Tensor:

@@ -162,7 +162,9 @@ def setting(entry: dict[str, Any]) -> str:
 def tuned(found: Any) -> str:
     """A finished training in words."""
     trained = f"{found.trainable:,} trainable parameters, {found.seconds:.0f} s"
-    return f"{found.path}: {found.bytes:,} bytes, {said(found.score)}, {trained}"
+    # What stands beside the base, such as a prefix, changes no entry of it.
+    changed = f"{found.changed:,} entries changed, " if found.changed else ""
+    return f"{found.path}: {found.bytes:,} bytes, {said(found.score)}, {changed}{trained}"
 
 
 def cell(value: Any) -> str:

@@ -43,6 +43,16 @@ def support(delta: Delta, base: Base) -> Region:
     return {path: mask.cpu() for path, mask in found.items() if bool(mask.any())}
 
 
+def count(delta: Delta, base: Base) -> int:
+    """How many entries `support` has, with a mask of one tensor at a time in memory.
+
+    Raises WrongBase for a delta of another base, DamagedDelta for one that can't be decoded.
+    """
+    with delta.changed(base):
+        each = (differs(weight_at(base, p), base.original(p)) for p in base.paths())
+        return sum(int(mask.count_nonzero()) for mask in each)
+
+
 def outside(files: Sequence[str], base: Base) -> Region:
     """All entries that any of these delta files changes: the region to keep out of.
 

@@ -44,6 +44,7 @@ class Tuned:
     steps: int  # of all phases
     peak_bytes: int  # growth of the process's memory over the loaded base, at its highest
     trainable: int  # parameters of the last phase
+    changed: int  # entries of the base whose value is another with the file on
 
     def as_dict(self) -> dict[str, Any]:
         """Everything but the delta itself, as JSON types."""
@@ -91,14 +92,14 @@ def tune(
         ):
             packed = _trained(fit, checkpoint, folder, split)
     main = fit.trainer.is_world_process_zero()
-    batch_size = recipe.training.batch_size
-    score = _store(packed, out, base, task, split, batch_size) if main else None
+    score = _store(packed, out, base, task, split, recipe.training.batch_size) if main else None
     fit.trainer.accelerator.wait_for_everyone()
     delta = Delta.load(out)
-    cost = {"peak_bytes": max(before.peak_bytes, fit.peak_bytes), "trainable": fit.trainable}
-    cost["steps"] = before.steps + fit.trainer.state.global_step
+    found = {"trainable": fit.trainable, "changed": regions.count(delta, base)}
+    found["peak_bytes"] = max(before.peak_bytes, fit.peak_bytes)
+    found["steps"] = before.steps + fit.trainer.state.global_step
     score = score or evaluate(delta, base, task, split=split)
-    return Tuned(delta, out, out.stat().st_size, score, before.seconds + fit.seconds, **cost)
+    return Tuned(delta, out, out.stat().st_size, score, before.seconds + fit.seconds, **found)
 
 
 @dataclass(frozen=True)

@@ -22,39 +22,14 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from howfine import entries, surgery
+from howfine import crossing, entries, surgery
 from howfine.base import Base
 from howfine.change import Change, all_or_nothing
-from howfine.crossing import HIGHEST_START, rate
+from howfine.crossing import HIGHEST_START
 from howfine.errors import SettingError
 from howfine.method import Method, Probe, Tensors
 
 PUBLISHED_RATE = 1e7
-
-
-class _Soft(torch.autograd.Function):
-    """θ + f ⊙ (θ_ft - θ), and the step of S in one pass; f itself is not kept."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, scores: Tensor, weight: Tensor, tuned: Tensor, held: Tensor | None, bias: float
-    ) -> Tensor:
-        ctx.held, ctx.bias = held, bias
-        ctx.save_for_backward(scores, weight, tuned)
-        gate = torch.sigmoid(scores - bias)
-        if held is not None:
-            gate = torch.where(held, 1 - gate, gate)
-        return torch.lerp(weight.float(), tuned.float(), gate).to(weight.dtype)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None, None]:
-        scores, weight, tuned = ctx.saved_tensors
-        open_ = torch.sigmoid(scores - ctx.bias)
-        step = (tuned.float() - weight.float()).mul_(gradient).mul_(open_)
-        step.mul_(open_.neg_().add_(1))
-        if ctx.held is not None:
-            step = torch.where(ctx.held, -step, step)
-        return step, None, None, None, None
 
 
 class _Gate(nn.Module):
@@ -70,7 +45,7 @@ class _Gate(nn.Module):
     def forward(self, weight: Tensor) -> Tensor:
         if self.training:
             self.region.forget()  # fused optimisers write scores without counting versions up
-            return _Soft.apply(self.scores, weight, self.tuned, self.held, self.region.bias)
+            return crossing.Soft.apply(self.scores, weight, self.tuned, self.held, self.region.bias)
         return torch.where(self.region.masks()[self.path], self.tuned, weight)
 
 
@@ -262,6 +237,10 @@ class Graft(Method):
         near = together >= weakest
         return together[near], begun[near], count
 
+    def finished(self, change: Change) -> bool:
+        region: _Region = change.parts["region"]
+        return any(bool(mask.any()) for mask in region.masks().values())
+
     def pack(self, base: Base, change: Change) -> Tensors:
         region: _Region = change.parts["region"]
         packed = {}
@@ -271,7 +250,19 @@ class Graft(Method):
                 continue
             values = region.gates[path].tuned.flatten()[index]
             packed[path] = entries.changed(base.original(path), index, values)
+        if not packed:
+            raise SettingError(
+                "graft: found an empty region, with which the model is the bare base, expected "
+                f"entries whose score rose above {HIGHEST_START if region.size else self.bias:g}; "
+                f"{self._wider()}"
+            )
         return packed
+
+    def _wider(self) -> str:
+        """What to change where no entry was grafted."""
+        if self.density:
+            return "leave learning_rate out, which is then set for the density, or take more steps"
+        return "set density, such as 0.01, for which the rate is set, or a higher learning_rate"
 
     def groups(self, change: Change) -> list[dict[str, Any]]:
         # The rate is that of a plain climb: no decay towards 0, no warm-up, no schedule.
@@ -285,7 +276,7 @@ class Graft(Method):
         if "pulls" not in change.parts:
             return PUBLISHED_RATE
         pulls, starts, count = change.parts["pulls"]
-        return rate(pulls, starts, count, steps, self.bias)
+        return crossing.rate(pulls, starts, count, steps, self.bias)
 
     def unpack(self, base: Base, tensors: Tensors) -> Change:
         return entries.unpack(base, tensors)
