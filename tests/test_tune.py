@@ -19,11 +19,12 @@ import torch
 import transformers
 from safetensors.torch import load_file
 from torch import nn
+from transformers import get_scheduler
 
 import disk
 import howfine
 from console import settle
-from howfine import callbacks, container, trainer
+from howfine import callbacks, container, rates, trainer
 from howfine.base import Base
 from howfine.delta import SUFFIX, Delta
 from howfine.errors import (
@@ -41,6 +42,7 @@ from howfine.readout import readout
 from howfine.recipe import Recipe
 from howfine.sampler import ByLength
 from howfine.task import Example, Task
+from howfine.training import SCHEDULES
 from howfine.tune import Tuned, tune
 from tiny import (
     LABELS,
@@ -429,11 +431,13 @@ def test_a_training_prints_nothing_on_standard_output(
         ({"warmup": 1}, "warmup: found 1.0, expected a share from 0 to below 1"),
         ({"evaluations": -1}, "evaluations: found -1"),
         ({"patience": 2}, "patience 2 counts evaluations, but there are none"),
-        ({"schedule": "zigzag"}, "zigzag is not a valid SchedulerType"),
+        ({"schedule": "zigzag"}, "training schedule: found 'zigzag', expected one of linear"),
+        ({"schedule": "reduce_lr_on_plateau"}, "found 'reduce_lr_on_plateau', expected one of"),
+        ({"schedule": "greedy"}, "found 'greedy', expected one of linear, cosine"),
         ({"report_to": "pigeon"}, "pigeon is not supported"),
         ({"report_to": "tensorboard"}, "tensorboard writes beside the checkpoints"),
-        ({"schedule": "warmup_stable_decay"}, "'warmup_stable_decay' can't be used"),
-        ({"schedule": "cosine_with_min_lr"}, "choose another, such as linear"),
+        ({"schedule": "warmup_stable_decay"}, "found 'warmup_stable_decay', expected one of"),
+        ({"schedule": "cosine_with_min_lr"}, "inverse_sqrt, constant, constant_with_warmup; "),
         ({"precision": "fp16"}, "precision fp16 would train in fp32 on a CPU; use bf16"),
         ({"precision": "fp8"}, "setting 'precision': found 'fp8'"),
         ({"seed": -1}, "seed -1: expected a whole number from 0"),
@@ -451,6 +455,33 @@ def test_bad_settings_are_refused_before_training(
         run(tmp_path, "mask", base, **setting)
     assert base.is_untouched()
     assert not (tmp_path / "x.delta.safetensors").exists()
+
+
+@pytest.mark.parametrize("recipe", ["graft", "diff-pruning"])
+def test_a_schedule_that_waits_for_scores_is_refused_before_the_first_phase(
+    recipe: str, tmp_path: Path
+) -> None:
+    """Groups of a constant rate were an AttributeError in the middle of the last phase."""
+    with pytest.raises(SettingError, match=r"'reduce_lr_on_plateau', expected one of linear"):
+        run(tmp_path, recipe, schedule="reduce_lr_on_plateau", starts=tmp_path / "starts")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_every_schedule_leaves_a_constant_rate_alone(schedule: str, tmp_path: Path) -> None:
+    """Of groups beside: the constant one has its rate at every step, the other the schedule's."""
+    optimiser = torch.optim.SGD([torch.zeros(1)], lr=1.0)
+    optimiser.add_param_group({"params": [torch.zeros(1)], "constant": True})
+    held = rates.hold_constant(get_scheduler(schedule, optimiser, 2, 10))
+    seen = []
+    for _ in range(10):
+        seen.append([group["lr"] for group in optimiser.param_groups])
+        optimiser.step()
+        held.step()
+    assert [own for _, own in seen] == [1.0] * 10
+    assert len({other for other, _ in seen}) > 1 or schedule == "constant"
+    asked = {"max_steps": 2, "start_max_steps": 2, "learning_rate": None}
+    run(tmp_path, "graft", schedule=schedule, start_schedule=schedule, **asked)
 
 
 def test_settings_are_judged_together(tmp_path: Path) -> None:

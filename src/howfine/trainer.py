@@ -18,7 +18,6 @@ from transformers import (
     TrainerCallback,
     TrainerState,
     TrainingArguments,
-    get_scheduler,
 )
 
 from howfine import arguments, rates
@@ -64,7 +63,6 @@ def trainer_of(parts: Parts, seed: int, folder: Path, progress: bool) -> PartsTr
             f"recipe {recipe.name}: precision fp16 would train in fp32 on a CPU; use bf16"
         )
     try:
-        _check_schedule(training.schedule)
         if device.type == "cuda":  # Trainer takes the current one
             torch.cuda.set_device(device)
         rows = len(parts.task.splits["train"])
@@ -270,16 +268,6 @@ class PartsTrainer(Trainer):
             f"{self.parts.recipe.name}, learning_rate {self.args.learning_rate}); nothing was "
             "written. Lower --learning-rate, or use precision fp32"
         )
-
-
-def _check_schedule(name: str) -> None:
-    """Raises ValueError for one that transformers makes with settings of its own alone."""
-    try:
-        get_scheduler(name, torch.optim.SGD([torch.zeros(1)], lr=1.0), 0, 1)
-    except (TypeError, ValueError) as error:
-        raise ValueError(
-            f"schedule {name!r} can't be used: {error}; choose another, such as linear"
-        ) from error
 
 
 def _teacher_share(recipe: Recipe) -> float:

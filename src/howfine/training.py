@@ -9,6 +9,13 @@ from typing import Literal
 
 from howfine.errors import SettingError
 
+# Those of transformers that are a factor of the rate by the step alone. reduce_lr_on_plateau and
+# greedy lower it while what dev gives grows: a loss is what they are made for.
+SCHEDULES = (
+    *("linear", "cosine", "cosine_with_restarts", "polynomial", "inverse_sqrt"),
+    *("constant", "constant_with_warmup"),
+)
+
 
 @dataclass(frozen=True)
 class Training:
@@ -31,8 +38,8 @@ class Training:
     weight_decay: float = 0.01
     # Share of the steps that warm up linearly.
     warmup: float = 0.1
-    # Learning-rate schedule by transformers' name: linear, cosine, constant (which has no warm-up;
-    # constant_with_warmup has), …
+    # Learning-rate schedule, as transformers calls it: linear, cosine, cosine_with_restarts,
+    # polynomial, inverse_sqrt, constant (which has no warm-up) or constant_with_warmup.
     schedule: str = "linear"
     # Gradient norm above which gradients are scaled down; 0 for never.
     max_grad_norm: float = 1.0
@@ -65,6 +72,12 @@ class Training:
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and fits(value)):
                 raise SettingError(f"training {name}: found {value}, expected {expected}")
+        if self.schedule not in SCHEDULES:
+            raise SettingError(
+                f"training schedule: found {self.schedule!r}, expected one of "
+                f"{', '.join(SCHEDULES)}; transformers' others have settings of their own, or wait "
+                "for a loss of dev where a fit has a score"
+            )
 
 
 _RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
