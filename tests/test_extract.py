@@ -622,6 +622,26 @@ def test_without_a_head_it_merges_and_says_so(models: Models, tmp_path: Path) ->
     assert base.is_untouched()
 
 
+@pytest.mark.parametrize("asked", [{"bytes": 4000}, {"density": 0.05}, {"store": "fp16"}], ids=str)
+def test_a_delta_without_a_head_is_extracted_from(
+    models: Models, tmp_path: Path, asked: dict[str, Any]
+) -> None:
+    """As the model is that it was extracted from: the same file, from another form of it."""
+    first, again = tmp_path / f"first.{OUT}", tmp_path / OUT
+    extract(str(models.base), models.tuned, first, store="fp32")
+    found = extract(str(models.base), first, again, **asked)
+    assert not found.head
+    assert found.score is None
+    plain = extract(str(models.base), models.tuned, tmp_path / f"plain.{OUT}", **asked)
+    base = Base.load(str(models.base))
+    theirs = put_on(plain.path, base)
+    assert all(torch.equal(value, theirs[path]) for path, value in put_on(again, base).items())
+    scored = extract(str(models.base), first, again, **asked, task=tiny_task(), gain=False)
+    assert scored.score is None
+    for needed in ({"loss": 0.1}, {"bytes": 4000, "weigh": "fisher"}):
+        refused(models, first, tmp_path, "need a head|needs a head", task=tiny_task(), **needed)
+
+
 # LoRA.
 
 

@@ -190,7 +190,7 @@ def _answering(answer: Answer, asked: Asked) -> Answer:
             return answer
         raise SettingError(
             "a loss of score needs a head, and the tuned model has none that a linear classifier "
-            "on its body expresses; give a delta file, or a byte budget or density"
+            "on its body expresses; give a delta file that has one, or a byte budget or density"
         )
     plain = all(label == f"LABEL_{at}" for at, label in enumerate(answer.labels))
     if plain and len(answer.labels) == len(asked.task.labels):

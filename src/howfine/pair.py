@@ -246,15 +246,16 @@ def _of_adapter(base: Base, before: Source, folder: Path) -> Pair:
 
 def _of_delta(before: str | Base, delta: Delta) -> Pair:
     base = before if isinstance(before, Base) else Base.load(before, kind=delta.base_kind)
-    delta.check_head(base)
-    with delta.applied(base):
+    with delta.changed(base) as head:  # which weights alone need not have
         only_weights(
             base,
             "and a difference of weights can't say what it does. Extract from a delta or a model "
             "that changes weights",
         )
         after = {path: weight_at(base, path).clone() for path in base.paths()}
-    answer = Answer(delta.readout, delta.labels, delta.tensors(base)[1])
+    answer = no_answer()
+    if head is not None:
+        answer = Answer(delta.readout, delta.labels, delta.tensors(base)[1])
     source = MemorySource({path: base.original(path) for path in base.paths()})
     return Pair(base, source, MemorySource(after), answer)
 
