@@ -163,9 +163,12 @@ def _sequences(found: Found) -> list[str]:
         "Accuracy, mean over seeds. Each task keeps its head.",
     ]
     lines += [
-        "Grafts are of 1 %, each of a fine-tuning of the base (not of what stood before it) and"
+        "Grafts are of 1 %, each of a fine-tuning of the bare base, and kept out of the earlier",
+        "ones' regions. The paper goes on instead from the base with the earlier grafts on, and",
+        "trains with their entries frozen ([how](../methods/graft.md#tasks-one-after-another)). So",
+        "these rows test regions that are kept apart, not the paper's procedure.",
     ]
-    lines += ["kept out of the earlier ones' regions.", "", f"| | {' | '.join(order)} |"]
+    lines += ["", f"| | {' | '.join(order)} |"]
     lines += ["|" + " --- |" * (1 + len(order))]
 
     def row(name: str, each: list[list[float]]) -> str:

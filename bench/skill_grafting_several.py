@@ -79,7 +79,11 @@ def sequential(cells: Cells, order: Sequence[str], seed: int) -> list[list[float
 
 
 def grafted(cells: Cells, order: Sequence[str], density: str, seed: int) -> dict[str, Any]:
-    """Accuracies of grafts that keep out of the earlier ones' regions, alone and as a union."""
+    """Accuracies of grafts that keep out of the earlier ones' regions, alone and as a union.
+
+    Not the paper's procedure: each is of a fine-tuning of the bare base, where that goes on from
+    the base with the earlier grafts on, their entries frozen (docs/methods/graft.md says how).
+    """
     files: list[Path] = []
     for number, name in enumerate(order):
         start = cells.get(name, "ft", seed)

@@ -274,7 +274,7 @@ def _sequence(found: Found) -> Verdict:
         f"{' → '.join(records[0]['order'])}, seeds: {len(records)}. One body tuned on forgets "
         f"{_points(naive)} points, the union {_points(union)}; a graft by itself none, as no later "
         f"training reaches its file. Last task: {_points(last[0])} one body, {_points(last[1])} "
-        "union."
+        "union. Not by the paper's procedure: each fine-tuning is of the bare base."
     )
     if naive < LEAST_FORGOTTEN:
         return name, f"Void: too little is forgotten to begin with. {text}"

@@ -522,6 +522,10 @@ def test_a_head_is_one_operands(base: Base) -> None:
     with pytest.raises(SettingError, match=r"\['no', 'yes'\].*\['neg', 'pos'\].*say whose"):
         union([a, named], base)
     assert union([a, named], base, head=1).labels == ("neg", "pos")
+    bare = union([a, named], base, head="none")
+    assert values_of(bare, base) == values_of(joined, base)
+    with pytest.raises(DeltaError, match="has no head"):
+        bare.check_head(base)
     with pytest.raises(SettingError, match="head 2"):
         union([a, b], base, head=2)
 
@@ -619,6 +623,9 @@ def test_the_command_line(tmp_path: Path) -> None:
     assert said["bytes"] == out.stat().st_size
     assert sum(part.bytes for part in cost.parts(out)) == said["bytes"]
     assert same(Delta.load(out), union([a, b], base), base)
+    bare = howfine_here("compose", "union", a, "-o", out.with_name(f"f{SUFFIX}"), "--head", "none")
+    assert "Without a head: start from it" in bare.out, bare.err
+    assert howfine_here("evaluate", out.with_name(f"f{SUFFIX}")).code == 1
     back = howfine_here("compose", "difference", out, b, "-o", tmp_path / f"d{SUFFIX}", *on)
     assert back.code == 0, back.err
     assert same(Delta.load(tmp_path / f"d{SUFFIX}"), Delta.load(a), base)
@@ -642,7 +649,10 @@ def test_the_command_line_refuses_and_writes_nothing(tmp_path: Path) -> None:
     out = tmp_path / f"none{SUFFIX}"
     for arguments, said in (
         (("union", a, a), "overlap where disjoint"),
-        (("union", a, "--head", "2"), "--head 2"),
+        (
+            ("union", a, "--head", "2"),
+            "--head 2: expected one of the files, its number from 1 to 1",
+        ),
         (("sum", a, "--weights", "half"), "'half' is no number"),
         (("scale", a, "0"), "scaled by 0"),
         (("scale", a, "nan"), "one finite number"),

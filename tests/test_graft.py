@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
-from howfine import crossing, regions
+from howfine import compose, crossing, regions
 from howfine.base import Base
 from howfine.change import Change
 from howfine.delta import SUFFIX, Delta
@@ -24,7 +24,9 @@ from howfine.readout import Wired
 from howfine.recipe import Recipe
 from howfine.tune import tune
 from tiny import (
+    LABELS,
     READOUT,
+    Fitted,
     TinyProbe,
     fit_a_little,
     loss_of,
@@ -430,6 +432,71 @@ def test_a_second_region_is_found_outside_the_first(tmp_path: Path) -> None:
     assert regions.overlap(*found) == 0
     both = regions.outside([first, second], base)
     assert regions.size(both) == sum(map(regions.size, found))
+
+
+@pytest.mark.parametrize("name", ["adamw", "sgd"])
+def test_tensors_train_around_entries_that_stay_as_they_began(name: str) -> None:
+    """Whatever the optimiser does: the start's value where that moved them, else the base's."""
+    base = tiny_base("bert")
+    probe = TinyProbe(READOUT, base)
+    paths = base.choose(("all@0--1",))
+    probe.start = {path: probe.start[path] for path in paths[::2]}
+    torch.manual_seed(0)
+    probe.outside = {path: torch.rand(base.parameter(path).shape) < 0.5 for path in base.paths()}
+    begun = {path: probe.start.get(path, base.original(path)).clone() for path in paths}
+    chosen = method("select", train=("all@0--1",))
+    change = chosen.attach(base, probe)
+    wired = Wired(base, READOUT, READOUT.attach(base, LABELS))
+    fitted = Fitted(base, chosen, change, wired.head, wired)
+    optimiser = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}[name](
+        change.trainable.values(), lr=0.1, weight_decay=0.1
+    )
+    for step in range(3):
+        optimiser.zero_grad()
+        loss_of(fitted, step).backward()
+        optimiser.step()
+    packed, stored = chosen.pack(base, change), chosen.stored(change, "int8")
+    for path in paths:
+        mask, now = probe.outside[path], weight_at(base, path)
+        assert torch.equal(now[mask], begun[path][mask]), path
+        assert torch.equal(packed.get(path, base.original(path)), now)
+        assert not torch.equal(now[~mask], begun[path][~mask]), path
+        assert stored[path].shape == now.shape
+    change.remove()
+    assert base.is_untouched()
+    probe.outside = {path: torch.ones_like(mask) for path, mask in probe.outside.items()}
+    with pytest.raises(SettingError, match="lies in the region that 'outside' keeps out"):
+        chosen.attach(base, probe)
+    assert base.is_untouched()
+
+
+def test_a_task_is_learned_from_the_grafts_before_it(tmp_path: Path) -> None:
+    """B4: fine-tuned from the base with the earlier graft on, which stays; grafted outside it."""
+    base, task = tiny_base("bert"), tiny_task()
+    other = replace(task, labels=("a", "b"))
+    first, begun, second = (tmp_path / f"{name}{SUFFIX}" for name in ("first", "begun", "second"))
+    tune(base, task, from_file(fine_tuned(base, tmp_path)), out=first)
+    compose.union([first], base, head="none").save(begun)
+    asked = {**SHORT, "density": 0.05, "store": "fp32", "outside": str(first)}
+    asked |= {"start_outside": str(first), "start_start": str(begun), "start_epochs": 2}
+    asked |= {"start_learning_rate": 1e-2}
+    tune(base, other, "graft", out=second, starts=tmp_path / "starts", **asked)
+    (phase,) = (tmp_path / "starts").glob(f"*{SUFFIX}")
+    region = regions.support(Delta.load(first), base)
+    with Delta.load(first).changed(base):
+        grafted = {path: weight_at(base, path) for path in base.paths()}
+    with Delta.load(phase).changed(base):
+        tuned = {path: weight_at(base, path) for path in base.paths()}
+    for path, mask in region.items():
+        assert torch.equal(tuned[path][mask], grafted[path][mask]), path
+    found = regions.support(Delta.load(second), base)
+    assert regions.overlap(region, found) == 0
+    with Delta.load(second).changed(base):
+        for path, mask in found.items():
+            assert torch.equal(weight_at(base, path)[mask], tuned[path][mask])
+    both = compose.union([first, second], base, head=1)
+    assert both.labels == ("a", "b")
+    assert regions.count(both, base) == regions.size(region) + regions.size(found)
 
 
 def test_the_region_to_keep_out_of_is_checked_and_part_of_the_record(tmp_path: Path) -> None:

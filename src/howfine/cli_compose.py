@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -16,7 +16,8 @@ app = typer.Typer(
 Files = Annotated[list[Path], typer.Argument(help="*.delta.safetensors files of one base.")]
 Out = Annotated[Path, typer.Option("--out", "-o", help="The delta file to write.")]
 HeadOf = Annotated[
-    str | None, typer.Option("--head", help="Whose readout: one of the files, or its number.")
+    str | None,
+    typer.Option("--head", help="Whose readout: a file, its number, or none for no head."),
 ]
 Store = Annotated[
     str | None,
@@ -142,12 +143,15 @@ def _write(
     size = made.save(out)
     result = {"file": str(out), "bytes": size, "operation": operation, "rounding": error}
     rounded = f", rounded to {store}: a weight is off by {error:.2g} at most" if store else ""
-    said = f"{out}: {size:,} bytes{rounded}. Without a score: evaluate it with --task"
+    without = "a score: evaluate it with --task"
+    if asked.get("head") == "none":
+        without = "a head: start from it, merge it, or compose it"
+    said = f"{out}: {size:,} bytes{rounded}. Without {without}"
     options.show(as_json, result, said)
 
 
-def _head(asked: str | None, files: list[Path]) -> int | None:
-    """Index of the file that --head names, or counts from 1."""
+def _head(asked: str | None, files: list[Path]) -> int | Literal["none"] | None:
+    """Index of the file that --head names, or counts from 1; or none, as a word."""
     from howfine.errors import SettingError
 
     if asked is None:
@@ -156,8 +160,10 @@ def _head(asked: str | None, files: list[Path]) -> int | None:
         return files.index(Path(asked))
     if asked.isdecimal() and 1 <= int(asked) <= len(files):
         return int(asked) - 1
+    if asked == "none":
+        return "none"
     raise SettingError(
-        f"--head {asked}: expected one of the files, or its number from 1 to {len(files)}"
+        f"--head {asked}: expected one of the files, its number from 1 to {len(files)}, or none"
     )
 
 

@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ from howfine.codec import PRECISIONS
 from howfine.delta import Delta
 from howfine.entries import flat_entries
 from howfine.errors import DeltaError, SettingError, near
+from howfine.head import no_answer
 from howfine.joining import OnOverlap
 from howfine.method import Method, Tensors, holding
 from howfine.operands import Operand, flat, operands
@@ -30,6 +31,8 @@ from howfine.regions import differs
 from howfine.streams import Stream
 
 Deltas = Sequence[Delta | str | Path]
+# Whose readout: the index of a delta, "none" for no head, None for the first where labels agree.
+HeadOf = int | Literal["none"] | None
 
 
 def compose(operation: str, deltas: Deltas, base: Base | None = None, **options: Any) -> Delta:
@@ -48,14 +51,15 @@ def union(
     base: Base | None = None,
     *,
     on_overlap: OnOverlap | None = None,
-    head: int | None = None,
+    head: HeadOf = None,
 ) -> Delta:
     """The changes of all deltas; of masks, what any of them drops.
 
     Where several change an entry: refuse (None, too), take the `first` or `last` one's value, or θ
     plus the `mean` or `sum` of their δ there. Masks have no values to choose from, and take None.
     `head` is the index of the delta whose readout is taken: the first one's by default, if all have
-    the same labels. Raises SettingError, DeltaError, WrongBase.
+    the same labels. With "none" there is no head, as in the start of a training for another task.
+    Raises SettingError, DeltaError, WrongBase.
     """
     if on_overlap is not None and on_overlap not in get_args(OnOverlap):
         raise SettingError(
@@ -78,7 +82,7 @@ def scaled_sum(
     base: Base | None = None,
     *,
     weights: Sequence[float] | None = None,
-    head: int | None = None,
+    head: HeadOf = None,
 ) -> Delta:
     """θ + Σ w_i δ_i, one weight a delta (1 each by default). `head` is as for `union`.
 
@@ -113,7 +117,7 @@ def negate(deltas: Deltas, base: Base | None = None) -> Delta:
     return scale(deltas, base, by=-1.0)
 
 
-def difference(deltas: Deltas, base: Base | None = None, *, head: int | None = None) -> Delta:
+def difference(deltas: Deltas, base: Base | None = None, *, head: HeadOf = None) -> Delta:
     """The first delta without the entries that any other one changes, whatever their values.
 
     Of masks, what the first one drops and no other does. `head` is as for `union`. Raises
@@ -233,7 +237,7 @@ def _are_masks(given: Sequence[Operand]) -> bool:
     return bool(masks)
 
 
-def _of_masks(base: Base, given: Sequence[Operand], kept: Tensors, head: int | None) -> Delta:
+def _of_masks(base: Base, given: Sequence[Operand], kept: Tensors, head: HeadOf) -> Delta:
     made = streams.encode("method", kept, "fp32", base)
     return _result(base, given, made, head, joining.reader_of(base, given, kept))
 
@@ -242,11 +246,15 @@ def _result(
     base: Base,
     given: Sequence[Operand],
     found: Sequence[Stream],
-    head: int | None,
+    head: HeadOf,
     method: Method | None = None,
 ) -> Delta:
-    """The delta of these streams and of one operand's readout; without a score, it has none yet."""
-    chosen = given[_head(given, head)].delta
+    """The delta of these streams and of one operand's readout, or none; it has no score yet."""
+    chosen = given[0 if head == "none" else _head(given, head)].delta
+    if head == "none":
+        mine = tuple(each for each in chosen.streams if not each.name.startswith("readout/"))
+        none = no_answer()
+        chosen = replace(chosen, readout=none.readout, labels=none.labels, streams=mine)
     whole = any(stream.values is None for stream in found)
     made = Delta(
         base_name=chosen.base_name,

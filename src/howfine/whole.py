@@ -41,16 +41,18 @@ def attach(
     start: Mapping[str, Tensor] | None = None,
     *,
     trains: bool = True,
+    outside: Mapping[str, Tensor] | None = None,
 ) -> Change:
     """Put a trainable copy in place of each parameter named; the originals wait in the undo.
 
     Copies begin at the weights of `start` where that has them. Where they are set and not trained
-    (not `trains`), their number format may be any.
+    (not `trains`), their number format may be any. Entries of `outside` (bool, by path) stay what
+    they begin as.
     """
     originals = {path: base.parameter(path) for path in paths}
     if trains:
         check_format(base, paths)
-    trainable = {}
+    trainable, held = {}, {}
     with all_or_nothing() as undo:
         for path in paths:
             trainable[path], back = surgery.trainable_copy(base.towers, path)
@@ -58,7 +60,34 @@ def attach(
         with torch.no_grad():
             for path, value in (start or {}).items():
                 trainable[path].copy_(value)
-        return Change(trainable, undo, parts={"originals": originals})
+        for path in paths:
+            if outside and path in outside:
+                held[path] = _Held(outside[path], trainable[path])
+                undo.append(surgery.reweight(base.towers, path, held[path]))
+        return Change(trainable, undo, parts={"originals": originals, "held": held})
+
+
+class _Held(nn.Module):
+    """A weight, of which some entries are what they were when training began.
+
+    They have no gradient. The optimiser may still decay what is under them, which nothing reads.
+    """
+
+    def __init__(self, mask: Tensor, value: Tensor) -> None:
+        super().__init__()
+        self.mask, self.value = mask.to(value.device), value.detach().clone()
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return torch.where(self.mask, self.value, weight)
+
+
+def _trained(change: Change) -> Tensors:
+    """What the model reads of each trained tensor."""
+    found, held = {}, change.parts.get("held", {})
+    for path, parameter in change.trainable.items():
+        value = parameter.detach()
+        found[path] = held[path](value) if path in held else value.clone()
+    return found
 
 
 def check_format(base: Base, paths: list[str]) -> None:
@@ -75,8 +104,8 @@ def pack(change: Change) -> Tensors:
     """The trained tensors that differ from the base's in at least one bit."""
     originals: dict[str, nn.Parameter] = change.parts["originals"]
     return {
-        path: value.detach().clone()
-        for path, value in change.trainable.items()
+        path: value
+        for path, value in _trained(change).items()
         if not torch.equal(value, originals[path])
     }
 
@@ -88,8 +117,8 @@ def stored(change: Change, store: str, mine: Mapping[str, Tensor] | None = None)
     """
     originals: dict[str, nn.Parameter] = change.parts["originals"]
     found = {}
-    for path, value in change.trainable.items():
-        apart = value.detach() - originals[path].detach()
+    for path, value in _trained(change).items():
+        apart = value - originals[path].detach()
         if mine is not None and path in mine:
             apart = gates.drop(apart, mine[path])
         found[path] = originals[path] + rounded(apart, store).to(value.device)

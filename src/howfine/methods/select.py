@@ -7,7 +7,11 @@ with `train="bias"` BitFit (Ben Zaken et al. 2022), with `train="norm"` LayerNor
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor
 
 from howfine import whole
 from howfine.base import Base
@@ -19,6 +23,9 @@ from howfine.method import Method, Probe, Tensors
 @dataclass(frozen=True)
 class Select(Method):
     """Which parameters train, by selector: see `howfine.anatomy` for the grammar."""
+
+    start: ClassVar[Any] = "optional"
+    keeps_out: ClassVar[bool] = True
 
     # What trains, as selectors: "all", "none", "bias", "norm", "K", "matrices@0-3", "all@-2,-1".
     train: tuple[str, ...] = ("all",)
@@ -45,13 +52,18 @@ class Select(Method):
                     "through tune, or pass a probe to attach"
                 )
             paths = self._most_sensitive(base, paths, probe)
-        return whole.attach(base, paths)
+        if probe is None:
+            return whole.attach(base, paths)
+        whole.check_kept(base, probe.start, paths, "train")
+        _check_free(paths, probe.outside)
+        return whole.attach(base, paths, probe.start, outside=probe.outside)
 
     def _most_sensitive(self, base: Base, paths: list[str], probe: Probe) -> list[str]:
         """Paths of the `top` groups whose entries move the loss most, a group being a module."""
-        gradients = probe.gradients(base, paths)
+        gradients = probe.gradients(base, paths, at=probe.start)
         if self.by == "saliency":
-            gradients = {p: g * base.parameter(p).detach().abs() for p, g in gradients.items()}
+            weights = {p: probe.start.get(p, base.original(p)) for p in paths}
+            gradients = {p: g * weights[p].abs() for p, g in gradients.items()}
         groups: dict[str, list[str]] = {}
         for path in paths:
             groups.setdefault(path.rpartition(".")[0], []).append(path)
@@ -72,6 +84,15 @@ class Select(Method):
 
     def unpack(self, base: Base, tensors: Tensors) -> Change:
         return whole.unpack(base, tensors)
+
+
+def _check_free(paths: list[str], outside: Mapping[str, Tensor]) -> None:
+    """Refuse to train nothing but entries that are to be kept out of."""
+    if paths and all(path in outside and bool(outside[path].all()) for path in paths):
+        raise SettingError(
+            f"select: all of {paths[0]} and {len(paths) - 1} others lies in the region that "
+            "'outside' keeps out; train other tensors, such as train=all, or name fewer files"
+        )
 
 
 EXAMPLE = Select(train=("all@-1",))
