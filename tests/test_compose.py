@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import get_args
@@ -464,7 +465,9 @@ def test_a_folded_and_a_flat_delta_of_one_base(base: Base) -> None:
 
 @pytest.mark.parametrize("store", ["fp32", "fp16", "int8", "int4"])
 @pytest.mark.parametrize("make", [graft, whole])
-def test_a_change_and_its_opposite_leave_nothing(base: Base, make: Any, store: str) -> None:
+def test_a_change_and_its_opposite_leave_nothing(
+    base: Base, make: Callable[..., Delta], store: str
+) -> None:
     """Not what both were rounded by, either; another change beside them stays as it is."""
     a, b = make(base, 1, store=store), graft(base, 2, 9)
     opposite = negate([a], base)
