@@ -72,7 +72,7 @@ ROOMS = [
         *("export", "vocabulary", "latency", "attach", "semi_structured"),
     ),
     ("ledger", "answer", "plan", "stored"),
-    ("queue", "study"),
+    ("queue", "refine", "study"),
     (
         *("report", "report_page", "report_tables", "report_where", "wording", "catalogue"),
         *("figures", "figures_calibration", "figures_distance", "pictures_page"),

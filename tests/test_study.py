@@ -14,7 +14,7 @@ import pytest
 from optuna.trial import TrialState
 
 from disk import base_folder, howfine, howfine_started, outcome, plan_file, runs, task_folder
-from howfine import queue
+from howfine import queue, refine
 from howfine import study as study_module
 from howfine.answer import groups, recommend
 from howfine.errors import BaseNotFound, SettingError, StorageError, TrainingError
@@ -24,6 +24,7 @@ from howfine.report import report
 from howfine.study import Plan, runs_of, study
 from tiny import tiny_base, tiny_task
 
+REPOSITORY = Path(__file__).parents[1]
 SMALL = Plan(
     ceiling="full",
     floor="head-only",
@@ -72,6 +73,82 @@ def test_records_of_a_version_without_calibration_go_on(finished, tmp_path, monk
     found = report(folder, base=tiny_base("bert"), task=tiny_task())
     assert "| ECE |" in (folder / "report.md").read_text()
     assert found["full"]["ece"] == pytest.approx(np.mean([r["ece"] for r in records[:2]]))
+
+
+def in_name_only(like, smallest):
+    """A run's record without a training: it holds from a density on, and bytes go with it."""
+
+    def made(run, base, task, folder, keep):
+        density = dict(run.settings).get("density")
+        record = {**like, "dev_score": 0.9, "bytes": 10**6, **study_module._identity(run)}
+        if density is not None:
+            record |= {"dev_score": 0.895 if density >= smallest else 0.5}
+            record |= {"bytes": round(1e6 * density) + run.seed}
+        return record
+
+    return made
+
+
+@pytest.mark.parametrize("smallest", [0.00123, 0.0037, 0.009])
+def test_a_study_bisects_to_the_smallest_file_within_the_margin(
+    finished, smallest, tmp_path, monkeypatch
+):
+    ran = []
+    made = in_name_only(finished[1][0], smallest)
+    monkeypatch.setattr(study_module, "run_once", lambda *a: ran.append(a[0].key) or made(*a))
+    knobs = {"sparse": {"density": [0.01, 0.001], "epochs": [1]}}
+    plan = replace(SMALL, recipes=("sparse", "bitfit"), knobs=knobs, refine=6)
+    on = (tiny_base("bert"), tiny_task(), plan)
+    records = study(*on, out=tmp_path, keep=False)
+    tried = {r["settings"]["density"] for r in records if r["recipe"] == "sparse"}
+    assert len(tried) == 2 + 6
+    found = min(density for density in tried if density >= smallest)
+    assert found / smallest < 10 ** (1 / 2**6) * 1.02  # a decade halved six times, and rounding
+    assert len(ran) == len(set(ran)) == len(records) == 2 * (3 + 8)
+    keys = json.loads((tmp_path / "study.json").read_text())["keys"]
+    assert keys == [record["key"] for record in records]
+    assert study(*on, out=tmp_path, keep=False) == records
+    assert len(ran) == len(records), "repeated a run"
+
+
+def test_a_recipe_is_refined_between_a_value_that_holds_and_one_that_does_not():
+    plan = replace(SMALL, recipes=("lora-xs",), seeds=(0,), margin=0.01, refine=1)
+
+    def ranks(scores, **knob):
+        knob = knob or {"rank": list(scores)}
+        made = replace(plan, knobs={"lora-xs": knob})
+        rows = [{"role": "ceiling", "recipe": "full", "dev_score": 0.9, "bytes": 10**6}]
+        rows += [
+            {"role": "candidate", "recipe": "lora-xs", "settings": {"rank": rank}}
+            | ({"error": "diverged"} if score is None else {"dev_score": score, "bytes": 9 * rank})
+            for rank, score in scores.items()
+        ]
+        return refine.finer(made, rows).knobs["lora-xs"].get("rank")
+
+    assert ranks({2: 0.5, 8: 0.5, 32: 0.9}) == [2, 8, 32, 16]
+    assert ranks({2: 0.5, 8: 0.892, 32: 0.5}) == [2, 8, 32, 4]
+    assert ranks({2: 0.9, 8: 0.9}) == [2, 8], "holds at the smallest"
+    assert ranks({2: 0.5, 8: 0.5}) == [2, 8], "holds nowhere"
+    assert ranks({2: 0.5, 3: 0.9}) == [2, 3], "nothing in between"
+    assert ranks({2: 0.5, 8: None, 32: 0.9}) == [2, 8, 32], "what failed is not tried again"
+    two = {"rank": [2, 8], "epochs": [1, 2]}
+    assert ranks({2: 0.5, 8: 0.9}, **two) == [2, 8], "two settings"
+    assert refine.finer(plan, []) == plan
+
+
+@pytest.mark.parametrize("rounds", [-1, 1.5, True])
+def test_rounds_are_a_whole_number(rounds):
+    with pytest.raises(SettingError, match="plan refine: found .*, expected a whole number"):
+        replace(SMALL, refine=rounds)
+
+
+def test_the_default_plan_says_how_many_recipes_it_has():
+    text = (Path(study_module.__file__).parent / "recipes/plans/default.yaml").read_text()
+    plan, told = Plan.load("default"), (REPOSITORY / "docs/recipes.md").read_text()
+    assert len(plan.recipes) == 9
+    assert "about: Nine recipes" in text
+    assert "`default` has nine recipes: " in told
+    assert all(name in told for name in plan.recipes)
 
 
 def test_a_second_call_repeats_nothing(finished, monkeypatch):

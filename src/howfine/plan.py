@@ -38,19 +38,31 @@ class Plan:
     settings: dict[str, Any] | None = None
     # Knobs of a recipe in place of its own: for each setting, its values.
     knobs: dict[str, dict[str, list[Any]]] | None = None
+    # Rounds in which each recipe is run at one more value of its size, by bisection.
+    refine: int = 0
 
     def __post_init__(self) -> None:
+        if type(self.refine) is not int or self.refine < 0:
+            raise SettingError(
+                f"plan refine: found {self.refine!r}, expected a whole number of rounds, from 0"
+            )
+        self._check_seeds()
+        if not isinstance(self.margin, int | float) or not 0 <= self.margin < 1:
+            raise SettingError(
+                f"plan margin: found {self.margin!r}, expected a share of the ceiling's score, "
+                "from 0 to below 1"
+            )
+        self._check_knobs()
+
+    def _check_seeds(self) -> None:
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):
             raise SettingError(
                 f"plan seeds: found {list(self.seeds)}, expected one at least, each once"
             )
         if odd := [seed for seed in self.seeds if type(seed) is not int or not 0 <= seed < 2**32]:
             raise SettingError(f"plan seeds: found {odd[0]!r}, expected whole numbers from 0")
-        if not isinstance(self.margin, int | float) or not 0 <= self.margin < 1:
-            raise SettingError(
-                f"plan margin: found {self.margin!r}, expected a share of the ceiling's score, "
-                "from 0 to below 1"
-            )
+
+    def _check_knobs(self) -> None:
         for name, knob in (self.knobs or {}).items():
             if name not in self.recipes:
                 hint = near(name, self.recipes)

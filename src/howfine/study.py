@@ -1,7 +1,8 @@
 """study: which is the smallest change that still does the task?
 
-A ceiling (everything trains), a floor (the readout alone), and a plan's recipes over their sizes,
-each with several seeds; each run is a delta file, loaded again and scored. Runs are trials of an
+A ceiling (everything trains), a floor (the readout alone), and a plan's recipes over their size
+knobs, each with several seeds; each run is a delta file, loaded again and scored. Rounds of
+bisection (`howfine.refine`) may follow. Runs are trials of an
 Optuna study, so several workers can share one (start the same command twice) and a killed
 worker's run is picked up. Choices are made on dev; test is only reported.
 """
@@ -17,7 +18,7 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from howfine import stored
+from howfine import refine, stored
 from howfine.base import Base
 from howfine.container import write_atomically
 from howfine.delta import SUFFIX
@@ -58,14 +59,19 @@ def study(
     task = Task.load(task, data=data) if isinstance(task, str) else task
     folder = Path(out)
     _make(folder)
-    runs = runs_of(plan, base, task)
     stated: dict[str, Any] = {"base": base.name, "kind": base.kind, "task": named}
     stated |= {"made_on": {"base": base.fingerprint, "task": task.fingerprint}}
-    stated |= {"margin": plan.margin, "keys": [run.key for run in runs], **(facts or {})}
-    write_atomically(folder / "study.json", (json.dumps(stated, indent=2) + "\n").encode())
-    worker = _Worker(base, task, runs, folder, storage, keep)
-    worker.join(progress)
-    return worker.export()
+    for left in reversed(range(plan.refine + 1)):
+        runs = runs_of(plan, base, task)
+        stated |= {"margin": plan.margin, "keys": [run.key for run in runs], **(facts or {})}
+        write_atomically(folder / "study.json", (json.dumps(stated, indent=2) + "\n").encode())
+        worker = _Worker(base, task, runs, folder, storage, keep)
+        worker.join(progress)
+        records = worker.export()
+        before, plan = plan, refine.finer(plan, records) if left else plan
+        if plan == before:
+            break
+    return records
 
 
 def _make(folder: Path) -> None:
