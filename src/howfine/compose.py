@@ -21,7 +21,7 @@ from howfine import joining, regions, streams
 from howfine.base import Base
 from howfine.codec import PRECISIONS
 from howfine.delta import Delta
-from howfine.entries import flat_entries
+from howfine.entries import filled, flat_entries
 from howfine.errors import DeltaError, SettingError, near
 from howfine.head import no_answer
 from howfine.joining import OnOverlap
@@ -154,22 +154,16 @@ def stored(delta: Delta, base: Base, store: str) -> tuple[Delta, float]:
     )
     after = streams.decode(made, base)["method"]
     errors = [
-        float((_all(base, path, after.get(path)) - _all(base, path, tensor)).abs().max())
+        _apart(base.original(path), after.get(path), tensor)
         for path, tensor in before.items()
         if tensor.is_floating_point() and flat(tensor).numel()
     ]
     return replace(delta, streams=made, score={}), max(errors, default=0.0)
 
 
-def _all(base: Base, path: str, tensor: Tensor | None) -> Tensor:
-    """All values of a tensor, (n,): where some entries are given, the base's for the others."""
-    if tensor is not None and not tensor.is_sparse:
-        return flat(tensor)
-    found = base.original(path).flatten().float().cpu().clone()
-    if tensor is not None:
-        index, values = flat_entries(tensor)
-        found[index.cpu()] = values.float().cpu()
-    return found
+def _apart(original: Tensor, one: Tensor | None, other: Tensor) -> float:
+    """The largest difference of two changes of a tensor, where either is given."""
+    return float((filled(original, one) - filled(original, other)).abs().max())
 
 
 OPERATIONS: Mapping[str, Callable[..., Delta]] = {

@@ -43,6 +43,17 @@ def changed(original: Tensor, index: Tensor, values: Tensor) -> Tensor:
     return sparse(index[real], values[real], tuple(original.shape))
 
 
+def filled(original: Tensor, tensor: Tensor | None) -> Tensor:
+    """All values (n,) of a tensor: where some entries are given, or none, the original's else."""
+    if tensor is not None and not tensor.is_sparse:
+        return tensor.flatten()
+    found = original.flatten().float().cpu()
+    if tensor is None:
+        return found
+    index, values = flat_entries(tensor)
+    return found.index_put((index.cpu(),), values.float().cpu())
+
+
 def strongest(scores: Mapping[str, Tensor], count: int) -> dict[str, Tensor]:
     """Row-major indices, ascending, of the `count` largest scores over all tensors together.
 

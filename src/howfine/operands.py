@@ -13,7 +13,7 @@ from torch import Tensor
 from howfine import gates, plugins
 from howfine.base import Base
 from howfine.delta import Delta
-from howfine.entries import flat_entries
+from howfine.entries import filled, flat_entries
 from howfine.errors import DeltaError, SettingError, WrongBase
 from howfine.method import Method, Tensors
 from howfine.regions import Region, differs
@@ -78,10 +78,7 @@ class Operand:
         tensor = self.tensors[path]
         if tensor.dtype == torch.bool:
             return gates.drop(base.original(path).float().cpu(), tensor).flatten()
-        if not tensor.is_sparse:
-            return tensor.flatten()
-        index, new = flat_entries(tensor)
-        return base.original(path).flatten().float().cpu().index_put((index,), new)
+        return filled(base.original(path), tensor)
 
 
 def flat(tensor: Tensor) -> Tensor:

@@ -24,6 +24,7 @@ from howfine.codec import (
     count_places,
     decode_places,
     decode_values,
+    encode_nonzero,
     encode_places,
     encode_values,
 )
@@ -114,7 +115,7 @@ def _joined(owner: str, entries: Mapping[str, Tensor], store: str, base: Base) -
     if store == "fp32":
         coded = encode_values(found, store)
     else:
-        coded, kept = _without_zeros(found - torch.cat(originals), store)
+        coded, kept = encode_nonzero(found - torch.cat(originals), store)
         together[together.nonzero().flatten()[~kept]] = False
         if not kept.any():
             return
@@ -125,22 +126,6 @@ def _joined(owner: str, entries: Mapping[str, Tensor], store: str, base: Base) -
         difference=store != "fp32",
         values=coded,
     )
-
-
-def _without_zeros(found: Tensor, store: str) -> tuple[Coded, Tensor]:
-    """Differences (k,) coded, and which of them are: those that are rounded to 0 need no place.
-
-    All are, where the others would be rounded otherwise without them.
-    """
-    coded = encode_values(found, store)
-    given = decode_values(coded, len(found))
-    kept = given != 0
-    if not kept.any():
-        return coded, kept
-    fewer = encode_values(found[kept], store)
-    if not torch.equal(decode_values(fewer, int(kept.sum())), given[kept]):
-        return coded, torch.ones_like(kept)
-    return fewer, kept
 
 
 def joined_name(owner: str, members: list[str], base: Base) -> str:

@@ -34,7 +34,13 @@ from howfine.codec.coded import PRECISIONS, VALUES, Coded
 from howfine.codec.counting import count_places
 from howfine.codec.places import combinatorial_bits, decode_places, encode_places
 from howfine.codec.steps import entropy_bits
-from howfine.codec.values import decode_values, encode_steps_of, encode_values, rounded
+from howfine.codec.values import (
+    decode_values,
+    encode_nonzero,
+    encode_steps_of,
+    encode_values,
+    rounded,
+)
 
 __all__ = [
     "PRECISIONS",
@@ -44,6 +50,7 @@ __all__ = [
     "count_places",
     "decode_places",
     "decode_values",
+    "encode_nonzero",
     "encode_places",
     "encode_steps_of",
     "encode_values",

@@ -99,6 +99,18 @@ def decode_values(coded: Coded, count: int, parts: Sequence[int] | None = None) 
         raise damaged(coded, f"{count} entries", "what this machine's memory holds") from error
 
 
+def encode_nonzero(values: torch.Tensor, precision: str) -> tuple[Coded, torch.Tensor]:
+    """(k,) differences without those that are rounded to 0, and a mask (k,) of the others.
+
+    All are coded where the others would be rounded otherwise without them.
+    """
+    given = rounded(values, precision)
+    kept = given != 0
+    if kept.any() and not torch.equal(rounded(values[kept], precision), given[kept]):
+        kept = torch.ones_like(kept)
+    return encode_values(values[kept] if kept.any() else values, precision), kept
+
+
 def rounded(
     values: torch.Tensor, precision: str, parts: Sequence[int] | None = None
 ) -> torch.Tensor:
