@@ -193,14 +193,16 @@ def _cell(scores: Sequence[float]) -> str:
 
 def page(results: Results) -> None:
     """Verdicts, then what they rest on."""
-    about = """Written by `python bench/pruning.py --data DIR --base minilm`. MiniLM (6 layers of 12
-heads and 1,536 neurons, English), fp32. Each task is fine-tuned on 1,000 rows (3 epochs, batches
-of 16, 1e-4); every algorithm goes on from that file and ranks by at most 256 of those rows
-(post-training pruning by 512). What
-trains has 2 epochs more (126 steps, 5e-5), a training of all sizes as many steps of three passes.
-Sparsity s is the share of heads and of neurons that go; of post-training pruning and L0 the cards
-say of what. Test: SST-2's 872 rows, MRPC's 408, 1,000 of QNLI's; accuracy. Verdicts compare runs of
-the same task and seed. The claims are Li et al.'s (arXiv 2204.02601), the numbers in them ours."""
+    formats = claims.formats(results.records)
+    about = f"""Written by `python bench/pruning.py --data DIR --base minilm`. MiniLM (6 layers of
+12 heads and 1,536 neurons, English), {formats}.
+Each task is fine-tuned on 1,000 rows (3 epochs, batches of 16, 1e-4); every algorithm goes on from
+that file and ranks by at most 256 of those rows (post-training pruning by 512). What trains has 2
+epochs more (126 steps, 5e-5), a training of all sizes as many steps of three passes. Sparsity s is
+the share of heads and of neurons that go; of post-training pruning and L0 the cards say of what.
+Test: SST-2's 872 rows, MRPC's 408, 1,000 of QNLI's; accuracy. Verdicts compare runs of the same
+task and seed, which have one number format. The claims are Li et al.'s (arXiv 2204.02601), the
+numbers in them ours."""
     parts = ["## Claims", "", *claims.verdicts(results, CLAIMS), ""]
     for task in (name for name in TASKS if results.rows(name, "full")):
         parts += [f"## {task}", "", *curves(results, task), ""]
