@@ -684,7 +684,8 @@ def test_what_is_rounded_to_nothing_takes_no_place(base: Base, tmp_path: Path, s
     tensors = {}
     for number, path in enumerate(paths):
         original = base.parameter(path).detach()
-        index = torch.arange(0, original.numel(), 3)
+        drawn = torch.rand(original.numel(), generator=torch.manual_seed(number))
+        index = (drawn < 0.1).nonzero().flatten()
         step = torch.randn(len(index), generator=torch.manual_seed(number))
         step[::2] *= 1e-9  # far below a step, and below the smallest half
         tensors[path] = sparse(index, original.flatten()[index] + step, tuple(original.shape))
@@ -693,7 +694,7 @@ def test_what_is_rounded_to_nothing_takes_no_place(base: Base, tmp_path: Path, s
     given = codec.decode_values(stream.values, stream.kept() or 0)
     assert (given != 0).all()
     listed = sum(len(flat_entries(tensor)[0]) for tensor in tensors.values())
-    assert 0 < len(given) <= 0.51 * listed
+    assert 0 < len(given) <= 0.6 * listed
     coarse.save(tmp_path / f"x{SUFFIX}")
     there, before = values_of(Delta.load(tmp_path / f"x{SUFFIX}"), base), base.original
     exact = values_of(delta_of(base, tensors, "fp32"), base)

@@ -112,20 +112,23 @@ def _joined(owner: str, entries: Mapping[str, Tensor], store: str, base: Base) -
         values.append(found.float().cpu())
         originals.append(original[index.to(original.device)].float().cpu())
     together, found = torch.cat(places), torch.cat(values)
-    if store == "fp32":
-        coded = encode_values(found, store)
-    else:
-        coded, kept = encode_nonzero(found - torch.cat(originals), store)
-        together[together.nonzero().flatten()[~kept]] = False
+    name, difference = joined_name(owner, members, base), store != "fp32"
+    if difference:
+        found = found - torch.cat(originals)
+    made = [_placed(name, together, encode_values(found, store), difference)]
+    if difference:
+        coded, kept = encode_nonzero(found, store)
         if not kept.any():
             return
-    yield Stream(
-        joined_name(owner, members, base),
-        (len(together),),
-        encode_places(together),
-        difference=store != "fp32",
-        values=coded,
-    )
+        if not kept.all():
+            together[together.nonzero().flatten()[~kept]] = False
+            made.append(_placed(name, together, coded, difference))
+    # Among most of all entries, those that are left out may take more bits than their zeros.
+    yield min(made, key=lambda stream: stream.size)
+
+
+def _placed(name: str, places: Tensor, values: Coded, difference: bool) -> Stream:
+    return Stream(name, (len(places),), encode_places(places), difference, values)
 
 
 def joined_name(owner: str, members: list[str], base: Base) -> str:
