@@ -18,6 +18,7 @@ from howfine.delta import SUFFIX, Delta
 from howfine.entries import flat_entries
 from howfine.errors import DamagedDelta, SettingError
 from howfine.method import method
+from howfine.methods import sparse as sparse_file
 from howfine.recipe import Recipe
 from howfine.tune import tune
 from tiny import (
@@ -229,22 +230,49 @@ def test_places_that_have_not_moved_are_not_chosen_among() -> None:
         supports(base, probe, by="movement", density=0.01, scope="tensor")
 
 
-def test_moved_places_to_keep_out_of_are_not_chosen_among() -> None:
-    """They count as ones that have not moved, and the nearest density leaves them out."""
+def nearest(error: pytest.ExceptionInfo[SettingError]) -> float:
+    return float(str(error.value).partition("nearest density is ")[2].partition(",")[0])
+
+
+def test_places_to_keep_out_of_have_not_moved() -> None:
+    """They are asked for by no density that is named, and what is named works."""
     base = tiny_base("bert")
     probe, path = TinyProbe(READOUT), base.choose(("Q",))[0]
     value = base.parameter(path).detach().clone()
     value.view(-1)[:50] += 1
-    taken = torch.zeros_like(value, dtype=torch.bool)
-    taken.view(-1)[:30] = True
-    probe.start, probe.outside = {path: value}, {path: taken}
+    kept_out = torch.zeros(value.shape, dtype=torch.bool)
+    kept_out.view(-1)[:10] = True
+    kept_out.view(-1)[100:400] = True
+    probe.start, probe.outside = {path: value}, {path: kept_out}
     total = sum(base.parameter(each).numel() for each in base.choose(("matrices",)))
-    with pytest.raises(SettingError, match="the start moved 20 of the") as refused:
-        supports(base, probe, by="movement", density=50 / total)
-    nearest = float(str(refused.value).split("nearest density is ")[1].split(",")[0])
-    found = supports(base, probe, by="movement", density=nearest)
-    assert 18 <= len(found[path]) <= 20
-    assert not taken.flatten()[found[path]].any()
+    with pytest.raises(SettingError, match="moved 40 of .* less those that outside") as error:
+        supports(base, probe, by="movement", density=45 / total)
+    found = supports(base, probe, by="movement", density=nearest(error))
+    assert {each: index.tolist() for each, index in found.items()} == {path: list(range(10, 50))}
+
+
+def test_the_nearest_density_works_for_every_tensor() -> None:
+    """Of each tensor by itself, the one that moved least decides; one that did not allows none."""
+    base, where = tiny_base("bert"), ("Q", "K")
+    probe, paths = TinyProbe(READOUT), base.choose(("Q", "K"))
+    probe.start = {}
+    for number, path in enumerate(paths):
+        value = base.parameter(path).detach().clone()
+        value.view(-1)[: 90 - 20 * number] += 1
+        probe.start[path] = value
+    least = 90 - 20 * (len(paths) - 1)
+    asked = {"by": "movement", "scope": "tensor", "where": where}
+    with pytest.raises(SettingError, match="scope=global") as error:
+        supports(base, probe, density=0.5, **asked)
+    found = supports(base, probe, density=nearest(error), **asked)
+    assert [len(index) for index in found.values()] == [least] * len(paths)
+    del probe.start[paths[-1]]
+    with pytest.raises(SettingError, match="no density fits, or choose scope=global, other"):
+        supports(base, probe, density=0.01, **asked)
+
+
+def test_a_small_share_is_rounded_down_and_is_none_of_0() -> None:
+    assert [sparse_file._down(share) for share in (1 / 3, 8e-8, 0.05)] == [0.333333, 8e-8, 0.05]
 
 
 @pytest.mark.parametrize("density", [0.0, 1.0, -0.1, math.nan])

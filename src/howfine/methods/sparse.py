@@ -13,6 +13,7 @@ Optimiser state and gradients exist for k numbers: see `howfine.sampled`.
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -105,25 +106,36 @@ class Sparse(Method):
             return held
         scores = self._scores(base, paths, probe)
         together = [list(scores)] if self.scope == "global" else [[path] for path in scores]
+        parts = [{path: scores[path] for path in own} for own in together]
+        if self.by == "movement":
+            self._check_moved(parts)
         found: dict[str, Tensor] = {}
-        for own in together:
-            part = {path: scores[path] for path in own}
-            count = max(1, round(self.density * sum(map(torch.Tensor.numel, part.values()))))
-            if self.by == "movement":
-                self._check_moved(part, count)
-            found |= entries.strongest(part, count)
+        for part in parts:
+            found |= entries.strongest(part, self._count(part))
         return found
 
-    def _check_moved(self, scores: Mapping[str, Tensor], count: int) -> None:
-        """Refuse to choose among places that have not moved: the first ones would be taken."""
-        moved = sum(int((score > 0).sum()) for score in scores.values())  # kept out: below 0
-        if moved < count:
-            total = sum(map(torch.Tensor.numel, scores.values()))
+    def _count(self, scores: Mapping[str, Tensor]) -> int:
+        return max(1, round(self.density * sum(map(torch.Tensor.numel, scores.values()))))
+
+    def _check_moved(self, parts: list[dict[str, Tensor]]) -> None:
+        """Refuse to choose among places that have not moved: the first ones would be taken.
+
+        Those to keep out of have scores below 0.
+        """
+        moved = [sum(int((each > 0).count_nonzero()) for each in part.values()) for part in parts]
+        totals = [sum(map(torch.Tensor.numel, part.values())) for part in parts]
+        for part, found, total in zip(parts, moved, totals, strict=True):
+            if found >= self._count(part):
+                continue
+            least = min(map(operator.truediv, moved, totals))
+            instead = f"the nearest density is {_down(least):g}" if least else "no density fits"
+            less = any(bool((each < 0).any()) for each in part.values())
             raise SettingError(
-                f"sparse density {self.density} by='movement': {count:,} entries are asked, and "
-                f"the start moved {moved:,} of the {total:,} of {', '.join(list(scores)[:2])}"
-                f"{' …' if len(scores) > 2 else ''}; the nearest density is "
-                f"{math.floor(1e6 * moved / total) / 1e6:g}, or choose by gradient"
+                f"sparse density {self.density} by='movement': {self._count(part):,} entries are "
+                f"asked, and the start moved {found:,} of the {total:,} of "
+                f"{', '.join(list(part)[:2])}{' …' if len(part) > 2 else ''}"
+                f"{', less those that outside keeps out' if less else ''}; {instead}, or choose "
+                f"{'scope=global, ' if len(parts) > 1 else ''}other tensors, or by gradient"
             )
 
     def _regrown(
@@ -213,6 +225,12 @@ class Sparse(Method):
 
 
 _GRADIENT: dict[str, Any] = {"gradient": "mean", "fisher": "square", "saliency": "mean"}
+
+
+def _down(share: float) -> float:
+    """A share above 0 in six digits, rounded down."""
+    digits = 10.0 ** (5 - math.floor(math.log10(share)))
+    return math.floor(share * digits) / digits
 
 
 def _moved(base: Base, begun: Tensors, path: str, index: Tensor) -> Tensor:
