@@ -189,7 +189,9 @@ def test_layers_learn_the_states_of_the_model_before() -> None:
     found = {}
     for weight in (0.0, 30.0):
         base = tiny_base("bert", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
-        fitted = fit_a_little(base, method("l0", states=weight, beside=("matrices",)), steps=8)
+        # Gates as good as fixed: which of them end closed would move states more than the weights.
+        chosen = method("l0", keep=0.95, rate=1e-6, states=weight, beside=("matrices",))
+        fitted = fit_a_little(base, chosen, steps=16, rate=1e-3)
         now, packed = states_of(base), fitted.method.pack(base, fitted.change)
         moved = fitted.change.trainable.get("layer_map")
         fitted.change.remove()
@@ -201,7 +203,7 @@ def test_layers_learn_the_states_of_the_model_before() -> None:
         assert set(weights) <= set(base.paths())
         pairs = zip(now, before, strict=True)
         found[weight] = sum(float(functional.mse_loss(own, state)) for own, state in pairs)
-    assert found[30.0] < found[0.0]
+    assert found[30.0] < 0.5 * found[0.0]
 
 
 def fitted(folder: Path, name: str, chosen: Any, **settings: Any) -> Any:

@@ -8,6 +8,7 @@ padding that leaks then shows in the outputs.
 from __future__ import annotations
 
 import io
+import math
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -394,26 +395,35 @@ def wire(base: Base, chosen: Method, read: Readout = READOUT) -> Fitted:
     return Fitted(base, chosen, change, head, Wired(base, read, head))
 
 
-def optimiser_of(fitted: Fitted) -> torch.optim.AdamW:
-    """AdamW with steps of each parameter's own size: ±5 logits flip and weights stay finite."""
+def optimiser_of(fitted: Fitted, rate: float = math.inf) -> torch.optim.AdamW:
+    """AdamW with steps of each parameter's own size: ±5 logits flip and weights stay finite.
+
+    Or with steps of `rate`, where that is smaller.
+    """
     groups = []
     for group in fitted.method.groups(fitted.change):
         for parameter in group["params"]:
             size = parameter.detach().float().square().mean().sqrt().item()
             decay = group.get("weight_decay", 0.01)
-            groups.append({"params": [parameter], "lr": max(size, 0.05), "weight_decay": decay})
-    groups.append({"params": list(fitted.head.parameters()), "lr": 0.05})
+            lr = min(max(size, 0.05), rate)
+            groups.append({"params": [parameter], "lr": lr, "weight_decay": decay})
+    groups.append({"params": list(fitted.head.parameters()), "lr": min(0.05, rate)})
     return torch.optim.AdamW(groups)
 
 
 def fit_a_little(
-    base: Base, chosen: Method, steps: int = 3, seed: int = 0, readout: Readout = READOUT
+    base: Base,
+    chosen: Method,
+    steps: int = 3,
+    seed: int = 0,
+    readout: Readout = READOUT,
+    rate: float = math.inf,
 ) -> Fitted:
     """Attach, train `steps` batches with dropout on, and leave the change on, in eval mode."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         fitted = wire(base, chosen, readout)
-        optimiser = optimiser_of(fitted)
+        optimiser = optimiser_of(fitted, rate)
         fitted.wired.train()
         for step in range(steps):
             loss = loss_of(fitted, step)
