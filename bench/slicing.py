@@ -72,6 +72,8 @@ def inputs(rows: int) -> dict[str, torch.Tensor]:
 def session(path: Path, threads: int, without: Sequence[str] = ()) -> Callable[[], Any]:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
+    # Or this session's threads would go on spinning for work while the other session runs.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
     made = onnxruntime.InferenceSession(
         path, options, providers=["CPUExecutionProvider"], disabled_optimizers=list(without)
     )
