@@ -49,6 +49,8 @@ class Entry:
     side: str = "howfine"  # or "peft"
     # Epochs where they are not those that all entries share: few numbers take more steps.
     epochs: int = 0
+    # Which setting of the recipe its rates are of.
+    tuned: str = "learning_rate"
 
     def recipe(self, rate: float, **common: Any) -> Recipe:
         """The recipe at a learning rate, with settings that all entries share; its own win."""
@@ -62,7 +64,7 @@ class Entry:
             own["epochs"] = self.epochs
         if found.start is not None and "precision" in common:
             own["start_precision"] = common["precision"]
-        return found.override(**{**common, "learning_rate": rate, **own})
+        return found.override(**{**common, self.tuned: rate, **own})
 
 
 # In four bits, and a head without the row of its first label.
@@ -98,6 +100,15 @@ OURS = [
     Entry("lora-xs-16-int4", "lora-xs", "cores", {**SHORT, "rank": 16}),
     Entry("head-only-int4", "head-only", "head", SHORT),
     Entry("diff-pruning", "diff-pruning", "entries"),
+    Entry("graft", "graft", "full", {"store": "int4"}, tuned="start_learning_rate"),
+    Entry(
+        "graft-small",
+        "graft",
+        "full",
+        {"store": "int4", "density": 0.001},
+        tuned="start_learning_rate",
+    ),
+    Entry("sensitive", "sensitive", "layers"),
     Entry("intrinsic", "intrinsic", "random map"),
     Entry("lora-xs", "lora-xs", "cores"),
     Entry("tiny-lora", "tiny-lora", "shared cores"),
@@ -169,6 +180,7 @@ LADDERS = [
         "head-only-int4 head-only-int8 head-only",
         "sparse-tiny sparse-tiny-2x sparse-tiny-4x sparse-tiny-8x sparse-tiny-16x bias-norm",
         "layernorm-top layernorm bitfit",
+        "graft-small graft",
         "mask-top mask",
         "lora-xs-int4 lora-xs-8-int4 lora-xs-16-int4",
         "lora-min lora-r1-qv lora-r2-qv lora-r4-qv lora-r8-qv",
