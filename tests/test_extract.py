@@ -421,6 +421,26 @@ def test_a_gain_brings_the_answers_closer(models: Models, tmp_path: Path, store:
     assert heads[0] == heads[1]
 
 
+def test_a_factor_right_for_a_smaller_file_does_not_trap_the_search(models: Models) -> None:
+    """Where all factors near it answer alike, the search begins at 1 instead."""
+
+    class Valley:
+        """Least at a factor of 2; from 16 on answers are saturated, and slowly less wrong."""
+
+        def divergence(self, delta: Delta) -> float:
+            (params,) = (s.values.params for s in delta.streams if s.values and s.values.params)
+            factor = params[0] / first
+            return abs(math.log2(factor) - 1) if factor < 16 else 9 - math.log2(factor) / 100
+
+    base = Base.load(str(models.base))
+    delta = extract(base, models.tuned, models.base.parent / OUT, density=0.02).delta
+    (first,) = (s.values.params[0] for s in delta.streams if s.values and s.values.params)
+    for begin in (1.0, 4.0, 64.0):
+        found, factor = gain.best(delta, Valley(), begin)
+        assert factor == pytest.approx(2.0)
+        assert Valley().divergence(found) == pytest.approx(0, abs=1e-6)
+
+
 def test_the_divergence_is_that_of_the_answers(models: Models) -> None:
     """Σ p·log(p / q) by a plain loop, averaged over texts; 0 of a model from itself."""
     base, delta = Base.load(str(models.base)), Delta.load(models.delta)

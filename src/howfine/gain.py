@@ -70,9 +70,12 @@ def scaled(delta: Delta, factor: float) -> Delta | None:
 
 
 def best(delta: Delta, teacher: Teacher, begin: float = 1.0) -> tuple[Delta, float]:
-    """(the delta with its best factor, that factor): downhill from `begin` in both directions.
+    """(the delta with its best factor, that factor): downhill from where it is better of `begin`
+    and 1, in both directions.
 
-    The delta itself where it has no scales.
+    From `begin` alone a search may end far off: what was right for a file of few entries makes one
+    of many answer beyond recall, where no factor near it is better. The delta itself where it has
+    no scales.
     """
     if scaled(delta, 1.0) is None:
         return delta, 1.0
@@ -87,7 +90,7 @@ def best(delta: Delta, teacher: Teacher, begin: float = 1.0) -> tuple[Delta, flo
             tried[exponent] = teacher.divergence(changed)
         return tried[exponent]
 
-    here = round(np.log(begin) / np.log(_RATIO))
+    here = min((round(np.log(begin) / np.log(_RATIO)), 0), key=at)
     for direction in (1, -1):
         while at(here + direction) < at(here):
             here += direction
