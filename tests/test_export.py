@@ -23,6 +23,7 @@ from howfine.method import Method, method
 from howfine.readout import Readout, readout
 from howfine.recipe import Recipe
 from howfine.slicing import sliced
+from howfine.start import weight_at
 from howfine.task import Example
 from howfine.training import Training
 from howfine.tune import tune
@@ -87,6 +88,13 @@ def test_half_precision_halves_the_file(tmp_path: Path) -> None:
     assert half.fingerprint == base.fingerprint  # of the weights as they were loaded
     half.towers.to(torch.float16)
     files = [export(delta, tmp_path / f"{n}.onnx", each) for n, each in enumerate((base, half))]
+    once = export(delta, tmp_path / "once.onnx", base, dtype="float16")
+    assert base.is_untouched()
+    with delta.changed(base):
+        wanted = weight_at(base, f"{base.tower_name}.encoder.layer.0.output.dense.bias").half().numpy()
+    biases = [onnx.numpy_helper.to_array(v) for v in onnx.load(once).graph.initializer]
+    assert any(v.shape == wanted.shape and (v == wanted).all() for v in biases)
+    assert once.stat().st_size == pytest.approx(files[1].stat().st_size, rel=0.05)
     held = [sum(each.ByteSize() for each in onnx.load(p).graph.initializer) for p in files]
     assert held[1] < 0.55 * held[0]
     found, exact = (shares(path, delta, base, TEXTS) for path in files[::-1])

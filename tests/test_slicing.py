@@ -19,6 +19,7 @@ from howfine.cuts import trial
 from howfine.delta import SUFFIX, Delta
 from howfine.errors import BaseNotFound, SettingError, StorageError
 from howfine.evaluate import evaluate, predict
+from howfine.merge import merge
 from howfine.method import method
 from howfine.readout import readout
 from howfine.slicing import Sliced, sliced
@@ -192,6 +193,37 @@ def test_half_precision_is_sliced(dtype: torch.dtype, tmp_path: Path) -> None:
     base.towers.to(dtype)
     done = sliced(delta_of(base, head=False), tmp_path / "small", base)
     assert sum(done.heads) == 4
+
+
+def test_what_is_written_in_half_precision_is_the_sum_rounded_once(tmp_path: Path) -> None:
+    """Of a change too small to be seen beside the base, what base and change round to together."""
+    base, path = tiny_base("bert"), f"{tmp_path}/x{SUFFIX}"
+    base.tower.save_pretrained(tmp_path / "base")
+    base.tokenizer.save_pretrained(tmp_path / "base")
+    fitted = fit_a_little(Base.load(str(tmp_path / "base")), method("full"), rate=3e-5)
+    delta = fitted.delta()
+    fitted.change.remove()
+    delta.save(path)
+    place = "encoder.layer.0.intermediate.dense.weight"
+    with delta.changed(base):
+        wanted = base.tower.get_parameter(place).detach().to(torch.bfloat16)
+    own = base.tower.get_parameter(place)
+    assert not torch.equal(wanted, (wanted.float() - own + own.bfloat16()).bfloat16())
+    merge(delta, tmp_path / "merged", base, dtype="bfloat16")
+    sliced(delta, tmp_path / "sliced", base, texts=["w1 w2"], dtype="bfloat16")
+    assert own.dtype == torch.float32
+    assert base.is_untouched()
+    told = howfine_here("merge", path, tmp_path / "told", "--dtype", "bfloat16", "--json")
+    assert told.json["bytes"] == (tmp_path / "merged/model.safetensors").stat().st_size
+    words = ["--vocabulary", tmp_path / "words.txt"]
+    words[1].write_text("w1 w2\n")
+    for folder in ("merged", "sliced", "told", "cut"):
+        if folder == "cut":
+            howfine_here("slice", path, tmp_path / folder, *words, "--dtype", "bfloat16")
+        assert torch.equal(load_file(tmp_path / folder / "model.safetensors")[place], wanted)
+        assert json.loads((tmp_path / folder / "config.json").read_text())["dtype"] == "bfloat16"
+    with pytest.raises(SettingError, match="dtype 'half' is unknown"):
+        merge(delta, tmp_path / "none", base, dtype="half")
 
 
 def test_whatever_switched_units_off(tmp_path: Path) -> None:

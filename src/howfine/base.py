@@ -22,7 +22,6 @@ from howfine.architectures import anatomy_of
 from howfine.errors import BaseNotFound, SettingError, near
 from howfine.pretrained import (
     BODY,
-    DTYPES,
     EMBEDDED,
     GENERATOR,
     IMAGE_BODY,
@@ -106,8 +105,7 @@ class Base:
         name = str(name)
         if kind not in (known_kinds := (*KINDS, LANGUAGE_MODEL, GENERATOR, TWO_TOWERS)):
             raise SettingError(f"base kind {kind!r} is unknown. {near(kind, known_kinds)}")
-        if dtype not in DTYPES:
-            raise SettingError(f"dtype {dtype!r} is unknown. {near(dtype, DTYPES)}")
+        number_format = pretrained.dtype_of(dtype)
         if kind == TWO_TOWERS:
             image, text = pretrained.two_names(name)
             options: Any = {"dtype": dtype, "device": device, "revision": revision}
@@ -132,7 +130,7 @@ class Base:
         base.settle_pooling(source, missing)
         if base.tower_name == IMAGE:
             base.preprocessing = stated.preprocessing(source, revision)
-        base.towers.to(device=torch.device(device), dtype=DTYPES[dtype])
+        base.towers.to(device=torch.device(device), dtype=number_format)
         return base
 
     def checked(self) -> Base:

@@ -26,8 +26,8 @@ def merge(
     from howfine.widths import KEY
 
     opened = Delta.load(delta)
-    loaded = options.base(base, opened, "cpu", dtype)
-    path = run(opened, out, loaded)
+    loaded = options.base(base, opened, "cpu", "float32")
+    path = run(opened, out, loaded, dtype=dtype)
     how = "Base.load" if hasattr(loaded.config, KEY) else "AutoModel.from_pretrained"
     facts = {"folder": str(path), "bytes": _bytes(path), "dtype": dtype}
     said = f"{path}: {facts['bytes']:,} bytes of weights in {dtype}; load it with {how}"
@@ -77,6 +77,7 @@ def cut(
     """
     from dataclasses import asdict
 
+    from howfine import pretrained, surgery
     from howfine.delta import Delta
     from howfine.errors import SettingError
     from howfine.latency import largest
@@ -91,11 +92,13 @@ def cut(
         raise SettingError("--least and --data are for --vocabulary; give that, too, or neither")
     opened = Delta.load(delta)
     texts = options.texts(vocabulary, data) if vocabulary is not None else None
-    loaded = options.base(base, opened, "cpu", dtype)
+    loaded = options.base(base, opened, "cpu", "float32")
     if latency_ms is not None:
         rows, tokens = ROWS if rows is None else rows, TOKENS if tokens is None else tokens
-        keep = largest(opened, loaded, latency_ms, rows, tokens).keep
-    done = run(opened, out, loaded, keep=keep, texts=texts, least=1 if least is None else least)
+        with surgery.converted(loaded.towers, pretrained.dtype_of(dtype)):  # as it will run
+            keep = largest(opened, loaded, latency_ms, rows, tokens).keep
+    least = 1 if least is None else least
+    done = run(opened, out, loaded, keep=keep, texts=texts, least=least, dtype=dtype)
     facts = {name: str(v) if isinstance(v, Path) else v for name, v in asdict(done).items()}
     facts |= {"bytes": _bytes(done.folder), "dtype": dtype} | (
         {} if keep is None else {"keep": keep}
@@ -126,7 +129,7 @@ def export(
     from howfine.export import export as run
 
     opened = Delta.load(delta)
-    path = run(opened, out, options.base(base, opened, "cpu", dtype), pair=pair)
+    path = run(opened, out, options.base(base, opened, "cpu", "float32"), pair=pair, dtype=dtype)
     size = path.stat().st_size
     facts = {"file": str(path), "bytes": size, "labels": list(opened.labels)}
     options.show(as_json, facts, f"{path}: {size:,} bytes; ONNX Runtime gives the same outputs")

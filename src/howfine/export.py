@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from howfine import container
+from howfine import container, pretrained, surgery
 from howfine.base import Base, TwoTowers
 from howfine.batch import Batch, to_device
 from howfine.delta import Delta
@@ -50,15 +50,21 @@ class _Flat(nn.Module):
 
 
 def export(
-    delta: Delta | str | Path, out: str | Path, base: Base | None = None, pair: bool = False
+    delta: Delta | str | Path,
+    out: str | Path,
+    base: Base | None = None,
+    pair: bool = False,
+    *,
+    dtype: str | None = None,
 ) -> Path:
     """Write an ONNX file that gives what the delta's readout gives on this base.
 
     Its inputs are the tokenizer's, (B, S) each, and where a readout has free positions of its own
     those, too; its output `logits` is (B, …). With `pair` the task's inputs are two texts. The
-    classes' names are the graph's metadata `labels`, one a line. Raises SettingError without the
-    packages that it needs, for a readout that writes, for two towers, and where ONNX Runtime gives
-    other outputs; StorageError where the file exists or can't be written.
+    classes' names are the graph's metadata `labels`, one a line. `dtype` is the number format of
+    the weights, the sums of base and change; the base's own by default. Raises SettingError without
+    the packages that it needs, for a readout that writes, for two towers, and where ONNX Runtime
+    gives other outputs; StorageError where the file exists or can't be written.
     """
     _check_packages()
     delta, base = opened(delta, base)
@@ -67,15 +73,16 @@ def export(
             "one graph holds a model that reads texts and answers with numbers; this delta's "
             f"readout writes, or its base {base.name} takes pictures: export is not made for it"
         )
-    if base.dtype == torch.bfloat16:
+    number_format = base.dtype if dtype is None else pretrained.dtype_of(dtype)
+    if number_format == torch.bfloat16:
         raise SettingError(
-            "ONNX Runtime has no bfloat16 on CPUs, where the graph is checked; load the base in "
-            "float32 or float16 (--dtype)"
+            "ONNX Runtime has no bfloat16 on CPUs, where the graph is checked; give dtype float32 "
+            "or float16 (--dtype)"
         )
     path = Path(out)
     if path.exists():
         raise StorageError(f"{path} exists already; choose another name or remove it first")
-    with delta.applied(base) as wired, _quiet():
+    with delta.applied(base) as wired, surgery.converted(base.towers, number_format), _quiet():
         graph = _graph(wired, base, delta, pair)
         _check_same(graph, wired, base, delta, pair)
     container.write_atomically(path, graph)
@@ -100,7 +107,7 @@ def _graph(wired: Wired, base: Base, delta: Delta, pair: bool) -> bytes:
     if size >= _MOST_BYTES:
         raise SettingError(
             f"{base.name} has {size:,} bytes of weights, and one ONNX file holds less than 2 GB; "
-            "slice it first, or load it in half precision (--dtype float16)"
+            "slice it first, or write it in half precision (--dtype float16)"
         )
     batch = _batch(base, delta, _TEXTS, pair)
     given = _fields(batch)

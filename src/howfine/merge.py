@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.utils import IMAGE_PROCESSOR_NAME
 
-from howfine import fingerprint, pretrained, stated
+from howfine import fingerprint, pretrained, stated, surgery
 from howfine.base import Base
 from howfine.delta import Delta, only_weights
 from howfine.errors import BaseNotFound, StorageError, WrongBase
@@ -29,22 +29,33 @@ HEAD_FILE = "readout.safetensors"
 HEAD_CONFIG = "readout.json"
 
 
-def merge(delta: Delta | str | Path, out: str | Path, base: Base | None = None) -> Path:
+def merge(
+    delta: Delta | str | Path,
+    out: str | Path,
+    base: Base | None = None,
+    *,
+    dtype: str | None = None,
+) -> Path:
     """Write the changed base, its tokenizer and the readout's head to the folder `out`.
 
     `AutoModel.from_pretrained(out)` loads the body with no need of howfine. The head, if there is
     one, lies beside it in `readout.safetensors`, with its settings and labels in `readout.json`.
+    `dtype` is the number format of what is written, the sum of base and change; the base's own by
+    default.
     Raises StorageError where `out` exists or can't be written; a half-written folder is removed.
-    Raises SettingError for a change that is not one of weights.
+    Raises SettingError for a change that is not one of weights, and for an unknown dtype.
     Raises BaseNotFound, WrongBase where the base is an encoder and the encoder-decoder that it was
     taken from is not to be had.
     """
     delta, base = opened(delta, base)
+    number_format = None if dtype is None else pretrained.dtype_of(dtype)
 
     def write(folder: Path) -> None:
         with delta.changed(base) as head:
             only_weights(base, "which no plain checkpoint holds; keep the delta beside its base")
-            save(base, _whole(base), folder)
+            model = _whole(base)
+            with surgery.converted(model, number_format):
+                save(base, model, folder)
             if head is not None:
                 _save_head(delta, head, folder)
 

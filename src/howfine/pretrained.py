@@ -15,7 +15,7 @@ from torch import nn
 from howfine import fingerprint as fp
 from howfine import widths
 from howfine.architectures import anatomy_of
-from howfine.errors import BaseNotFound, SettingError
+from howfine.errors import BaseNotFound, SettingError, near
 
 EMBEDDED = "minilm"
 _EMBEDDED_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
@@ -37,6 +37,13 @@ GENERATOR = "causal_or_seq2seq_lm"
 # An image encoder and a text encoder that are one base.
 TWO_TOWERS = "two_towers"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def dtype_of(name: str) -> torch.dtype:
+    """The number format of a name. Raises SettingError where there is none."""
+    if name not in DTYPES:
+        raise SettingError(f"dtype {name!r} is unknown. {near(name, DTYPES)}")
+    return DTYPES[name]
 
 
 @contextmanager

@@ -66,18 +66,21 @@ def sliced(
     keep: float | None = None,
     texts: Iterable[str] | None = None,
     least: int = 1,
+    dtype: str | None = None,
 ) -> Sliced:
     """Write the changed base without its units that are off to the folder `out`.
 
     With `keep`, of a delta that was trained for all sizes (`Delta.resized`), that share of its
     units stays. With `texts`, of the vocabulary the tokens that are in them `least` times stay, and
     those that `vocabulary.used` names; no unit need be off then, and the base may stand alone, with
-    no delta (None). Beside the model lies a delta of the readout, made on it: `howfine predict` and
-    `evaluate` take that one with `--base OUT`. Raises StorageError where `out` exists or can't be
-    written, SettingError where nothing is off, for a change that is not one of weights, and for a
-    base that is part of a larger model.
+    no delta (None). `dtype` is the number format of what is written, the sum of base and change;
+    the base's own by default. Beside the model lies a delta of the readout, made on it: `howfine
+    predict` and `evaluate` take that one with `--base OUT`. Raises StorageError where `out` exists
+    or can't be written, SettingError where nothing is off, for a change that is not one of weights,
+    and for a base that is part of a larger model.
     """
     delta, base = _opened(delta, base, keep, texts is not None)
+    number_format = None if dtype is None else pretrained.dtype_of(dtype)
     words = () if delta is None else vocabulary.words_of(delta)
     fewer = None if texts is None else vocabulary.used(base, texts, least, words)
     with _changed(delta, base) as head:
@@ -86,6 +89,7 @@ def sliced(
         if fewer is not None:
             vocabulary.cut(base, model, fewer)
     plain = _state_widths(base, model)
+    model.to(number_format)
 
     def write(folder: Path) -> None:
         save(base, model, folder, None if fewer is None else fewer.tokenizer)

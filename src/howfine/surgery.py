@@ -8,8 +8,10 @@ in between.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
+import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
@@ -113,6 +115,26 @@ def hold(module: nn.Module, name: str, value: nn.Parameter | nn.Module) -> Undo:
         )
     setattr(module, name, value)
     return lambda: delattr(module, name)
+
+
+@contextmanager
+def converted(model: nn.Module, dtype: torch.dtype | None) -> Iterator[None]:
+    """A model in another number format; None for its own. Its very own tensors come back."""
+    values = [(value, value.data) for value in model.parameters()]
+    buffers = [
+        (module, name, buffer)
+        for module in model.modules()
+        for name, buffer in module._buffers.items()
+    ]
+    try:
+        if dtype is not None:
+            model.to(dtype)
+        yield
+    finally:
+        for value, data in values:
+            value.data = data
+        for module, name, buffer in buffers:
+            module._buffers[name] = buffer
 
 
 def trainable_copy(model: nn.Module, path: str) -> tuple[nn.Parameter, Undo]:
