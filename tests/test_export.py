@@ -91,7 +91,9 @@ def test_half_precision_halves_the_file(tmp_path: Path) -> None:
     once = export(delta, tmp_path / "once.onnx", base, dtype="float16")
     assert base.is_untouched()
     with delta.changed(base):
-        wanted = weight_at(base, f"{base.tower_name}.encoder.layer.0.output.dense.bias").half().numpy()
+        wanted = (
+            weight_at(base, f"{base.tower_name}.encoder.layer.0.output.dense.bias").half().numpy()
+        )
     biases = [onnx.numpy_helper.to_array(v) for v in onnx.load(once).graph.initializer]
     assert any(v.shape == wanted.shape and (v == wanted).all() for v in biases)
     assert once.stat().st_size == pytest.approx(files[1].stat().st_size, rel=0.05)

@@ -113,17 +113,19 @@ def test_a_study_bisects_to_the_smallest_file_within_the_margin(
 
 def test_a_recipe_is_refined_between_a_value_that_holds_and_one_that_does_not():
     plan = replace(SMALL, recipes=("lora-xs",), seeds=(0,), margin=0.01, refine=1)
+    base, task = tiny_base("bert"), tiny_task()
 
     def ranks(scores, **knob):
         knob = knob or {"rank": list(scores)}
         made = replace(plan, knobs={"lora-xs": knob})
-        rows = [{"role": "ceiling", "recipe": "full", "dev_score": 0.9, "bytes": 10**6}]
-        rows += [
-            {"role": "candidate", "recipe": "lora-xs", "settings": {"rank": rank}}
-            | ({"error": "diverged"} if score is None else {"dev_score": score, "bytes": 9 * rank})
-            for rank, score in scores.items()
-        ]
-        return refine.finer(made, rows).knobs["lora-xs"].get("rank")
+        runs, rows = runs_of(made, base, task), []
+        for run in runs:
+            row = {"key": run.key, "role": run.role, "dev_score": 0.9, "bytes": 10**6}
+            if run.role == "candidate":
+                rank = dict(run.settings)["rank"]
+                row |= {"dev_score": scores[rank], "bytes": 9 * int(float(rank))}
+            rows.append(row if row["dev_score"] is not None else {**row, "error": "diverged"})
+        return refine.finer(made, runs, rows).knobs["lora-xs"].get("rank")
 
     assert ranks({2: 0.5, 8: 0.5, 32: 0.9}) == [2, 8, 32, 16]
     assert ranks({2: 0.5, 8: 0.892, 32: 0.5}) == [2, 8, 32, 4]
@@ -133,7 +135,33 @@ def test_a_recipe_is_refined_between_a_value_that_holds_and_one_that_does_not():
     assert ranks({2: 0.5, 8: None, 32: 0.9}) == [2, 8, 32], "what failed is not tried again"
     two = {"rank": [2, 8], "epochs": [1, 2]}
     assert ranks({2: 0.5, 8: 0.9}, **two) == [2, 8], "two settings"
-    assert refine.finer(plan, []) == plan
+    assert ranks({"2": 0.5, 8: 0.9}) == ["2", 8, 4], "a text that is a number"
+    assert refine.finer(plan, [], []) == plan
+    many = {"lora-xs": {"rank": [2, 8], "epochs": [1, 2]}, "bitfit": {"epochs": [1]}}
+    more = {"mask": {"granularity": ["a", "b"]}, "sparse": {"density": ["1e-3", "1e-2"]}}
+    named = {"recipes": ("lora-xs", "bitfit", "mask", "sparse"), "knobs": many | more}
+    assert refine.unrefined(replace(plan, **named)) == ["lora-xs", "mask"]
+
+
+def test_two_recipes_of_one_name_are_refused(tmp_path):
+    """Records go by the name: one would be counted as the other's."""
+    for folder, density in (("a", 0.1), ("b", 0.2)):
+        text = f"method: {{sparse: {{density: {density}}}}}\nreadout: classifier\n"
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "mine.yaml").write_text(text)
+    both = tuple(str(tmp_path / folder / "mine.yaml") for folder in "ab")
+    with pytest.raises(SettingError, match="a/mine.yaml and .*b/mine.yaml are both called 'mine'"):
+        runs_of(replace(SMALL, recipes=both), tiny_base("bert"), tiny_task())
+    runs_of(replace(SMALL, recipes=both[:1] * 2), tiny_base("bert"), tiny_task())
+
+
+def test_a_study_says_what_it_does_not_refine(finished, tmp_path, monkeypatch):
+    made = in_name_only(finished[1][0], 0.001)
+    monkeypatch.setattr(study_module, "run_once", made)
+    knobs = {"sparse": {"density": [0.01], "where": [["Q"], ["V"]]}}
+    plan = replace(SMALL, recipes=("sparse",), knobs=knobs, refine=1)
+    with pytest.warns(UserWarning, match="plan refine: sparse run at the values that are given"):
+        study(tiny_base("bert"), tiny_task(), plan, out=tmp_path, keep=False)
 
 
 @pytest.mark.parametrize("rounds", [-1, 1.5, True])

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import itertools
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -136,6 +137,13 @@ class Run:
     settings: tuple[tuple[str, Any], ...]  # what the knob set
     seed: int
     key: str
+    named: str  # the recipe, as the plan names it
+
+
+def knob_of(plan: Plan, name: str) -> dict[str, list[Any]]:
+    """What one of a plan's recipes is run over: for each setting, its values."""
+    knob: Mapping[str, Sequence[Any]] = (plan.knobs or {}).get(name, Recipe.load(name).knob)
+    return {setting: list(values) for setting, values in knob.items()}
 
 
 def runs_of(plan: Plan, base: Base, task: Task) -> list[Run]:
@@ -145,11 +153,13 @@ def runs_of(plan: Plan, base: Base, task: Task) -> list[Run]:
     runs = []
     for role, name in roles:
         recipe = Recipe.load(name).override(**(plan.settings or {}))
-        knob = (plan.knobs or {}).get(name, recipe.knob) if role == "candidate" else {}
+        knob = knob_of(plan, name) if role == "candidate" else {}
         for values in itertools.product(*knob.values()):
             settings = tuple(zip(knob, values, strict=True))
             made = recipe.override(**dict(settings))
-            runs += [_run(made, role, settings, seed, base, task) for seed in plan.seeds]
+            run = Run(made, role, settings, 0, "", name)
+            runs += [_seeded(run, seed, base, task) for seed in plan.seeds]
+    _check_names(runs)
     # A recipe named twice is one run; the first role counts, so that a ceiling stays one.
     unique: dict[str, Run] = {}
     for run in runs:
@@ -157,8 +167,21 @@ def runs_of(plan: Plan, base: Base, task: Task) -> list[Run]:
     return list(unique.values())
 
 
-def _run(recipe: Recipe, role: str, settings: Any, seed: int, base: Base, task: Task) -> Run:
+def _check_names(runs: Sequence[Run]) -> None:
+    """Raises SettingError for two recipes of one name: records, and the report, go by it."""
+    named = {run.recipe.name: run.named for run in runs}
+    for run in runs:
+        if run.named != (other := named[run.recipe.name]):
+            raise SettingError(
+                f"plan: {run.named} and {other} are both called {run.recipe.name!r}, which their "
+                "records go by; rename one of the files"
+            )
+
+
+def _seeded(run: Run, seed: int, base: Base, task: Task) -> Run:
+    """A run of a seed, with its key."""
+    recipe = run.recipe
     record = {**recipe.as_dict(), "seed": seed, "base": base.fingerprint, "task": task.fingerprint}
     record |= {"dtype": str(base.dtype), "metric": task.metric}
     digest = hashlib.sha256(json.dumps(record, sort_keys=True, default=str).encode()).hexdigest()
-    return Run(recipe, role, settings, seed, f"{recipe.name}-{digest[:10]}-s{seed}")
+    return dataclasses.replace(run, seed=seed, key=f"{recipe.name}-{digest[:10]}-s{seed}")

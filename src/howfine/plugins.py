@@ -96,14 +96,13 @@ def checked(cls: type[T], settings: dict[str, Any], where: str) -> T:
     hints = typing.get_type_hints(cls)
     values = {}
     for key, value in settings.items():
+        found = f"{where}, setting {key!r}: found {value!r}, expected {_said(hints[key])}"
+        if isinstance(value, bool) and hints[key] in (int, float):  # pydantic reads them as 1 and 0
+            raise SettingError(f"{found}: a number")
         try:
             values[key] = TypeAdapter(hints[key]).validate_python(_split(value, hints[key]))
         except ValidationError as error:
-            problem = error.errors()[0]["msg"]
-            raise SettingError(
-                f"{where}, setting {key!r}: found {value!r}, expected {_said(hints[key])}: "
-                f"{problem}"
-            ) from None
+            raise SettingError(f"{found}: {error.errors()[0]['msg']}") from None
     return cls(**values)
 
 

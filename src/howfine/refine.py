@@ -9,17 +9,16 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from howfine.ledger import Record
-from howfine.plan import Plan
-from howfine.recipe import Recipe
+from howfine.plan import Plan, Run, knob_of
 
 
-def finer(plan: Plan, records: Sequence[Record]) -> Plan:
-    """The plan with one more value of each recipe's size, from the records of all its runs.
+def finer(plan: Plan, runs: Sequence[Run], records: Sequence[Record]) -> Plan:
+    """The plan with one more value of each recipe's size, from its runs and their records.
 
     A value holds where no seed failed and the mean dev score is within the margin of the ceiling's.
     A recipe stays as it is where it varies no setting of numbers above 0, or several settings,
@@ -31,22 +30,47 @@ def finer(plan: Plan, records: Sequence[Record]) -> Plan:
         return plan
     best, knobs = statistics.fmean(ceiling), dict(plan.knobs or {})
     for name in plan.recipes:
-        recipe = Recipe.load(name)
-        knob: dict[str, Any] = {**knobs.get(name, recipe.knob)}
-        varied = [setting for setting, values in knob.items() if len(values) > 1]
-        if len(varied) != 1 or not all(map(_is_size, knob[varied[0]])):
+        knob = knob_of(plan, name)
+        if not (varied := _size(knob)):
             continue
-        mine = [r for r in done if r["recipe"] == recipe.name and r["role"] == "candidate"]
-        rows = [[r for r in mine if r["settings"][varied[0]] == v] for v in knob[varied[0]]]
+        rows = [[r for r in done if r["key"] in _keys(runs, name, varied, v)] for v in knob[varied]]
         least = best - plan.margin * abs(best)
-        middle = _between(knob[varied[0]], rows, least, len(plan.seeds))
+        values = [_number(value) or 0 for value in knob[varied]]
+        middle = _between(values, rows, least, len(plan.seeds))
         if middle is not None:
-            knobs[name] = {**knob, varied[0]: [*knob[varied[0]], middle]}
+            knobs[name] = {**knob, varied: [*knob[varied], middle]}
     return replace(plan, knobs=knobs or None)
 
 
-def _is_size(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and value > 0
+def unrefined(plan: Plan) -> list[str]:
+    """Recipes that vary something, but no one setting of numbers above 0."""
+    knobs = {name: knob_of(plan, name) for name in plan.recipes}
+    varies = {name for name, knob in knobs.items() if any(len(own) > 1 for own in knob.values())}
+    return [name for name in knobs if name in varies and not _size(knobs[name])]
+
+
+def _size(knob: Mapping[str, Sequence[Any]]) -> str | None:
+    """The one setting that is varied, if its values are numbers above 0."""
+    varied = [setting for setting, values in knob.items() if len(values) > 1]
+    if len(varied) != 1 or not all(map(_number, knob[varied[0]])):
+        return None
+    return varied[0]
+
+
+def _number(value: Any) -> float | None:
+    """A value that is a number above 0. YAML reads 1e-3, which has no point, as a text."""
+    if isinstance(value, str):
+        try:
+            value = float(value) if not value.isdecimal() else int(value)
+        except ValueError:
+            return None
+    fits = isinstance(value, int | float) and not isinstance(value, bool)
+    return value if fits and 0 < value < math.inf else None
+
+
+def _keys(runs: Sequence[Run], name: str, setting: str, value: Any) -> set[str]:
+    own = (run for run in runs if run.role == "candidate" and run.named == name)
+    return {run.key for run in own if dict(run.settings)[setting] == value}
 
 
 def _between(

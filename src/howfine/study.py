@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import time
 import uuid
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -59,6 +60,12 @@ def study(
     task = Task.load(task, data=data) if isinstance(task, str) else task
     folder = Path(out)
     _make(folder)
+    if plan.refine and (names := refine.unrefined(plan)):
+        warnings.warn(
+            f"plan refine: {', '.join(names)} run at the values that are given alone, for they "
+            "vary several settings, or one whose values are no numbers above 0",
+            stacklevel=2,
+        )
     stated: dict[str, Any] = {"base": base.name, "kind": base.kind, "task": named}
     stated |= {"made_on": {"base": base.fingerprint, "task": task.fingerprint}}
     for left in reversed(range(plan.refine + 1)):
@@ -68,7 +75,7 @@ def study(
         worker = _Worker(base, task, runs, folder, storage, keep)
         worker.join(progress)
         records = worker.export()
-        before, plan = plan, refine.finer(plan, records) if left else plan
+        before, plan = plan, refine.finer(plan, runs, records) if left else plan
         if plan == before:
             break
     return records
