@@ -32,7 +32,7 @@ class Said:
     def sentence(self) -> str:
         """The one line on standard error of a command that failed; no progress bar before it."""
         assert self.code != 0
-        lines = [line for line in self.err.splitlines() if line.strip() and "\r" not in line]
+        lines = [line for line in self.err.split("\n") if line.strip() and "\r" not in line]
         assert len(lines) == 1, self.err
         assert lines[0].startswith("howfine: "), self.err
         return lines[0].removeprefix("howfine: ")

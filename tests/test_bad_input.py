@@ -466,9 +466,9 @@ def test_a_loss_that_is_not_finite(inputs: Inputs, tmp_path: Path) -> None:
         2,
         "--out",
         tmp_path / "x.delta.safetensors",
-        "--json",
     ]
-    sentence = refused("tune", *inputs.made(recipe="full"), *flags)
+    sentence = refused("tune", *inputs.made(recipe="full"), *flags)  # below the progress bar
+    assert refused("tune", *inputs.made(recipe="full"), *flags, "--json") == sentence
     contains(sentence, "the loss became nan at step 2 of 24", "recipe full, learning_rate 1e+30")
     contains(sentence, "nothing was written", "Lower --learning-rate")
     assert list(tmp_path.iterdir()) == []

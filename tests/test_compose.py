@@ -22,9 +22,10 @@ from howfine.delta import SUFFIX, Delta
 from howfine.entries import flat_entries, sparse
 from howfine.errors import DamagedDelta, DeltaError, SettingError, WrongBase
 from howfine.joining import OnOverlap
-from howfine.method import Tensors, examples, method, methods
+from howfine.method import Tensors, examples, holding, method, methods
 from howfine.operands import operands
 from howfine.readout import readout
+from howfine.start import weight_at
 from tiny import LABELS, READOUT, fit_a_little, logits_of, tiny_base
 
 BASES = {name: tiny_base(name) for name in ("bert", "gpt2")}
@@ -253,6 +254,64 @@ def test_disjoint_parts_of_one_tensor_are_copied_into_it(base: Base) -> None:
     joined = union(halves, base)
     assert same(difference([joined, halves[1]], base), halves[0], base)
     assert same(union(halves[::-1], base), joined, base)
+
+
+@pytest.mark.parametrize("operation", ["union", "sum"])
+def test_entries_and_tensors_take_the_fewer_bytes(operation: str, tmp_path: Path) -> None:
+    """Some entries of matrices and a whole vector are as small together as both files are."""
+    base = tiny_base("bert", hidden_size=64, intermediate_size=256)
+    paths = base.choose(("matrices",))
+    some = {
+        path: sparse(torch.tensor([3, 40]), torch.ones(2), tuple(base.parameter(path).shape))
+        for path in paths
+    }
+    bias = base.choose(("bias",))[0]
+    one = {bias: base.parameter(bias).detach() + 0.25}
+    deltas = [delta_of(base, some), delta_of(base, one)]
+    sizes = [delta.save(tmp_path / f"{n}{SUFFIX}") for n, delta in enumerate(deltas)]
+    before = {path: base.parameter(path).detach().clone().flatten() for path in paths}
+    made = compose(operation, deltas, base)
+    assert made.save(tmp_path / f"made{SUFFIX}") < sum(sizes)
+    with made.changed(base):
+        for path in paths:
+            now = weight_at(base, path).flatten()
+            assert now[[3, 40]].tolist() == [1, 1]
+            assert int((now != before[path]).sum()) == 2
+        assert torch.equal(weight_at(base, bias), one[bias])
+    # Where most entries change, whole tensors are smaller: they have no places.
+    dense = {path: torch.full_like(base.parameter(path), 0.5) for path in paths}
+    made = compose("sum", [delta_of(base, some), delta_of(base, dense)], base)
+    assert made.method == holding("tensors")
+    made.check_base(base)
+
+
+@pytest.mark.parametrize("operation", ["negate", "scale"])
+def test_places_in_rows_and_columns_stay_short(operation: str, tmp_path: Path) -> None:
+    """Of one matrix, whole rows cost no more in a scaled file than in the first one."""
+    base = tiny_base("bert", hidden_size=64, intermediate_size=256)
+    path = base.choose(("I",))[0]
+    shape = tuple(base.parameter(path).shape)
+    rows = torch.zeros(shape, dtype=torch.bool)
+    rows[torch.randperm(shape[0], generator=torch.Generator().manual_seed(0))[:60]] = True
+    index = rows.flatten().nonzero().flatten()
+    values = base.parameter(path).detach().flatten()[index] + 0.5
+    delta = delta_of(base, {path: sparse(index, values, shape)}, "int8")
+    asked = {"by": 0.5} if operation == "scale" else {}
+    made = compose(operation, [delta], base, **asked)
+    places = [s.coded for one in (delta, made) for s in one.streams if s.values is not None]
+    assert [each.coding for each in places] == ["grid", "grid"]
+    assert made.save(tmp_path / f"b{SUFFIX}") <= 1.02 * delta.save(tmp_path / f"a{SUFFIX}")
+
+
+def test_changes_of_one_step_have_a_mean(base: Base) -> None:
+    """Several times the same smallest change of a float32 is that change."""
+    tensors = {
+        path: torch.nextafter(base.parameter(path).detach(), torch.tensor(9.0))
+        for path in where(base)
+    }
+    same_ones = [delta_of(base, tensors, seed=seed) for seed in range(4)]
+    joined = union(same_ones, base, on_overlap="mean", head=0)
+    assert same(joined, same_ones[0], base)
 
 
 @pytest.mark.parametrize("kinds", ["entries", "tensors"])
@@ -529,8 +588,9 @@ def test_a_head_is_one_operands(base: Base) -> None:
     assert values_of(bare, base) == values_of(joined, base)
     with pytest.raises(DeltaError, match="has no head"):
         bare.check_head(base)
-    with pytest.raises(SettingError, match="head 2"):
-        union([a, b], base, head=2)
+    for wrong in (2, -1, "foo", 1.0, True):
+        with pytest.raises(SettingError, match=rf"head {wrong!r}: expected the index .*0 to 1, or"):
+            union([a, b], base, head=wrong)
 
 
 def test_a_delta_of_a_head_alone_gives_a_head(base: Base) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -497,6 +498,28 @@ def test_a_task_is_learned_from_the_grafts_before_it(tmp_path: Path) -> None:
     both = compose.union([first, second], base, head=1)
     assert both.labels == ("a", "b")
     assert regions.count(both, base) == regions.size(region) + regions.size(found)
+
+
+def test_a_rounded_file_of_whole_tensors_would_move_what_is_kept_out(tmp_path: Path) -> None:
+    base, task = tiny_base("bert"), tiny_task()
+    first, out = tmp_path / f"first{SUFFIX}", tmp_path / f"x{SUFFIX}"
+    tune(base, task, from_file(fine_tuned(base, tmp_path)), out=first)
+    asked: dict[str, Any] = {"outside": str(first), "out": out, "max_steps": 2}
+    region = regions.support(Delta.load(first), base)
+    for more in ({"store": "sign"}, {"store": "fp16", "start": str(first)}):
+        with pytest.raises(SettingError, match="rounds whole tensors, and moves.*store fp32, or"):
+            tune(base, task, "bitfit", **asked, **more)
+        assert not out.exists()
+    for more in ({"store": "int4"}, {"store": "fp32", "start": str(first)}):
+        recipe = Recipe.load("full" if "start" in more else "bitfit")
+        recipe = replace(recipe, method=method("select", train=("all@0-1",)))
+        tune(base, task, recipe, **asked, **more)
+        began = Delta.load(first) if "start" in more else None
+        with began.changed(base) if began else nullcontext():
+            kept = {path: weight_at(base, path).clone() for path in region}
+        with Delta.load(out).changed(base):
+            for path, mask in region.items():
+                assert torch.equal(weight_at(base, path)[mask], kept[path][mask])
 
 
 def test_the_region_to_keep_out_of_is_checked_and_part_of_the_record(tmp_path: Path) -> None:

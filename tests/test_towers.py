@@ -14,9 +14,11 @@ from torch import Tensor
 
 from howfine import features
 from howfine.base import Base, TwoTowers
+from howfine.compose import compose
 from howfine.delta import SUFFIX, Delta
-from howfine.errors import DamagedDelta, SettingError, TaskError, WrongBase
+from howfine.errors import DamagedDelta, DeltaError, SettingError, TaskError, WrongBase
 from howfine.evaluate import evaluate, predict
+from howfine.extract import extract
 from howfine.images import Picture
 from howfine.knowledge import drift, linear_probe, states
 from howfine.ledger import Ledger, unpack_predictions
@@ -25,6 +27,7 @@ from howfine.probe import GradientProbe
 from howfine.readout import Wired, readout
 from howfine.recipe import Recipe
 from howfine.report import Report, report
+from howfine.start import weight_at
 from howfine.study import study
 from howfine.task import Example, Task
 from howfine.training import Training
@@ -112,6 +115,43 @@ def test_a_change_of_two_towers_is_exact_and_comes_off(name: str, tmp_path: Path
         with Delta.load(path).applied(fresh) as wired:
             assert torch.equal(outputs(wired, fresh), trained)
         assert fresh.is_untouched()
+
+
+@pytest.mark.parametrize("name", ["full", "sparse"])
+@pytest.mark.parametrize("asked", [{"density": 0.01}, {"store": "fp16"}, {"bytes": 3000}])
+def test_what_is_extracted_of_two_towers_can_be_put_on(
+    name: str, asked: dict[str, Any], tmp_path: Path
+) -> None:
+    base = tiny_towers()
+    made = Put(base, EVERY[name])
+    made.outputs()
+    made.delta().save(tmp_path / f"x{SUFFIX}")
+    made.change.remove()
+    found = extract(base, tmp_path / f"x{SUFFIX}", tmp_path / f"y{SUFFIX}", **asked)
+    with Delta.load(found.path).changed(base):
+        moved = sum(int((weight_at(base, p) != base.original(p)).sum()) for p in base.paths())
+    assert 0 < moved <= found.kept
+    assert base.is_untouched()
+
+
+@pytest.mark.parametrize("name", ["full", "sparse"])
+def test_a_composed_change_of_two_towers_without_a_head_is_a_start(
+    name: str, tmp_path: Path
+) -> None:
+    base = tiny_towers()
+    made = Put(base, EVERY[name])
+    made.outputs()
+    delta = made.delta()
+    made.change.remove()
+    compose("union", [delta], base, head="none").save(tmp_path / f"x{SUFFIX}")
+    found = Delta.load(tmp_path / f"x{SUFFIX}")
+    with delta.changed(base):
+        wanted = {path: weight_at(base, path).clone() for path in base.paths()}
+    with found.changed(base) as head:
+        assert head is None
+        assert all(torch.equal(weight_at(base, path), wanted[path]) for path in base.paths())
+    with pytest.raises(DeltaError, match="has no head, so it gives no answers"):
+        found.check_head(base)
 
 
 def delta_has_method(delta: Delta) -> bool:

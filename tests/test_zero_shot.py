@@ -25,7 +25,7 @@ from howfine.errors import (
     TaskError,
     TaskNotFound,
 )
-from howfine.evaluate import predict
+from howfine.evaluate import evaluate, predict
 from howfine.extract import extract
 from howfine.merge import merge
 from howfine.method import method
@@ -357,6 +357,10 @@ def test_training_goes_on_with_other_options(tmp_path: Path) -> None:
     )
     done = tune(base, task, second, out=tmp_path / f"second{SUFFIX}")
     assert 0 <= done.score.value <= 1
+    answers = extract(base, path, tmp_path / f"some{SUFFIX}", density=0.1, task=task)
+    assert answers.head  # without parameters
+    assert answers.score is not None
+    assert answers.score.value == evaluate(answers.path, base, task, split="dev").value
     named = first.override(options=())
     done = tune(base, task, named, out=tmp_path / f"named{SUFFIX}")
     assert done.delta.readout.options == ("w5", "w6")  # type: ignore[attr-defined]

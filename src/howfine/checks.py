@@ -41,8 +41,8 @@ def finite(odd: int, of: int, base: str) -> None:
     if odd:
         raise DeltaError(
             f"the delta gives NaN or infinity for {odd} of {of} examples: its training diverged, "
-            f"or {base} overflows in its number format; tune with a lower learning_rate, or use "
-            "dtype float32"
+            f"or it was scaled too far, or {base} overflows in its number format; tune with a "
+            "lower learning_rate, or use dtype float32"
         )
 
 

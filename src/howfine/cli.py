@@ -144,7 +144,10 @@ def predict(
     dtype: options.Dtype = "float32",
     as_json: options.AsJson = False,
 ) -> None:
-    """Answer for texts. A pair of texts is one argument with a tab between the two."""
+    """Answer for texts. A pair of texts is one argument with a tab between the two.
+
+    An empty text, or line, is answered like any other.
+    """
     from howfine.delta import Delta
     from howfine.evaluate import predict as run
 
@@ -275,8 +278,16 @@ def main() -> None:
     try:
         app()
     except HowfineError as error:
+        for bar in _progress_bars():
+            bar.close()  # the sentence has a line of its own
         typer.echo(f"howfine: {error}", err=True)
         sys.exit(error.exit_code)
+
+
+def _progress_bars() -> list[Any]:
+    """Those on the terminal, which an error has left unfinished; transformers' among them."""
+    drawn = sys.modules.get("tqdm")
+    return list(getattr(drawn.tqdm, "_instances", ())) if drawn else []
 
 
 if __name__ == "__main__":

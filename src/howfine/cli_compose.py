@@ -144,7 +144,7 @@ def _write(
     result = {"file": str(out), "bytes": size, "operation": operation, "rounding": error}
     rounded = f", rounded to {store}: a weight is off by {error:.2g} at most" if store else ""
     without = "a score: evaluate it with --task"
-    if asked.get("head") == "none":
+    if made.lacks_head(loaded):
         without = "a head: start from it, merge it, or compose it"
     said = f"{out}: {size:,} bytes{rounded}. Without {without}"
     options.show(as_json, result, said)

@@ -66,10 +66,10 @@ def extract(
     chosen: dict[str, Any] = {"store": store, "weigh": weigh, "gain": gain is not False}
     chosen["split"] = "dev" if split is None else split
     made = run(before, after, out, task=found, progress=not as_json, **targets, **chosen)
-    options.show(as_json, made.as_dict(), _said(made))
+    options.show(as_json, made.as_dict(), _said(made, task))
 
 
-def _said(made: Extracted) -> str:
+def _said(made: Extracted, task: str | None) -> str:
     said = f"{made.path}: {made.bytes:,} bytes, {made.kept:,} of {made.entries:,} entries, "
     said += f"squared error {made.error:.2%}"
     if made.gain != 1:
@@ -78,6 +78,7 @@ def _said(made: Extracted) -> str:
         said += f"; {options.said(made.score)}; the tuned model {made.reference.value:.4f}"
     elif not made.head:
         said += "; without a head, so it can be merged and not evaluated"
+        said += f" (--task {task} was not used)" if task else ""
     if made.left_out:
         said += f"; left out: {', '.join(made.left_out)}"
     return said

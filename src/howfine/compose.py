@@ -18,14 +18,14 @@ import torch
 from torch import Tensor
 
 from howfine import joining, regions, streams
-from howfine.base import Base
+from howfine.base import Base, TwoTowers
 from howfine.codec import PRECISIONS
 from howfine.delta import Delta
 from howfine.entries import filled, flat_entries
 from howfine.errors import DeltaError, SettingError, near
 from howfine.head import no_answer
 from howfine.joining import OnOverlap
-from howfine.method import Method, Tensors, holding
+from howfine.method import Method, Tensors, fitting, holding
 from howfine.operands import Operand, flat, operands
 from howfine.regions import differs
 from howfine.streams import Stream
@@ -247,13 +247,14 @@ def _result(
     chosen = given[0 if head == "none" else _head(given, head)].delta
     if head == "none":
         mine = tuple(each for each in chosen.streams if not each.name.startswith("readout/"))
-        none = no_answer()
+        # Two towers are read by one readout alone, whose head is left out.
+        none = chosen if isinstance(base, TwoTowers) else no_answer()
         chosen = replace(chosen, readout=none.readout, labels=none.labels, streams=mine)
     whole = any(stream.values is None for stream in found)
     made = Delta(
         base_name=chosen.base_name,
         base_fingerprint=max((o.delta.base_fingerprint for o in given), key=len),
-        method=method or holding("tensors" if whole else "entries"),
+        method=method or fitting(holding("tensors" if whole else "entries"), base),
         readout=chosen.readout,
         labels=chosen.labels,
         streams=(*found, *(s for s in chosen.streams if s.name.startswith("readout/"))),
@@ -282,8 +283,10 @@ def _moves(base: Base, path: str, tensor: Tensor) -> bool:
 
 def _head(given: Sequence[Operand], head: int | None) -> int:
     if head is not None:
-        if not 0 <= head < len(given):
-            raise SettingError(f"head {head}: expected the index of a delta, 0 to {len(given) - 1}")
+        if type(head) is not int or not 0 <= head < len(given):
+            raise SettingError(
+                f"head {head!r}: expected the index of a delta, 0 to {len(given) - 1}, or none"
+            )
         return head
     first = given[0]
     for operand in given[1:]:

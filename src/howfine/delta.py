@@ -144,11 +144,11 @@ class Delta:
 
     def check_head(self, base: Base) -> None:
         """Raises DeltaError for a delta that changes the base and has no head to answer with."""
-        if self._lacks_head(base):
+        if self.lacks_head(base):
             raise DeltaError(
-                "the delta changes the base and has no head, so it gives no answers: it was "
-                "extracted from a model without one. Merge it, or extract from a delta that has a "
-                "head, or from a model for classification"
+                "the delta changes the base and has no head, so it gives no answers. Merge it, "
+                "start a training from it, or make it again with a head: extract from a model for "
+                "classification, compose with a head"
             )
 
     @contextmanager
@@ -156,12 +156,12 @@ class Delta:
         """The base with this change on, and the head; None for a delta that has none."""
         method_tensors, readout_tensors = self.tensors(base)
         head = None
-        if not self._lacks_head(base):
+        if not self.lacks_head(base):
             head = self.readout.unpack(base, self.labels, readout_tensors)
         with self.method.unpack(base, method_tensors):
             yield head
 
-    def _lacks_head(self, base: Base) -> bool:
+    def lacks_head(self, base: Base) -> bool:
         """Whether nothing is stored of a head that has parameters."""
         if any(stream.name.startswith("readout/") for stream in self.streams):
             return False

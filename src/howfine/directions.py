@@ -64,7 +64,10 @@ class Encoder:
             found.append(torch.nn.functional.normalize(outputs, dim=-1).cpu().numpy())
         made: Directions = np.concatenate(found)
         if not np.isfinite(made).all():
-            raise DeltaError("the delta gives NaN or infinity: its training diverged; tune again")
+            raise DeltaError(
+                "the delta gives NaN or infinity: its training diverged, or it was scaled too far; "
+                "tune again"
+            )
         return made
 
 

@@ -108,13 +108,14 @@ def extract(
     base_loaded = found is not None
     opened = pair.opened(before, after, loaded=base_loaded)
     with _trial(asked.out) as trial:
-        answer = _answering(opened.answer, asked)
+        answer = _answering(opened, asked)
         work = Work(asked, opened, answer, {}, trial)
-        reference = reference_of(work) if asked.task and answer.head else None  # first: it checks
+        scores = asked.task is not None and answer.given(opened.base)
+        reference = reference_of(work) if scores else None  # first: it checks
         if weigh == "fisher":
             work.weights = _fisher(work)
         made = made_of(work, reference)
-        made = scored(work, made) if asked.task and answer.head else made
+        made = scored(work, made) if scores else made
         made.delta.save(asked.out)
     return _result(work, made, reference, time.perf_counter() - start)
 
@@ -130,7 +131,7 @@ def _result(work: Work, made: Made, reference: Score | None, seconds: float) -> 
         gain=made.gain,
         score=made.score,
         reference=reference,
-        head=bool(work.answer.head),
+        head=work.answer.given(work.pair.base),
         left_out=work.pair.left_out,
         tried=tuple(work.tried),
         passes=work.passes,
@@ -181,11 +182,12 @@ def _trial(out: Path) -> Iterator[Path]:
         trial.unlink(missing_ok=True)
 
 
-def _answering(answer: Answer, asked: Asked) -> Answer:
+def _answering(opened: Pair, asked: Asked) -> Answer:
     """The answer, with the task's class names where the model has none of its own."""
+    answer = opened.answer
     if asked.task is None:
         return answer
-    if not answer.head:
+    if not answer.given(opened.base):
         if asked.loss is None:
             return answer
         raise SettingError(
@@ -211,7 +213,7 @@ def _fisher(work: Work) -> Weights:
     """
     base, task, answer = work.pair.base, work.asked.task, work.answer
     assert task is not None
-    if not answer.head:
+    if not answer.given(base):
         raise SettingError("Fisher weights need a head, which the tuned model has not; weigh none")
     head = answer.readout.unpack(base, answer.labels, answer.head)
     wired = Wired(base, answer.readout, head)

@@ -27,6 +27,10 @@ class Answer:
     labels: Labels
     head: Tensors
 
+    def given(self, base: Base) -> bool:
+        """Whether there are answers: a head, or a readout that has no parameters."""
+        return bool(self.head) or not self.readout.packed_shapes(base, self.labels)
+
 
 def head_in(outside: Mapping[str, str], config: Mapping[str, Any]) -> list[str]:
     """Names of a linear head of one sentence, if that is all that a model has outside the base.

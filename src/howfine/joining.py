@@ -6,6 +6,7 @@ Values that are copied keep their coding. So a union of quantised deltas is as s
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -30,10 +31,40 @@ def join(
 ) -> list[Stream]:
     """All changes, each times its weight; `rule` says what holds where several change an entry.
 
-    Entries if all operands are, else whole tensors. Raises SettingError where the rule is to
-    refuse.
+    Entries if all operands are, whole tensors if all are those; of both, whichever takes fewer
+    bytes. Raises SettingError where the rule is to refuse.
     """
     live = [(o, w) for o, w in zip(given, weights, strict=True) if w and o.kind != "nothing"]
+    found = _joined(base, live, rule)
+    if {operand.kind for operand, _ in live} == {"entries", "tensors"}:
+        # A few entries of a large matrix would be all of it.
+        single = [(_of_entries(operand, base), weight) for operand, weight in live]
+        found = min(found, _joined(base, single, rule), key=lambda made: sum(s.size for s in made))
+    return found
+
+
+def _of_entries(operand: Operand, base: Base) -> Operand:
+    """The same change as new values of the entries that it changes."""
+    tensors = {}
+    for path in operand.tensors:
+        mask = operand.changed(base, path)
+        if mask is not None:
+            index = mask.nonzero().flatten()
+            new = operand.values(base, path)[index]
+            tensors[path] = changed(base.original(path).float().cpu(), index, new)
+    made = _exactly(base, tensors, _common([operand])) or encode("method", tensors, "fp32", base)
+    delta = replace(operand.delta, streams=tuple(made))
+    return replace(operand, kind="entries", tensors=tensors, delta=delta)
+
+
+def _common(given: Sequence[Operand]) -> str:
+    """The precision of all streams, or else float32."""
+    used = {precision_of(stream) for operand in given for stream in operand.streams}
+    return used.pop() if len(used) == 1 else "fp32"
+
+
+def _joined(base: Base, live: list[tuple[Operand, float]], rule: OnOverlap) -> list[Stream]:
+    """Entries if all operands are, else whole tensors."""
     whole = any(operand.kind == "tensors" for operand, _ in live)
     lose, fresh = _resolved(base, live, rule, whole)
     skip = set(fresh) if whole else None  # the change of any entries is in fresh then
@@ -42,8 +73,7 @@ def join(
         for (operand, weight), lost in zip(live, lose, strict=True)
         for stream in remade(base, operand, lost, weight, skip)
     ]
-    used = {precision_of(s) for operand, _ in live for s in operand.streams}
-    common = used.pop() if len(used) == 1 else "fp32"
+    common = _common([operand for operand, _ in live])
     added = _exactly(base, fresh, common)
     found += encode("method", fresh, "fp32", base) if added is None else added
     return found if whole else _smallest(base, found, common)
@@ -152,6 +182,7 @@ def _combined(
         plain &= ~mask | (weight == 1)
     if rule == "mean":
         total /= count.clamp(min=1)
+        slack /= count.clamp(min=1)
     if rule in ("mean", "sum"):
         plain &= count < 2
         total = torch.where((count > 1) & (total.abs() <= slack), 0.0, total)

@@ -17,11 +17,10 @@ from howfine.codec import (
     Coded,
     decode_places,
     decode_values,
-    encode_places,
     encode_values,
 )
 from howfine.errors import SettingError
-from howfine.streams import Stream, joined_name, members_of
+from howfine.streams import Stream, coded_places, joined_name, members_of
 
 # The precision whose values a coding by entropy holds. Steps of fewer bits are steps of int8 too.
 _PRECISION = {"steps": "int8", "fp16h": "fp16"}
@@ -87,7 +86,9 @@ def _joined(
     again, difference = _again(values, original, coded, stream.difference, times, parts)
     together = torch.cat(list(left.values()))
     name = joined_name(stream.name.partition("/")[0], list(left), base)
-    return Stream(name, (len(together),), encode_places(together), difference, again)
+    return Stream(
+        name, (len(together),), coded_places(together, list(left), base), difference, again
+    )
 
 
 def _again(

@@ -106,29 +106,34 @@ def _joined(owner: str, entries: Mapping[str, Tensor], store: str, base: Base) -
     for path in members:
         index, found = flat_entries(entries[path])
         original = base.original(path).flatten()
-        place = torch.zeros(original.numel(), dtype=torch.bool)
-        place[index.cpu()] = True
-        places.append(place)
+        places.append(torch.zeros(original.numel(), dtype=torch.bool))
+        places[-1][index.cpu()] = True
         values.append(found.float().cpu())
         originals.append(original[index.to(original.device)].float().cpu())
     together, found = torch.cat(places), torch.cat(values)
     name, difference = joined_name(owner, members, base), store != "fp32"
-    if difference:
-        found = found - torch.cat(originals)
-    made = [_placed(name, together, encode_values(found, store), difference)]
+    found = found - torch.cat(originals) if difference else found
+
+    def placed(values: Coded) -> Stream:
+        where = coded_places(together, members, base)
+        return Stream(name, (len(together),), where, difference, values)
+
+    made = [placed(encode_values(found, store))]
     if difference:
         coded, kept = encode_nonzero(found, store)
         if not kept.any():
             return
         if not kept.all():
             together[together.nonzero().flatten()[~kept]] = False
-            made.append(_placed(name, together, coded, difference))
+            made.append(placed(coded))
     # Among most of all entries, those that are left out may take more bits than their zeros.
     yield min(made, key=lambda stream: stream.size)
 
 
-def _placed(name: str, places: Tensor, values: Coded, difference: bool) -> Stream:
-    return Stream(name, (len(places),), encode_places(places), difference, values)
+def coded_places(places: Tensor, members: list[str], base: Base) -> Coded:
+    """Places (n,) among the entries of tensors; of one matrix, rows and columns may be shorter."""
+    one = len(members) == 1
+    return encode_places(places.view(base.parameter(members[0]).shape) if one else places)
 
 
 def joined_name(owner: str, members: list[str], base: Base) -> str:

@@ -17,7 +17,7 @@ from howfine.errors import SettingError
 from howfine.evaluate import Score, evaluate, stated_on
 from howfine.harvest import Tally, Weights
 from howfine.head import Answer
-from howfine.method import holding
+from howfine.method import fitting, holding
 from howfine.pair import Pair
 from howfine.spread import Quantiser, Search
 from howfine.streams import Stream
@@ -67,11 +67,11 @@ class Work:
         return Delta(
             base_name=self.pair.base.name,
             base_fingerprint=self.pair.base.fingerprint,
-            method=holding("tensors" if plain else "entries"),
+            method=fitting(holding("tensors" if plain else "entries"), self.pair.base),
             readout=self.answer.readout,
             labels=self.answer.labels,
             streams=(*coded, *head),
-            score=_blank(self.asked) if self.answer.head else {},
+            score=_blank(self.asked) if self.answer.given(self.pair.base) else {},
             base_kind=self.pair.base.kind,
         )
 
@@ -105,7 +105,7 @@ def reference_of(work: Work) -> Score:
     coded, _ = harvest.dense(work.pair, lambda path: "fp32", work.asked.progress)
     work.passes += 1
     head = streams.encode("readout", work.answer.head, "fp32", work.pair.base)
-    whole = replace(work.delta(coded), streams=(*coded, *head), method=holding("tensors"))
+    whole = replace(work.delta(coded), streams=(*coded, *head))
     if work.asked.gain and work.asked.task is not None and work.asked.task.labels:
         work.teacher = gain.teacher_of(whole, work.pair.base, work.asked.task)
     return evaluate(whole, work.pair.base, work.asked.task, split=work.asked.split)
@@ -116,11 +116,12 @@ def made_of(work: Work, reference: Score | None) -> Made:
     asked = work.asked
     if asked.store in ("bitdelta", "fp16", "fp32") and not _targets(asked):
         return _whole(work)
-    floor = _floor(work)
+    floor = work.delta([]).save(work.trial)  # bytes of a file without any entry
     spread = harvest.measured(work.pair, work.weights, asked.progress)
     work.passes += 1
     search = Search(spread)
     if asked.bytes is not None:
+        _check_room(work, search, floor)
         return _with_score_within(work, search, asked.bytes, floor)
     if asked.loss is not None:
         assert reference is not None
@@ -171,15 +172,14 @@ def _saved(work: Work, coded: list[Stream], tally: Tally) -> Made:
     return Made(delta, delta.save(work.trial), tally)
 
 
-def _floor(work: Work) -> int:
-    """Bytes of a file without any entry. Raises SettingError where a budget is not above them."""
-    floor = work.delta([]).save(work.trial)
+def _check_room(work: Work, search: Search, floor: int) -> None:
+    """Raises SettingError where a budget is not above the bytes of a file without any entry."""
     if work.asked.bytes is not None and work.asked.bytes <= floor:
+        least = _sparse(work, search.one(work.asked.store)).size
         raise SettingError(
-            f"bytes: found {work.asked.bytes:,}, but header and head alone take {floor:,}; give "
-            "more"
+            f"bytes: found {work.asked.bytes:,}, but header and head alone take {floor:,}; give at "
+            f"least {least:,}"
         )
-    return floor
 
 
 def _with_score_within(work: Work, search: Search, budget: int, floor: int) -> Made:
@@ -187,7 +187,7 @@ def _with_score_within(work: Work, search: Search, budget: int, floor: int) -> M
     left = budget
     while True:
         made = _within_bytes(work, search, left, floor)
-        if work.asked.task is not None and work.answer.head:
+        if work.asked.task is not None and work.answer.given(work.pair.base):
             made = scored(work, made)
         if made.size <= budget:
             return made
