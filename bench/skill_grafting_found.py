@@ -7,6 +7,7 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 
+from howfine import regions
 from howfine.ledger import Record
 
 # Shares of the entries at which grafts are measured; θ_ft itself is the end of each curve.
@@ -84,8 +85,28 @@ class Found:
         ]
         return found, means[len(cells) + 1 :]
 
+    def together(self) -> Record | None:
+        """Scores in the model of all tasks, means over seeds, and the shares of the mean gain.
+
+        A seed's own gain may be next to nothing, and its share then anything.
+        """
+        records = self.about("multi")
+        if not records:
+            return None
+        found: Record = {"tasks": records[0]["tasks"], "seeds": [r["seed"] for r in records]}
+        found |= {of: _means([r[of] for r in records]) for of in ("before", "tuned")}
+        found["grafted"] = [
+            _means(rows) for rows in zip(*(r["grafted"] for r in records), strict=True)
+        ]
+        found["effect"] = regions.effect(found["grafted"], found["before"], found["tuned"])
+        return found
+
     def _seeds(self, task: str, cell: str) -> set[int]:
         return {row["seed"] for row in self.rows(task, cell)}
+
+
+def _means(rows: Sequence[Sequence[float]]) -> list[float]:
+    return [statistics.fmean(column) for column in zip(*rows, strict=True)]
 
 
 def needed(curve: Curve, target: float) -> float:

@@ -132,24 +132,21 @@ def _overlaps(found: Found) -> list[str]:
 
 
 def _effects(found: Found) -> list[str]:
-    lines = []
-    for record in found.about("multi"):
-        lines += ["## One model of all tasks", "", f"Seed {record['seed']}. A head of all labels,"]
-        lines += [
-            "each task answered among its own; the row's region was found on its task's rows."
-        ]
-        lines += ["Accuracy, and the share of the gain over the base with that head.", ""]
-        lines += ["| region of | " + " | ".join(record["tasks"]) + " |"]
-        lines += ["|" + " --- |" * (1 + len(record["tasks"]))]
-        for name, row in (("none", record["before"]), ("all of it", record["tuned"])):
-            lines.append(f"| {name} | " + " | ".join(f"{100 * v:.1f}" for v in row) + " |")
-        for task, row, shares in zip(
-            record["tasks"], record["grafted"], record["effect"], strict=True
-        ):
-            cells = [f"{100 * v:.1f} ({s:.2f})" for v, s in zip(row, shares, strict=True)]
-            lines.append(f"| {task} | " + " | ".join(cells) + " |")
-        lines.append("")
-    return lines
+    record = found.together()
+    if record is None:
+        return []
+    seeds = ", ".join(map(str, record["seeds"]))
+    lines = ["## One model of all tasks", "", f"Means over seeds: {seeds}. A head of all labels,"]
+    lines += ["each task answered among its own; the row's region was found on its task's rows."]
+    lines += ["Accuracy, and the share of the mean gain over the base with that head.", ""]
+    lines += ["| region of | " + " | ".join(record["tasks"]) + " |"]
+    lines += ["|" + " --- |" * (1 + len(record["tasks"]))]
+    for name, row in (("none", record["before"]), ("all of it", record["tuned"])):
+        lines.append(f"| {name} | " + " | ".join(f"{100 * v:.1f}" for v in row) + " |")
+    for task, row, shares in zip(record["tasks"], record["grafted"], record["effect"], strict=True):
+        cells = [f"{100 * v:.1f} ({s:.2f})" for v, s in zip(row, shares, strict=True)]
+        lines.append(f"| {task} | " + " | ".join(cells) + " |")
+    return [*lines, ""]
 
 
 def _sequences(found: Found) -> list[str]:

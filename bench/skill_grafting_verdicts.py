@@ -164,17 +164,20 @@ def _sgd(found: Found) -> Verdict:
     grafts = [r for (_, cell, _), r in found.cells.items() if cell.startswith("sgd:learned@")]
     if not runs or not grafts:
         return name, _NONE
-    best = max(runs, key=lambda record: record["dev"])
-    task, seed = best["task"], best["seed"]
-    one = Found({r["key"]: r for r in found.cells.values() if r["seed"] == seed})
-    adam = one.curves(task, ["learned"])
-    sgd = one.curves(task, ["sgd:learned"], best["cell"])
+    # The rate that the first seed's held-out rows chose is that of all seeds.
+    best = max((r for r in runs if r["seed"] == 0), key=lambda record: record["dev"])
+    task, cell = best["task"], best["cell"]
+    cells = {cell, *(r["cell"] for r in grafts)}
+    whole = set.intersection(*({r["seed"] for r in found.rows(task, c)} for c in cells))
+    same = Found({r["key"]: r for r in found.cells.values() if r["seed"] in whole})
+    adam = same.curves(task, ["learned"])
+    sgd = same.curves(task, ["sgd:learned"], cell)
     if adam is None or sgd is None:
         return name, _NONE
     head, curves = adam[1][0], (adam[0][0], sgd[0][0])
     ends = [curve[-1][1] for curve in curves]
-    figures = f"{task}, one seed: AdamW {_points(ends[0])}, SGD {_points(ends[1])}"
-    figures += f" (rate {best['cell'].removeprefix('sgd-')}), head alone {_points(head)}"
+    figures = f"{task}, {_seeds(len(whole))}: AdamW {_points(ends[0])}, SGD {_points(ends[1])}"
+    figures += f" (rate {cell.removeprefix('sgd-')}), head alone {_points(head)}"
     if abs(ends[0] - ends[1]) > ALIKE or min(ends) - head < LEAST_GAIN:
         return name, f"Void: the two are not alike, or gain too little. {figures}. {_PENALTY}"
     if any(a > b + ALIKE for curve in curves for (_, a), (_, b) in itertools.pairwise(curve)):
@@ -226,10 +229,9 @@ def _effect(found: Found) -> Verdict:
         "G10: in one model of all tasks a region brings 80 % of its own task's gain or more, and "
         "30 % of another's at most"
     )
-    records = found.about("multi")
-    if not records:
+    record = found.together()
+    if record is None:
         return name, "Not run: it needs one model trained on all tasks."
-    record = records[0]
     gains = [high - low for low, high in zip(record["before"], record["tuned"], strict=True)]
     counted = [place for place, gain in enumerate(gains) if gain >= LEAST_GAIN]
     tasks, table = record["tasks"], record["effect"]
@@ -239,8 +241,13 @@ def _effect(found: Found) -> Verdict:
         return name, "Void: the model of all tasks gains too little over the base with its head."
     holds = min(own.values()) >= 0.8 and max(others) <= 0.3
     figures = ", ".join(f"{task} {value:.2f}" for task, value in own.items())
-    text = f"Own task: {figures}; another's: {min(others):.2f} to {max(others):.2f}. One seed"
+    text = f"Own task: {figures}; another's: {min(others):.2f} to {max(others):.2f}"
+    text += f". Means over {_seeds(len(record['seeds']))}"
     return name, f"{_said(holds)} {text}, tasks that gain 2 points or more."
+
+
+def _seeds(count: int) -> str:
+    return "one seed" if count == 1 else f"{count} seeds"
 
 
 def forgotten(scores: list[list[float]]) -> float:

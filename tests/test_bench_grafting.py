@@ -169,6 +169,47 @@ def test_verdicts_follow_the_figures(bench: Any, tmp_path: Path) -> None:
     assert "| learned 1 % | 2 | 89.5 | 0.0 |" in (tmp_path / "page.md").read_text()
 
 
+def test_one_model_of_all_tasks_is_judged_by_means_over_seeds(bench: Any) -> None:
+    names = {"about": "multi", "tasks": ["a", "b"], "before": [0.5, 0.5]}
+    first = {**names, "seed": 0, "tuned": [0.5, 0.7], "grafted": [[0.5, 0.4], [0.5, 0.7]]}
+    second = {**names, "seed": 1, "tuned": [0.7, 0.9], "grafted": [[0.7, 0.6], [0.5, 0.9]]}
+    record = bench.found.Found({"0": first, "1": second}).together()
+    assert record["seeds"] == [0, 1]
+    assert record["tuned"] == pytest.approx([0.6, 0.8])
+    expected = [[1.0, 0.0], [0.0, 1.0]]  # though the first seed's task "a" gained nothing
+    for row, wanted in zip(record["effect"], expected, strict=True):
+        assert row == pytest.approx(wanted)
+    said = dict(bench.verdicts.verdicts(bench.found.Found({"0": first, "1": second})))
+    text = next(text for name, text in said.items() if name.startswith("G10"))
+    assert text.startswith("Holds.")
+    assert "Means over 2 seeds" in text
+
+
+def test_skill_of_the_two_optimisers_is_compared_over_the_seeds_of_both(bench: Any) -> None:
+    scores = {"ft": 0.9, "head": 0.7, "learned@0.01": 0.8, "learned@0.1": 0.85}
+    scores |= {"sgd-0.1": 0.9, "sgd-0.3": 0.5}
+    scores |= {"sgd:learned@0.01": 0.88, "sgd:learned@0.1": 0.9}
+    records = ledger(bench, scores)
+    for key in list(records):  # the other rate was tried with the first seed alone
+        if "sgd-0.3" in key and key.endswith("s1"):
+            del records[key]
+    for key, record in records.items():
+        record["dev"] = 0.4 if "sgd-0.3" in key else 0.5
+    said = dict(bench.verdicts.verdicts(bench.found.Found(records)))
+    text = next(text for name, text in said.items() if name.startswith("G8"))
+    assert text.startswith("Holds.")
+    assert "2 seeds" in text
+    assert "rate 0.1" in text
+
+
+def test_the_chosen_rate_of_sgd_is_run_with_the_other_seeds(bench: Any, tmp_path: Path) -> None:
+    runs = [run for run in bench.main.plan(["sst2"]) if run.cell == bench.main.CHOSEN_SGD]
+    assert [run.seed for run in runs] == [1, 2]
+    several = SimpleNamespace(best_sgd=lambda: "sgd-0.1")
+    settled = bench.main.Bench.settled(several, runs[0])
+    assert settled.key == "sst2/sgd-0.1/s1"
+
+
 def test_the_plan_has_every_run_once_and_only_from_known_tasks(bench: Any) -> None:
     runs = bench.main.plan(list(bench.main.TASKS))
     assert len({run.key for run in runs}) == len(runs)
