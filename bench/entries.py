@@ -108,6 +108,16 @@ OURS = [
         {"store": "int4", "density": 0.001},
         tuned="start_learning_rate",
     ),
+    *(
+        Entry(
+            f"graft-{times}x",
+            "graft",
+            "full",
+            {"store": "int4", "density": times / 100},
+            tuned="start_learning_rate",
+        )
+        for times in (3, 10)
+    ),
     Entry("sensitive", "sensitive", "layers"),
     Entry("intrinsic", "intrinsic", "random map"),
     Entry("lora-xs", "lora-xs", "cores"),
@@ -180,7 +190,7 @@ LADDERS = [
         "head-only-int4 head-only-int8 head-only",
         "sparse-tiny sparse-tiny-2x sparse-tiny-4x sparse-tiny-8x sparse-tiny-16x bias-norm",
         "layernorm-top layernorm bitfit",
-        "graft-small graft",
+        "graft-small graft graft-3x graft-10x",
         "mask-top mask",
         "lora-xs-int4 lora-xs-8-int4 lora-xs-16-int4",
         "lora-min lora-r1-qv lora-r2-qv lora-r4-qv lora-r8-qv",
