@@ -97,13 +97,13 @@ def plan(tasks: list[str]) -> list[Run]:
     runs += [Run("", REGION, seed, "continual") for seed in SEEDS[1:]]
     runs += [Run("", REGION, SEEDS[0], "multi")]
     runs += [Run(task, cell, s) for s in SEEDS[1:] for task in tasks for cell in second_cells()]
+    if SGD_TASK in tasks:
+        runs += [Run(SGD_TASK, c, s) for s in SEEDS[1:] for c in (CHOSEN_SGD, *SGD_CELLS)]
+    runs += [Run("", REGION, seed, "multi") for seed in SEEDS[1:]]
     last = [f"retrain@{REGION}", "bitfit"]
     runs += [Run(task, cell, seed) for seed in SEEDS for task in tasks for cell in last]
     tiny = [f"{kind}@{TINY}" for kind in KINDS[:2]]
-    runs += [Run(task, cell, seed) for seed in SEEDS for task in tasks for cell in tiny]
-    if SGD_TASK in tasks:
-        runs += [Run(SGD_TASK, c, s) for s in SEEDS[1:] for c in (CHOSEN_SGD, *SGD_CELLS)]
-    return runs + [Run("", REGION, seed, "multi") for seed in SEEDS[1:]]
+    return runs + [Run(task, cell, seed) for seed in SEEDS for task in tasks for cell in tiny]
 
 
 def main() -> None:
