@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import get_args
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from torch import Tensor
 import howfine
 from console import howfine_here
 from disk import base_folder
-from howfine import codec, cost, regions, streams
+from howfine import codec, cost, joining, regions, streams
 from howfine.base import Base
 from howfine.codec import PRECISIONS, decode_values, encode_values
 from howfine.compose import compose, difference, negate, overlap, scale, scaled_sum, stored, union
@@ -254,6 +255,15 @@ def test_disjoint_parts_of_one_tensor_are_copied_into_it(base: Base) -> None:
     joined = union(halves, base)
     assert same(difference([joined, halves[1]], base), halves[0], base)
     assert same(union(halves[::-1], base), joined, base)
+
+
+def test_whole_tensors_that_change_nearly_all_are_not_coded_as_entries(
+    base: Base, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those take the more bytes in any case, and ten times the time."""
+    monkeypatch.setattr(joining, "_of_entries", lambda *_: pytest.fail("coded as entries"))
+    made = scaled_sum([graft(base, 0), whole(base, 1)], base, weights=(1, 1))
+    assert made.method == holding("tensors")
 
 
 @pytest.mark.parametrize("operation", ["union", "sum"])
@@ -576,7 +586,7 @@ def test_what_is_not_finite_is_refused() -> None:
 
 def test_a_head_is_one_operands(base: Base) -> None:
     a, b = graft(base, 0), graft(base, 1)
-    for head, expected in ((None, a), (0, a), (1, b)):
+    for head, expected in ((None, a), (0, a), (np.int64(1), b), (1, b)):
         joined = union([a, b], base, head=head)
         found = joined.tensors(base)[1]
         assert all(torch.equal(found[k], v) for k, v in expected.tensors(base)[1].items())

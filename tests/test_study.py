@@ -136,9 +136,23 @@ def test_a_recipe_is_refined_between_a_value_that_holds_and_one_that_does_not():
     two = {"rank": [2, 8], "epochs": [1, 2]}
     assert ranks({2: 0.5, 8: 0.9}, **two) == [2, 8], "two settings"
     assert ranks({"2": 0.5, 8: 0.9}) == ["2", 8, 4], "a text that is a number"
+    assert ranks({"2.0": 0.5, 6.0: 0.9}) == ["2.0", 6.0, 3], "a whole setting stays whole"
     assert refine.finer(plan, [], []) == plan
+    parts = replace(plan, recipes=("bitfit",), knobs={"bitfit": {"epochs": [1, 2]}})
+    runs = runs_of(parts, base, task)
+    rows = [
+        {
+            "key": run.key,
+            "role": run.role,
+            "dev_score": 0.5 if few else 0.9,
+            "bytes": 1 if few else 2,
+        }
+        for run in runs
+        for few in [dict(run.settings).get("epochs") == 1]
+    ]
+    assert refine.finer(parts, runs, rows).knobs["bitfit"]["epochs"] == [1, 2, 1.41]
     many = {"lora-xs": {"rank": [2, 8], "epochs": [1, 2]}, "bitfit": {"epochs": [1]}}
-    more = {"mask": {"granularity": ["a", "b"]}, "sparse": {"density": ["1e-3", "1e-2"]}}
+    more = {"mask": {"store": ["fp16", "int8"]}, "sparse": {"density": ["1e-3", "1e-2"]}}
     named = {"recipes": ("lora-xs", "bitfit", "mask", "sparse"), "knobs": many | more}
     assert refine.unrefined(replace(plan, **named)) == ["lora-xs", "mask"]
 

@@ -9,6 +9,7 @@ differences, have no arithmetic in them. Scaled sums θ + Σ w δ (task arithmet
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -283,7 +284,8 @@ def _moves(base: Base, path: str, tensor: Tensor) -> bool:
 
 def _head(given: Sequence[Operand], head: int | None) -> int:
     if head is not None:
-        if type(head) is not int or not 0 <= head < len(given):
+        counts = isinstance(head, numbers.Integral) and not isinstance(head, bool)
+        if not counts or not 0 <= head < len(given):
             raise SettingError(
                 f"head {head!r}: expected the index of a delta, 0 to {len(given) - 1}, or none"
             )

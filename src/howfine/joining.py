@@ -24,6 +24,9 @@ from howfine.streams import Stream, decode, encode
 OnOverlap = Literal["refuse", "first", "last", "mean", "sum"]
 # Tensors that a refusal lists.
 _LISTED = 4
+# A share changed beyond which places and values take as much as whole tensors do, and ten times the
+# time to code.
+_MOST = 0.9
 
 
 def join(
@@ -36,11 +39,21 @@ def join(
     """
     live = [(o, w) for o, w in zip(given, weights, strict=True) if w and o.kind != "nothing"]
     found = _joined(base, live, rule)
-    if {operand.kind for operand, _ in live} == {"entries", "tensors"}:
+    mixed = {operand.kind for operand, _ in live} == {"entries", "tensors"}
+    if mixed and all(_few(operand, base) for operand, _ in live):
         # A few entries of a large matrix would be all of it.
         single = [(_of_entries(operand, base), weight) for operand, weight in live]
         found = min(found, _joined(base, single, rule), key=lambda made: sum(s.size for s in made))
     return found
+
+
+def _few(operand: Operand, base: Base) -> bool:
+    """Whether entries may take fewer bytes: it changes less than `_MOST` of its tensors'."""
+    if operand.kind == "entries":
+        return True
+    masks = (operand.changed(base, path) for path in operand.tensors)
+    changes = sum(int(mask.sum()) for mask in masks if mask is not None)
+    return changes < _MOST * sum(tensor.numel() for tensor in operand.tensors.values())
 
 
 def _of_entries(operand: Operand, base: Base) -> Operand:

@@ -157,6 +157,16 @@ class Recipe:
             found = dataclasses.replace(found, **{part: made})
         return found
 
+    def setting(self, key: str) -> Any:
+        """What a setting is, checked and converted, by the name that `override` takes."""
+        if key == "readout":
+            return self.readout
+        part, name = self._home(key)
+        if part == "before":
+            assert isinstance(self.start, Recipe)  # _home's condition for it
+            return self.start.setting(name)
+        return getattr(self, part) if part == name else getattr(getattr(self, part), name)
+
     def _home(self, key: str) -> tuple[str, str]:
         """The part of a recipe that a setting belongs to, and its name there.
 

@@ -15,6 +15,7 @@ from typing import Any
 
 from howfine.ledger import Record
 from howfine.plan import Plan, Run, knob_of
+from howfine.recipe import Recipe
 
 
 def finer(plan: Plan, runs: Sequence[Run], records: Sequence[Record]) -> Plan:
@@ -29,13 +30,13 @@ def finer(plan: Plan, runs: Sequence[Run], records: Sequence[Record]) -> Plan:
     if not ceiling:
         return plan
     best, knobs = statistics.fmean(ceiling), dict(plan.knobs or {})
+    least = best - plan.margin * abs(best)
     for name in plan.recipes:
         knob = knob_of(plan, name)
-        if not (varied := _size(knob)):
+        if (size := _size(plan, name, knob)) is None:
             continue
+        varied, values = size
         rows = [[r for r in done if r["key"] in _keys(runs, name, varied, v)] for v in knob[varied]]
-        least = best - plan.margin * abs(best)
-        values = [_number(value) or 0 for value in knob[varied]]
         middle = _between(values, rows, least, len(plan.seeds))
         if middle is not None:
             knobs[name] = {**knob, varied: [*knob[varied], middle]}
@@ -46,26 +47,28 @@ def unrefined(plan: Plan) -> list[str]:
     """Recipes that vary something, but no one setting of numbers above 0."""
     knobs = {name: knob_of(plan, name) for name in plan.recipes}
     varies = {name for name, knob in knobs.items() if any(len(own) > 1 for own in knob.values())}
-    return [name for name in knobs if name in varies and not _size(knobs[name])]
+    return [n for n in knobs if n in varies and _size(plan, n, knobs[n]) is None]
 
 
-def _size(knob: Mapping[str, Sequence[Any]]) -> str | None:
-    """The one setting that is varied, if its values are numbers above 0."""
+def _size(
+    plan: Plan, name: str, knob: Mapping[str, Sequence[Any]]
+) -> tuple[str, list[int | float]] | None:
+    """(the one setting that is varied, its values), if those are numbers above 0.
+
+    Values are as the recipe holds them: of a whole setting whole, however they are spelled. YAML
+    reads 1e-3, which has no point, as a text.
+    """
     varied = [setting for setting, values in knob.items() if len(values) > 1]
-    if len(varied) != 1 or not all(map(_number, knob[varied[0]])):
+    if len(varied) != 1:
         return None
-    return varied[0]
-
-
-def _number(value: Any) -> float | None:
-    """A value that is a number above 0. YAML reads 1e-3, which has no point, as a text."""
-    if isinstance(value, str):
-        try:
-            value = float(value) if not value.isdecimal() else int(value)
-        except ValueError:
-            return None
-    fits = isinstance(value, int | float) and not isinstance(value, bool)
-    return value if fits and 0 < value < math.inf else None
+    recipe = Recipe.load(name).override(**(plan.settings or {}))
+    beside = {setting: values[0] for setting, values in knob.items() if len(values) == 1}
+    values = [
+        recipe.override(**beside, **{varied[0]: value}).setting(varied[0])
+        for value in knob[varied[0]]
+    ]
+    fit = all(type(value) in (int, float) and 0 < value < math.inf for value in values)
+    return (varied[0], values) if fit else None
 
 
 def _keys(runs: Sequence[Run], name: str, setting: str, value: Any) -> set[str]:
@@ -74,7 +77,7 @@ def _keys(runs: Sequence[Run], name: str, setting: str, value: Any) -> set[str]:
 
 
 def _between(
-    values: Sequence[float], rows: Sequence[list[Record]], least: float, seeds: int
+    values: Sequence[int | float], rows: Sequence[list[Record]], least: float, seeds: int
 ) -> float | None:
     """The middle, on a log scale, of the smallest file's value that holds and the one below it."""
     tried = sorted(
