@@ -40,20 +40,18 @@ def join(
     live = [(o, w) for o, w in zip(given, weights, strict=True) if w and o.kind != "nothing"]
     found = _joined(base, live, rule)
     mixed = {operand.kind for operand, _ in live} == {"entries", "tensors"}
-    if mixed and all(_few(operand, base) for operand, _ in live):
+    if mixed and _few([operand for operand, _ in live], base):
         # A few entries of a large matrix would be all of it.
         single = [(_of_entries(operand, base), weight) for operand, weight in live]
         found = min(found, _joined(base, single, rule), key=lambda made: sum(s.size for s in made))
     return found
 
 
-def _few(operand: Operand, base: Base) -> bool:
-    """Whether entries may take fewer bytes: it changes less than `_MOST` of its tensors'."""
-    if operand.kind == "entries":
-        return True
-    masks = (operand.changed(base, path) for path in operand.tensors)
-    changes = sum(int(mask.sum()) for mask in masks if mask is not None)
-    return changes < _MOST * sum(tensor.numel() for tensor in operand.tensors.values())
+def _few(given: Sequence[Operand], base: Base) -> bool:
+    """Whether entries may take fewer bytes: less than `_MOST` of all tensors together change."""
+    sizes = {path: tensor.numel() for operand in given for path, tensor in operand.tensors.items()}
+    masks = (operand.changed(base, path) for operand in given for path in operand.tensors)
+    return sum(int(mask.sum()) for mask in masks if mask is not None) < _MOST * sum(sizes.values())
 
 
 def _of_entries(operand: Operand, base: Base) -> Operand:
