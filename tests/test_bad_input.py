@@ -432,6 +432,8 @@ def test_a_mask_that_does_not_fit_leaves_the_base() -> None:
         ("method: mask\ntraining: [1]", "training: expected settings by name"),
         ("method: mask\ntraining: {epoch: 1}", "no setting 'epoch'. Did you mean 'epochs'?"),
         ("method: mask\ntraining: {epochs: true}", "'epochs': found True, expected "),
+        ("method: mask\ntraining: {learning_rate: true}", "'learning_rate': found True, expected "),
+        ("method: {prune: {keep: true}}", "'keep': found True, expected float | str: a number"),
         ("method: mask\nknob: 3", "knob: expected settings by name"),
         ("method: mask\nknob: {where: K}", "knob, where: expected a list of values, found 'K'"),
         ("method: mask\non: 1", "has no key True"),

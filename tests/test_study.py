@@ -166,7 +166,21 @@ def test_two_recipes_of_one_name_are_refused(tmp_path):
     both = tuple(str(tmp_path / folder / "mine.yaml") for folder in "ab")
     with pytest.raises(SettingError, match="a/mine.yaml and .*b/mine.yaml are both called 'mine'"):
         runs_of(replace(SMALL, recipes=both), tiny_base("bert"), tiny_task())
-    runs_of(replace(SMALL, recipes=both[:1] * 2), tiny_base("bert"), tiny_task())
+    spelled = (both[0], str(tmp_path / "b" / ".." / "a" / "mine.yaml"), Path(both[0]))
+    one = runs_of(replace(SMALL, recipes=both[:1]), tiny_base("bert"), tiny_task())
+    assert len(runs_of(replace(SMALL, recipes=spelled), tiny_base("bert"), tiny_task())) == len(one)
+    shipped = tmp_path / "bitfit.yaml"
+    shipped.write_text("method: full")
+    with pytest.raises(SettingError, match="and bitfit are both called 'bitfit'.*rename the file$"):
+        runs_of(replace(SMALL, recipes=(str(shipped), "bitfit")), tiny_base("bert"), tiny_task())
+
+
+@pytest.mark.parametrize("value", ["[true]", "[0, false]"])
+def test_a_plan_file_has_no_truth_for_a_seed(value, tmp_path):
+    file = tmp_path / "plan.yaml"
+    file.write_text(f"ceiling: full\nfloor: head-only\nrecipes: [bitfit]\nseeds: {value}\n")
+    with pytest.raises(SettingError, match="'seeds': found .*: a number"):
+        Plan.load(file)
 
 
 def test_a_study_says_what_it_does_not_refine(finished, tmp_path, monkeypatch):
@@ -282,6 +296,7 @@ def test_workers_of_two_places_share_what_each_has_made(finished, tmp_path, monk
         ({"seeds": (0.5,)}, "found 0.5, expected whole numbers"),
         ({"seeds": ("1",)}, "found '1', expected whole numbers"),
         ({"margin": "0.01"}, "margin: found '0.01'"),
+        ({"margin": False}, "margin: found False"),
         ({"knobs": {"bitfit": ["epochs"]}}, "bitfit: found .*expected values for each setting"),
         ({"margin": -0.1}, "margin: found -0.1, expected a share"),
         ({"margin": float("nan")}, "margin: found nan"),

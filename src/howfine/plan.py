@@ -48,7 +48,8 @@ class Plan:
                 f"plan refine: found {self.refine!r}, expected a whole number of rounds, from 0"
             )
         self._check_seeds()
-        if not isinstance(self.margin, int | float) or not 0 <= self.margin < 1:
+        number = isinstance(self.margin, int | float) and not isinstance(self.margin, bool)
+        if not number or not 0 <= self.margin < 1:
             raise SettingError(
                 f"plan margin: found {self.margin!r}, expected a share of the ceiling's score, "
                 "from 0 to below 1"
@@ -169,13 +170,22 @@ def runs_of(plan: Plan, base: Base, task: Task) -> list[Run]:
 
 def _check_names(runs: Sequence[Run]) -> None:
     """Raises SettingError for two recipes of one name: records, and the report, go by it."""
-    named = {run.recipe.name: run.named for run in runs}
+    first: dict[str, str] = {}
     for run in runs:
-        if run.named != (other := named[run.recipe.name]):
-            raise SettingError(
-                f"plan: {run.named} and {other} are both called {run.recipe.name!r}, which their "
-                "records go by; rename one of the files"
-            )
+        two = [first.setdefault(run.recipe.name, run.named), run.named]
+        if _place(two[0]) == _place(two[1]):
+            continue
+        which = "the file" if run.recipe.name in map(str, two) else "one of the files"
+        raise SettingError(
+            f"plan: {two[0]} and {two[1]} are both called {run.recipe.name!r}, which their "
+            f"records go by; rename {which}"
+        )
+
+
+def _place(named: str | Path) -> str:
+    """A recipe file's whole path, however it is spelled; the name of one that is no file."""
+    path = Path(named)
+    return str(path.resolve() if path.suffix in (".yaml", ".yml") else named)
 
 
 def _seeded(run: Run, seed: int, base: Base, task: Task) -> Run:

@@ -97,13 +97,23 @@ def checked(cls: type[T], settings: dict[str, Any], where: str) -> T:
     values = {}
     for key, value in settings.items():
         found = f"{where}, setting {key!r}: found {value!r}, expected {_said(hints[key])}"
-        if isinstance(value, bool) and hints[key] in (int, float):  # pydantic reads them as 1 and 0
+        if _is_no_number(value, hints[key]):
             raise SettingError(f"{found}: a number")
         try:
             values[key] = TypeAdapter(hints[key]).validate_python(_split(value, hints[key]))
         except ValidationError as error:
             raise SettingError(f"{found}: {error.errors()[0]['msg']}") from None
     return cls(**values)
+
+
+def _is_no_number(value: Any, hint: Any) -> bool:
+    """Whether `true` or `false` stands where a number does: pydantic would read 1 or 0."""
+    if isinstance(value, bool):
+        kinds = {hint, *typing.get_args(hint)}
+        return bool not in kinds and not kinds.isdisjoint((int, float))
+    if isinstance(value, list | tuple):
+        return any(_is_no_number(each, kind) for each in value for kind in typing.get_args(hint))
+    return False
 
 
 def _said(hint: Any) -> str:
