@@ -504,17 +504,29 @@ def test_a_rounded_file_of_whole_tensors_would_move_what_is_kept_out(tmp_path: P
     base, task = tiny_base("bert"), tiny_task()
     first, out = tmp_path / f"first{SUFFIX}", tmp_path / f"x{SUFFIX}"
     tune(base, task, from_file(fine_tuned(base, tmp_path)), out=first)
-    asked: dict[str, Any] = {"outside": str(first), "out": out, "max_steps": 2}
     region = regions.support(Delta.load(first), base)
+    asked: dict[str, Any] = {"outside": str(first), "out": out, "max_steps": 2}
+    blocks = "all@0-1"
+
+    def tuned(train: tuple[str, ...], **more: Any) -> None:
+        recipe = replace(Recipe.load("bitfit"), method=method("select", train=train))
+        tune(base, task, recipe, **asked, **more)
+
     for more in ({"store": "sign"}, {"store": "fp16", "start": str(first)}):
         with pytest.raises(SettingError, match="rounds whole tensors, and moves.*store fp32, or"):
-            tune(base, task, "bitfit", **asked, **more)
+            tuned((blocks,), **more)
         assert not out.exists()
-    for more in ({"store": "int4"}, {"store": "fp32", "start": str(first)}):
-        recipe = Recipe.load("full" if "start" in more else "bitfit")
-        recipe = replace(recipe, method=method("select", train=("all@0-1",)))
-        tune(base, task, recipe, **asked, **more)
-        began = Delta.load(first) if "start" in more else None
+    # What moves nothing that is kept out: other tensors, a rounded difference, all of float32.
+    bias = tmp_path / f"bias{SUFFIX}"
+    tune(base, task, "bitfit", out=bias, max_steps=2, store="fp32", outside=str(first))
+    for train, more in (
+        (("none",), {"store": "sign"}),
+        ((blocks,), {"store": "int4"}),
+        ((blocks,), {"store": "fp32", "start": str(first)}),
+        (("all",), {"store": "fp16", "start": str(bias)}),
+    ):
+        tuned(train, **more)
+        began = Delta.load(more["start"]) if "start" in more else None
         with began.changed(base) if began else nullcontext():
             kept = {path: weight_at(base, path).clone() for path in region}
         with Delta.load(out).changed(base):

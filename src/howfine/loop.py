@@ -15,6 +15,7 @@ from transformers import TrainerState, set_seed
 
 from howfine import checks, features
 from howfine.base import Base, TwoTowers
+from howfine.change import Change
 from howfine.cost import PeakMemory
 from howfine.delta import Delta
 from howfine.errors import SettingError, TaskError
@@ -22,6 +23,7 @@ from howfine.method import fitting
 from howfine.probe import GradientProbe
 from howfine.readout import Head, Wired
 from howfine.recipe import Recipe
+from howfine.regions import differs
 from howfine.start import Start
 from howfine.task import Task
 from howfine.trainer import Parts, trainer_of
@@ -63,6 +65,7 @@ class Fit:
             reuse = features.Reuse(base, on=training.reuse_frozen)
             undo.callback(reuse.remove)
             change = undo.enter_context(recipe.method.attach(base, probe))
+            _check_kept_out(recipe, base, change, start, outside or {})
             reuse.start()
             _check_moves(recipe)
             if training.gradient_checkpointing:
@@ -142,6 +145,28 @@ def _head(recipe: Recipe, base: Base, task: Task, start: Start) -> Head:
     if start.head is not None:
         head.load_state_dict(start.head.state_dict())
     return head
+
+
+def _check_kept_out(
+    recipe: Recipe, base: Base, change: Change, start: Start, outside: Mapping[str, Tensor]
+) -> None:
+    """Refuse a store that would move entries of `outside`.
+
+    A whole tensor is rounded with all its entries. A sign is none for those of no change, and what
+    the start changed there is rounded, too.
+    """
+    if recipe.store == "fp32" or recipe.method.holds == "entries":
+        return
+    for path in outside.keys() & change.trainable.keys():
+        began = start.weights.get(path, base.original(path))
+        moved = bool((differs(began, base.original(path)).cpu() & outside[path]).any())
+        if moved or recipe.store == "sign":
+            which = " what the start changed of" if moved and recipe.store != "sign" else ""
+            raise SettingError(
+                f"recipe {recipe.name}: store {recipe.store!r} rounds whole tensors, and moves"
+                f"{which} the entries of {path} that 'outside' keeps out; use store fp32, or a "
+                "method whose file holds single entries, such as sparse"
+            )
 
 
 def _check_start(recipe: Recipe, start: Start) -> None:

@@ -47,22 +47,6 @@ class Recipe:
             near_one = near(str(self.store), PRECISIONS)
             raise SettingError(f"recipe {self.name}, store {self.store!r} is unknown. {near_one}")
 
-    def kept_out(self) -> tuple[str, ...]:
-        """`outside`. Raises SettingError where its entries would move as the change is stored.
-
-        A whole tensor is rounded with all its entries: a sign is none for those of no change, and
-        what a start changed there is rounded, too.
-        """
-        rounds = self.store == "sign" or (self.store != "fp32" and self.start is not None)
-        if self.outside and rounds and self.method.holds != "entries":
-            began = "" if self.store == "sign" else " what the start changed of"
-            raise SettingError(
-                f"recipe {self.name}: store {self.store!r} rounds whole tensors, and moves{began} "
-                "the entries that 'outside' keeps out; use store fp32, or a method whose file "
-                "holds single entries, such as sparse"
-            )
-        return self.outside
-
     @classmethod
     def load(cls, name: str | Path) -> Recipe:
         """A recipe that ships with howfine by name, a YAML file by path, or a method.

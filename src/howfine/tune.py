@@ -81,7 +81,7 @@ def tune(
     short = re.sub(r"[^\w.]+", "-", task.name).strip("-")
     out = Path(out or f"runs/{short}-{recipe.name}{SUFFIX}")
     _check(task, split, seed, out)
-    outside = regions.outside(recipe.kept_out(), base)
+    outside = regions.outside(recipe.outside, base)
     _check_work(recipe, work, resume)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(work or scratch)
@@ -151,7 +151,7 @@ def _before(base: Base, task: Task, recipe: Recipe, seed: int, kept: Path) -> _B
 
 def _fit_phase(base: Base, task: Task, first: Recipe, seed: int, path: Path, costs: Path) -> None:
     """A phase as a file, and beside it what it and those before it cost."""
-    outside = regions.outside(first.kept_out(), base)
+    outside = regions.outside(first.outside, base)
     earlier = _before(base, task, first, seed, path.parent)
     with (
         tempfile.TemporaryDirectory() as scratch,
