@@ -15,6 +15,7 @@ import torch
 from console import howfine_here
 from howfine import export as exporting
 from howfine.base import Base
+from howfine.compose import stored
 from howfine.delta import SUFFIX, Delta
 from howfine.errors import SettingError, StorageError
 from howfine.evaluate import predict
@@ -84,18 +85,21 @@ def test_the_file_answers_as_the_model_does(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_half_precision_halves_the_file(tmp_path: Path) -> None:
     base, half = tiny_base("bert"), tiny_base("bert")
-    delta = delta_of(base, method("select", train=("bias",)))
+    # A file of differences: whole values would overwrite a base that was rounded before.
+    delta = stored(delta_of(base, method("select", train=("matrices",))), base, "int8")[0]
     assert half.fingerprint == base.fingerprint  # of the weights as they were loaded
     half.towers.to(torch.float16)
     files = [export(delta, tmp_path / f"{n}.onnx", each) for n, each in enumerate((base, half))]
     once = export(delta, tmp_path / "once.onnx", base, dtype="float16")
     assert base.is_untouched()
+    place = f"{base.tower_name}.encoder.layer.0.output.dense.weight"
     with delta.changed(base):
-        wanted = (
-            weight_at(base, f"{base.tower_name}.encoder.layer.0.output.dense.bias").half().numpy()
-        )
-    biases = [onnx.numpy_helper.to_array(v) for v in onnx.load(once).graph.initializer]
-    assert any(v.shape == wanted.shape and (v == wanted).all() for v in biases)
+        wanted = weight_at(base, place).half().numpy()
+    with delta.changed(half):
+        assert (weight_at(half, place).numpy() != wanted).any()
+    held = [onnx.numpy_helper.to_array(v) for v in onnx.load(once).graph.initializer]
+    alike = (v if v.shape == wanted.shape else v.T for v in held)
+    assert any(v.shape == wanted.shape and (v == wanted).all() for v in alike)
     assert once.stat().st_size == pytest.approx(files[1].stat().st_size, rel=0.05)
     held = [sum(each.ByteSize() for each in onnx.load(p).graph.initializer) for p in files]
     assert held[1] < 0.55 * held[0]

@@ -15,6 +15,7 @@ from transformers import AutoModel
 
 from console import howfine_here
 from howfine.base import Base
+from howfine.compose import stored
 from howfine.cuts import trial
 from howfine.delta import SUFFIX, Delta
 from howfine.errors import BaseNotFound, SettingError, StorageError
@@ -201,15 +202,18 @@ def test_what_is_written_in_half_precision_is_the_sum_rounded_once(tmp_path: Pat
     base.tower.save_pretrained(tmp_path / "base")
     base.tokenizer.save_pretrained(tmp_path / "base")
     fitted = fit_a_little(Base.load(str(tmp_path / "base")), method("full"), rate=3e-5)
-    delta = fitted.delta()
+    # Of a file of differences: whole values would overwrite a base that was rounded before.
+    delta = stored(fitted.delta(), base, "int8")[0]
     fitted.change.remove()
     delta.save(path)
     place = "encoder.layer.0.intermediate.dense.weight"
     with delta.changed(base):
         wanted = base.tower.get_parameter(place).detach().to(torch.bfloat16)
+    with delta.changed(rounded := Base.load(str(tmp_path / "base"), dtype="bfloat16")):
+        assert not torch.equal(wanted, rounded.tower.get_parameter(place))
     own = base.tower.get_parameter(place)
     assert not torch.equal(wanted, (wanted.float() - own + own.bfloat16()).bfloat16())
-    merge(delta, tmp_path / "merged", base, dtype="bfloat16")
+    merge(delta, tmp_path / "merged", base, dtype=torch.bfloat16)
     sliced(delta, tmp_path / "sliced", base, texts=["w1 w2"], dtype="bfloat16")
     assert own.dtype == torch.float32
     assert base.is_untouched()
@@ -222,8 +226,24 @@ def test_what_is_written_in_half_precision_is_the_sum_rounded_once(tmp_path: Pat
             howfine_here("slice", path, tmp_path / folder, *words, "--dtype", "bfloat16")
         assert torch.equal(load_file(tmp_path / folder / "model.safetensors")[place], wanted)
         assert json.loads((tmp_path / folder / "config.json").read_text())["dtype"] == "bfloat16"
-    with pytest.raises(SettingError, match="dtype 'half' is unknown"):
-        merge(delta, tmp_path / "none", base, dtype="half")
+    for other in ("half", torch.float64):
+        with pytest.raises(SettingError, match="dtype '(half|float64)' is unknown"):
+            merge(delta, tmp_path / "none", base, dtype=other)
+
+
+@pytest.mark.parametrize("verb", [merge, sliced])
+def test_a_weight_beyond_half_precision_is_named(verb: Any, tmp_path: Path) -> None:
+    base = tiny_base("bert")
+    place = base.choose(("D",))[0]
+    with torch.no_grad():
+        base.parameter(place)[0, 0] = 1e5
+    delta = delta_of(base)
+    kept = base.parameter(place).detach().clone()
+    with pytest.raises(SettingError, match=r"holds 100000, beyond the 65504 that float16 holds"):
+        verb(delta, tmp_path / "small", base, dtype="float16")
+    assert torch.equal(base.parameter(place), kept)
+    assert not any(tmp_path.iterdir())
+    verb(delta, tmp_path / "small", base, dtype="bfloat16")
 
 
 def test_whatever_switched_units_off(tmp_path: Path) -> None:

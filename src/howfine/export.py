@@ -55,7 +55,7 @@ def export(
     base: Base | None = None,
     pair: bool = False,
     *,
-    dtype: str | None = None,
+    dtype: str | torch.dtype | None = None,
 ) -> Path:
     """Write an ONNX file that gives what the delta's readout gives on this base.
 

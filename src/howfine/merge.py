@@ -34,7 +34,7 @@ def merge(
     out: str | Path,
     base: Base | None = None,
     *,
-    dtype: str | None = None,
+    dtype: str | torch.dtype | None = None,
 ) -> Path:
     """Write the changed base, its tokenizer and the readout's head to the folder `out`.
 

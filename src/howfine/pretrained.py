@@ -39,11 +39,12 @@ TWO_TOWERS = "two_towers"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def dtype_of(name: str) -> torch.dtype:
-    """The number format of a name. Raises SettingError where there is none."""
-    if name not in DTYPES:
-        raise SettingError(f"dtype {name!r} is unknown. {near(name, DTYPES)}")
-    return DTYPES[name]
+def dtype_of(name: str | torch.dtype) -> torch.dtype:
+    """The number format of a name, or torch's own. Raises SettingError where there is none."""
+    plain = str(name).removeprefix("torch.")
+    if plain not in DTYPES:
+        raise SettingError(f"dtype {plain!r} is unknown. {near(plain, DTYPES)}")
+    return DTYPES[plain]
 
 
 @contextmanager

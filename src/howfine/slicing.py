@@ -19,7 +19,7 @@ from typing import Any
 import torch
 import transformers
 
-from howfine import cuts, pretrained, units, vocabulary, widths
+from howfine import cuts, pretrained, surgery, units, vocabulary, widths
 from howfine.base import Base, TwoTowers
 from howfine.delta import SUFFIX, Delta, only_weights
 from howfine.errors import SettingError
@@ -66,7 +66,7 @@ def sliced(
     keep: float | None = None,
     texts: Iterable[str] | None = None,
     least: int = 1,
-    dtype: str | None = None,
+    dtype: str | torch.dtype | None = None,
 ) -> Sliced:
     """Write the changed base without its units that are off to the folder `out`.
 
@@ -89,7 +89,7 @@ def sliced(
         if fewer is not None:
             vocabulary.cut(base, model, fewer)
     plain = _state_widths(base, model)
-    model.to(number_format)
+    surgery.convert(model, number_format)
 
     def write(folder: Path) -> None:
         save(base, model, folder, None if fewer is None else fewer.tokenizer)

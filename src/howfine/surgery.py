@@ -117,9 +117,26 @@ def hold(module: nn.Module, name: str, value: nn.Parameter | nn.Module) -> Undo:
     return lambda: delattr(module, name)
 
 
+def convert(model: nn.Module, dtype: torch.dtype | None) -> None:
+    """Put a model into another number format; None for its own.
+
+    Raises SettingError for a weight that this would make infinite.
+    """
+    if dtype is None:
+        return
+    for name, value in model.named_parameters():
+        if bool(value.isfinite().all()) and not bool(value.to(dtype).isfinite().all()):
+            held, most = float(value.abs().max()), torch.finfo(dtype).max
+            raise SettingError(
+                f"{name} holds {held:.6g}, beyond the {most:g} that "
+                f"{str(dtype).removeprefix('torch.')} holds; use bfloat16 or float32"
+            )
+    model.to(dtype)
+
+
 @contextmanager
 def converted(model: nn.Module, dtype: torch.dtype | None) -> Iterator[None]:
-    """A model in another number format; None for its own. Its very own tensors come back."""
+    """A model in another number format, see `convert`. Its very own tensors come back."""
     values = [(value, value.data) for value in model.parameters()]
     buffers = [
         (module, name, buffer)
@@ -127,8 +144,7 @@ def converted(model: nn.Module, dtype: torch.dtype | None) -> Iterator[None]:
         for name, buffer in module._buffers.items()
     ]
     try:
-        if dtype is not None:
-            model.to(dtype)
+        convert(model, dtype)
         yield
     finally:
         for value, data in values:
