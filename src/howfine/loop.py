@@ -49,9 +49,8 @@ class Fit:
     ) -> None:
         set_seed(seed)
         _check_task(recipe, task)
-        recipe = _settled(recipe, base, task)
+        recipe, start = _settled(recipe, base, task), start or Start({})
         self.memory = PeakMemory(base.device)
-        start = start or Start({})
         _check_start(recipe, start)
         head = _head(recipe, base, task, start)
         training = recipe.training
