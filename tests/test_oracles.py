@@ -9,12 +9,15 @@ import copy
 import math
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+import howfine
 from howfine import concrete, gates
 from howfine.base import Base
 from howfine.delta import SUFFIX, Delta
@@ -22,6 +25,8 @@ from howfine.errors import SettingError, UnknownArchitecture
 from howfine.method import method
 from howfine.methods.mask import VARIANTS
 from howfine.readout import Wired
+from howfine.recipe import Recipe
+from howfine.tune import tune
 from tiny import (
     HEADS,
     HIDDEN,
@@ -36,6 +41,7 @@ from tiny import (
     loss_of,
     matrices_of,
     tiny_base,
+    tiny_task,
     tiny_tower,
     weight_at,
     wire,
@@ -782,6 +788,49 @@ def test_select_by_gradient_on_the_task_itself() -> None:
         chosen.attach(base)
     with pytest.raises(SettingError, match="gradient"):
         method("select", top=2, by="gradiant").attach(base, TinyProbe(READOUT))
+
+
+def test_select_l1_holds_what_trains_near_the_base(tmp_path: Path) -> None:
+    """λ Σ|θ - θ_base| joins the loss: its subgradient, and how far and wide a training moves."""
+    base = tiny_base("bert")
+    chosen = method("select", train=("Q", "bias"), l1=0.5)
+    with chosen.attach(base) as change:
+        assert chosen.penalty(change, 0.0).item() == 0
+        moves = {}
+        with torch.no_grad():
+            for number, (path, value) in enumerate(change.trainable.items()):
+                moves[path] = torch.full_like(value, (-1) ** number * 0.25)
+                moves[path].view(-1)[0] = 0.0
+                value += moves[path]
+        found = chosen.penalty(change, 0.0)
+        expected = 0.5 * sum(float(move.abs().sum()) for move in moves.values())
+        assert found.item() == pytest.approx(expected, rel=1e-4)
+        found.backward()
+        for path, value in change.trainable.items():
+            assert torch.equal(value.grad, 0.5 * moves[path].sign())
+    far = []
+    for weight in (0.0, 1e-2):
+        out = tmp_path / f"{weight}{SUFFIX}"
+        recipe = replace(Recipe.load("full"), method=method("select", l1=weight))
+        with tune(base, tiny_task(), recipe, out=out, epochs=4).delta.changed(base):
+            moved = [(weight_at(base, p) - base.original(p)).abs() for p in base.paths()]
+        far.append(sum(float(each.sum()) for each in moved))
+    assert far[1] < 0.5 * far[0]
+    for wrong in (-1.0, math.nan, math.inf):
+        with pytest.raises(SettingError, match="select l1 .*: expected a number from 0"):
+            method("select", l1=wrong)
+
+
+def test_a_loop_of_ones_own_is_told_of_a_penalty_it_leaves_out(recwarn: Any) -> None:
+    for weight in (0.0, 0.1):
+        model = tiny_base("bert").tower
+        with howfine.attach(model, method("select", l1=weight)) as attached:
+            attached.tensors()
+        told = [
+            str(each.message) for each in recwarn.list if "never asked for" in str(each.message)
+        ]
+        assert len(told) == (weight > 0)
+        assert all("call attached.penalty(progress)" in each for each in told)
 
 
 # --- anatomy -------------------------------------------------------------------------------------

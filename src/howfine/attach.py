@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -67,6 +68,9 @@ class Attached:
         Warns where the loop has left out what the method does in each step.
         """
         own = [name for name in ("passes", "penalty") if name in vars(type(self.method))]
+        with torch.enable_grad():  # what nothing depends on is nobody's loss
+            if "penalty" in own and not self.method.penalty(self.change, 1.0).requires_grad:
+                own.remove("penalty")
         if "penalty" not in own and not self.method.moves:  # nothing is set up between passes
             own = []
         if left := [name for name in own if name not in self._asked]:

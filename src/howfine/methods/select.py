@@ -7,10 +7,12 @@ with `train="bias"` BitFit (Ben Zaken et al. 2022), with `train="norm"` LayerNor
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from howfine import whole
@@ -35,12 +37,17 @@ class Select(Method):
     top: int = 0
     # Sensitivity of a group: summed |gradient| per entry at the base, or |gradient·weight|.
     by: str = "gradient"
+    # Weight of Σ|θ - θ_base| over what trains in the loss: few entries then move far (Panigrahi et
+    # al. 2023, who find grafts of such models smaller).
+    l1: float = 0.0
 
     def __post_init__(self) -> None:
         if self.by not in ("gradient", "saliency"):
             raise SettingError(f"select by {self.by!r}: expected 'gradient' or 'saliency'")
         if self.top < 0:
             raise SettingError(f"select top {self.top}: expected 0 (all) or more groups")
+        if not 0 <= self.l1 < math.inf:
+            raise SettingError(f"select l1 {self.l1}: expected a number from 0, such as 1e-4")
 
     def attach(self, base: Base, probe: Probe | None = None) -> Change:
         frozen = set(base.choose(self.freeze))
@@ -57,6 +64,13 @@ class Select(Method):
         whole.check_kept(base, probe.start, paths, "train")
         _check_free(paths, probe.outside)
         return whole.attach(base, paths, probe.start, outside=probe.outside)
+
+    def penalty(self, change: Change, progress: float) -> Tensor:
+        if not self.l1 or not change.trainable:
+            return super().penalty(change, progress)
+        originals = change.parts["originals"]
+        pairs = [(value, originals[path]) for path, value in change.trainable.items()]
+        return self.l1 * torch.stack([(value - base).abs().sum() for value, base in pairs]).sum()
 
     def _most_sensitive(self, base: Base, paths: list[str], probe: Probe) -> list[str]:
         """Paths of the `top` groups whose entries move the loss most, a group being a module."""
