@@ -25,6 +25,7 @@ from pathlib import Path
 import skill_grafting_page
 import torch
 from skill_grafting_cells import BLOCKS, SETTINGS, SIZES, TEST, Cells, entries_changed
+from skill_grafting_optimisers import PENALISED, SGD, chosen
 from skill_grafting_several import continual, multi, overlap
 
 from howfine.base import Base
@@ -47,13 +48,20 @@ ALPHAS = ("0.25", "0.5", "0.75")
 SIMILAR = {"rotten-tomatoes": "sst2", "qqp": "mrpc"}
 SIMILAR_SEED = 1
 ORDER = ("sst2", "mrpc", "rte")
-# SGD's fine-tuning: all rates with the first seed, the others with the one chosen there.
-SGD_TASK, SGD_RATES = "sst2", ("0.03", "0.1", "0.3")
-SGD_CELLS = (
-    *(f"sgd:learned@{d}" for d in (REGION, SMALL, LARGE)),
-    *("sgd:pre", f"sgd:movement@{REGION}", f"sgd:movement@{LARGE}"),
-)
-CHOSEN_SGD = "sgd"  # a cell of the plan, not of the ledger
+# Fine-tunings by SGD, and by AdamW with an ℓ1 penalty: all rates, or penalties, with the first
+# seed, the others with the one chosen there.
+OTHER_TASK, SGD_RATES, PENALTIES = "sst2", ("0.03", "0.1", "0.3"), ("1e-5", "1e-4", "1e-3")
+OTHERS = {SGD: SGD_RATES, PENALISED: PENALTIES}
+GRAFTS = {
+    SGD: (
+        *(f"{SGD}:learned@{d}" for d in (REGION, SMALL, LARGE)),
+        *(f"{SGD}:pre", f"{SGD}:movement@{REGION}", f"{SGD}:movement@{LARGE}"),
+    ),
+    PENALISED: (
+        *(f"{PENALISED}:learned@{d}" for d in (REGION, SMALL, LARGE)),
+        *(f"{PENALISED}:movement@{d}" for d in (REGION, LARGE)),
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -91,19 +99,25 @@ def plan(tasks: list[str]) -> list[Run]:
     similar = [task for task, like in SIMILAR.items() if like in tasks]
     runs += [Run(t, c, SIMILAR_SEED) for t in similar for c in ("ft", "pre", f"learned@{REGION}")]
     runs += [Run("", REGION, 0, "overlap")]
-    if SGD_TASK in tasks:
-        runs += [Run(SGD_TASK, f"sgd-{rate}", SEEDS[0]) for rate in SGD_RATES]
-        runs += [Run(SGD_TASK, cell, SEEDS[0]) for cell in SGD_CELLS]
+    if OTHER_TASK in tasks:
+        runs += [Run(OTHER_TASK, f"{SGD}-{rate}", SEEDS[0]) for rate in SGD_RATES]
+        runs += [Run(OTHER_TASK, cell, SEEDS[0]) for cell in GRAFTS[SGD]]
     runs += [Run("", REGION, seed, "continual") for seed in SEEDS[1:]]
     runs += [Run("", REGION, SEEDS[0], "multi")]
     runs += [Run(task, cell, s) for s in SEEDS[1:] for task in tasks for cell in second_cells()]
-    if SGD_TASK in tasks:
-        runs += [Run(SGD_TASK, c, s) for s in SEEDS[1:] for c in (CHOSEN_SGD, *SGD_CELLS)]
+    if OTHER_TASK in tasks:
+        runs += [Run(OTHER_TASK, c, s) for s in SEEDS[1:] for c in (SGD, *GRAFTS[SGD])]
     runs += [Run("", REGION, seed, "multi") for seed in SEEDS[1:]]
     last = [f"retrain@{REGION}", "bitfit"]
     runs += [Run(task, cell, seed) for seed in SEEDS for task in tasks for cell in last]
     tiny = [f"{kind}@{TINY}" for kind in KINDS[:2]]
-    return runs + [Run(task, cell, seed) for seed in SEEDS for task in tasks for cell in tiny]
+    runs += [Run(task, cell, seed) for seed in SEEDS for task in tasks for cell in tiny]
+    if OTHER_TASK in tasks:
+        first = [f"{PENALISED}-{penalty}" for penalty in PENALTIES]
+        runs += [Run(OTHER_TASK, c, SEEDS[0]) for c in (*first, *GRAFTS[PENALISED])]
+        later = (PENALISED, *GRAFTS[PENALISED])
+        runs += [Run(OTHER_TASK, c, seed) for seed in SEEDS[1:] for c in later]
+    return runs
 
 
 def main() -> None:
@@ -171,15 +185,15 @@ class Bench:
                 print("time is up; call again to go on")
                 return
             try:
-                if run.cell.startswith("sgd:"):
-                    self.cells.sgd = self.best_sgd()
+                if (kind := run.cell.partition(":")[0]) in OTHERS:
+                    self.cells.chosen[kind] = self.stands_for(kind)
                 self.write(run)
             except HowfineError as error:  # not recorded: the next call tries again
                 print(run.key, f"failed: {error}", flush=True)
 
     def settled(self, run: Run) -> Run:
-        """With the rate of SGD in the cell's name, where the plan says the chosen one."""
-        return replace(run, cell=self.best_sgd()) if run.cell == CHOSEN_SGD else run
+        """With the rate, or the penalty, in the cell's name, where the plan says the chosen one."""
+        return replace(run, cell=self.stands_for(run.cell)) if run.cell in OTHERS else run
 
     def write(self, run: Run) -> None:
         """Measure a run and add its lines to the ledger."""
@@ -223,22 +237,21 @@ class Bench:
         labels = [example.label for example in task.splits["test"]]
         found["majority"] = max(map(labels.count, set(labels))) / len(labels)
         found["rows"] = len(task.splits["train"])
-        if run.cell == "ft" or run.cell.startswith("sgd-"):
+        if run.cell == "ft" or run.cell.startswith((f"{SGD}-", f"{PENALISED}-")):
             fitted = evaluate(delta, self.base, task, split="train")
             found["train_score"] = fitted.scores.get("accuracy", fitted.value)
         if run.cell.startswith(("zero-", "wise@")):
             path.unlink()  # as large as θ_ft, made in a second, and no other cell needs it
         return found
 
-    def best_sgd(self) -> str:
-        """The rate with the best score on dev, of those that ran."""
+    def stands_for(self, kind: str) -> str:
+        """The cell of SGD's fine-tunings, or of the penalised ones, that the others go on from."""
         records = self.ledger.records()
-        keys = [Run(SGD_TASK, f"sgd-{rate}", SEEDS[0]).key for rate in SGD_RATES]
+        keys = [Run(OTHER_TASK, f"{kind}-{value}", SEEDS[0]).key for value in OTHERS[kind]]
         done = [records[key] for key in keys if key in records]
         if not done:
-            raise SettingError("no fine-tuning by SGD ran, so there is nothing to graft from")
-        best: str = max(done, key=lambda record: record["dev"])["cell"]
-        return best
+            raise SettingError(f"no fine-tuning of {kind} ran, so there is nothing to graft from")
+        return chosen(done, kind)
 
     def overlaps(self) -> Iterator[Record]:
         """Every ordered pair of learned regions of the middle size that are there."""

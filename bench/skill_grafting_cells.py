@@ -1,9 +1,10 @@
 """The changes that the skill-grafting bench scores, each a file that is made once.
 
-A cell's name says what it is: `ft`, `head`, `bitfit`, `sgd-0.1` are trainings; `pre`, `wise@0.5`
-are made of `ft` without training; `learned@0.01`, `movement@0.01`, `random@0.01` are grafts of that
-share of the entries, `zero-learned@0.01` is θ_ft on the same entries and 0 elsewhere, and
-`retrain@0.01` trains them from the base. `sgd:` in front means grafted from SGD's fine-tuning.
+A cell's name says what it is: `ft`, `head`, `bitfit`, `sgd-0.1`, `l1-1e-5` are trainings; `pre`,
+`wise@0.5` are made of `ft` without training; `learned@0.01`, `movement@0.01`, `random@0.01` are
+grafts of that share of the entries, `zero-learned@0.01` is θ_ft on the same entries and 0
+elsewhere, and `retrain@0.01` trains them from the base. `sgd:` or `l1:` in front means grafted from
+SGD's fine-tuning, or from the penalised one.
 """
 
 from __future__ import annotations
@@ -99,8 +100,8 @@ class Cells:
     data: str | None
     smoke: bool = False
     tasks: dict[str, Task] = field(default_factory=dict)
-    # The rate that stands for `sgd`, once it is chosen.
-    sgd: str = ""
+    # The fine-tunings that stand for `sgd` and `l1`, once they are chosen.
+    chosen: dict[str, str] = field(default_factory=dict)
 
     def task(self, name: str) -> Task:
         """A task at the bench's size."""
@@ -127,7 +128,7 @@ class Cells:
         """Train or compute a cell."""
         source, _, what = cell.rpartition(":")
         kind, _, number = what.partition("@")
-        begun = self.sgd if source == "sgd" else "ft"
+        begun = self.chosen[source] if source else "ft"
         if kind == "pre":
             untouched(Delta.load(self.get(task.name, begun, seed))).save(path)
         elif kind == "wise":
@@ -150,6 +151,9 @@ class Cells:
             rates = {"optimizer": "sgd", "readout_learning_rate": SGD_HEAD_RATE}
             rates["epochs"] = SGD_EPOCHS
             return selected(BLOCKS[0], float(kind.removeprefix("sgd-")), **rates)
+        if kind.startswith("l1-"):
+            select = {"train": list(BLOCKS), "l1": float(kind.removeprefix("l1-"))}
+            return {"method": {"select": select}, "training": trained(FULL_RATE)}
         if kind == "bitfit":
             return selected("bias", BIAS_RATE)
         if kind == "head":
@@ -178,7 +182,8 @@ class Cells:
         if self.smoke:
             small = {"max_steps": 2, "batch_size": 8, "gradient_accumulation": 1}
             recipe = recipe.override(**small)
-        if "optimizer" not in raw["training"] or raw.get("start"):
+        judged = "optimizer" in raw["training"] or "l1" in raw["method"].get("select", {})
+        if not judged or raw.get("start"):
             task = task.subset(dev=FEW)  # its score on dev is not looked at
         unfinished = path.with_name(f".{path.name}")
         tune(base or self.base, task, recipe, out=unfinished, seed=seed)

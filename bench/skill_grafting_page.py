@@ -19,6 +19,7 @@ NAMES = {
     "pre": "frozen base, θ_ft's head (k = 0)",
     "bitfit": "BitFit: biases trained",
 }
+OF = {"sgd": "of SGD's", "l1": "of the penalised"}
 KINDS = {"same": "the same task", "like": "like tasks", "unlike": "unlike tasks"}
 KINDS |= {f"{kind}, one seed": f"{text}, one seed" for kind, text in KINDS.items()}
 
@@ -100,10 +101,12 @@ def _name(cell: str) -> str:
     kind, _, number = what.partition("@")
     if kind.startswith("sgd-"):
         return f"the same by SGD, rate {kind.removeprefix('sgd-')}"
+    if kind.startswith("l1-"):
+        return f"the same with an ℓ1 penalty of {kind.removeprefix('l1-')}"
     if number and kind != "wise":
         number = f"{100 * float(number):g} %"
     text = NAMES.get(kind, f"{kind.replace('-', ', ')} {number}")
-    return f"of SGD's: {text}" if source else text
+    return f"{OF[source]}: {text}" if source else text
 
 
 def _overlaps(found: Found) -> list[str]:

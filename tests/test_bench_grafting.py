@@ -33,6 +33,7 @@ def bench() -> Any:
         import skill_grafting
         import skill_grafting_cells
         import skill_grafting_found
+        import skill_grafting_optimisers
         import skill_grafting_page
         import skill_grafting_several
         import skill_grafting_verdicts
@@ -42,6 +43,7 @@ def bench() -> Any:
         main=skill_grafting,
         cells=skill_grafting_cells,
         found=skill_grafting_found,
+        optimisers=skill_grafting_optimisers,
         page=skill_grafting_page,
         several=skill_grafting_several,
         verdicts=skill_grafting_verdicts,
@@ -203,11 +205,30 @@ def test_skill_of_the_two_optimisers_is_compared_over_the_seeds_of_both(bench: A
 
 
 def test_the_chosen_rate_of_sgd_is_run_with_the_other_seeds(bench: Any, tmp_path: Path) -> None:
-    runs = [run for run in bench.main.plan(["sst2"]) if run.cell == bench.main.CHOSEN_SGD]
+    runs = [run for run in bench.main.plan(["sst2"]) if run.cell == "sgd"]
     assert [run.seed for run in runs] == [1, 2]
-    several = SimpleNamespace(best_sgd=lambda: "sgd-0.1")
+    several = SimpleNamespace(stands_for=lambda kind: f"{kind}-0.1")
     settled = bench.main.Bench.settled(several, runs[0])
     assert settled.key == "sst2/sgd-0.1/s1"
+
+
+def test_the_largest_penalty_that_costs_nothing_stands_for_all(bench: Any) -> None:
+    scores = {"ft": 0.9, "head": 0.7, "learned@0.01": 0.75, "learned@0.1": 0.85}
+    scores |= {"sgd-0.1": 0.9, "sgd:learned@0.01": 0.88, "sgd:learned@0.1": 0.9}
+    scores |= {"l1-1e-5": 0.9, "l1-1e-4": 0.89, "l1-1e-3": 0.6}
+    scores |= {"l1:learned@0.01": 0.88, "l1:learned@0.1": 0.89}
+    records = ledger(bench, scores)
+    for record in records.values():
+        record["dev"] = record["score"]
+    first = [r for r in records.values() if r["cell"].startswith("l1-") and r["seed"] == 0]
+    assert bench.optimisers.chosen(first, "l1") == "l1-1e-4"
+    said = dict(bench.verdicts.verdicts(bench.found.Found(records)))
+    text = next(text for name, text in said.items() if name.startswith("G8"))
+    assert "with the penalty 89.0 (λ 1e-4)" in text
+    assert text.endswith("95% of each one's gain: 1.12% against 63.10%.")
+    runs = [run.cell for run in bench.main.plan(["sst2"]) if run.cell.startswith("l1")]
+    assert runs[:4] == ["l1-1e-5", "l1-1e-4", "l1-1e-3", "l1:learned@0.01"]
+    assert runs.count("l1") == 2
 
 
 def test_the_plan_has_every_run_once_and_only_from_known_tasks(bench: Any) -> None:
