@@ -62,18 +62,19 @@ def _curves(found: Found, kind: str) -> tuple[str, tuple[Curve, Curve], float] |
     cells = {cell, *(r["cell"] for r in grafts)}
     whole = set.intersection(*({r["seed"] for r in found.rows(task, c)} for c in cells))
     same = Found({r["key"]: r for r in found.cells.values() if r["seed"] in whole})
-    adam = same.curves(task, ["learned"])
-    other = same.curves(task, [f"{kind}:learned"], cell)
-    if adam is None or other is None:
+    own = same.curves(task, ["learned"])
+    others = same.curves(task, [f"{kind}:learned"], cell)
+    if own is None or others is None:
         return None
-    head, curves = adam[1][0], (adam[0][0], other[0][0])
+    head, curves = own[1][0], (own[0][0], others[0][0])
     ends = [words.points(curve[-1][1]) for curve in curves]
     short, what = ("SGD", "rate") if kind == SGD else ("with the penalty", "λ")
     text = f"{task}, {words.seeds(len(whole))}: AdamW {ends[0]}, {short} {ends[1]}"
     text += f" ({what} {cell.partition('-')[2]}), head alone {words.points(head)}"
     if not _void(curves, head) or _disordered(curves):
-        kept = [_kept(curve, head) for curve in curves]
-        text += f". Share of the gain kept, by size: AdamW {kept[0]}; {short} {kept[1]}"
+        adam, other = (_kept(curve, head) for curve in curves)
+        first = f"AdamW {adam}; " if kind == SGD else ""  # it is said once
+        text += f". Share of the gain kept, by size: {first}{short} {other}"
     return text, curves, head
 
 
